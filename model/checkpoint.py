@@ -1,0 +1,49 @@
+"""A trained model on its way from the trainer to the indexer: Model.save's files in the artifact store."""
+
+import tempfile
+from pathlib import Path
+
+import fsspec
+
+from model.manifest import DamagedGeneration, file_entry, file_names, model_sha256
+from model.model import Model
+
+
+def _digest(folder: Path) -> str:
+    return model_sha256({f"model/{name}": file_entry(folder / name) for name in file_names(folder)})
+
+
+def publish_model(model: Model, url: str, verdict: str) -> str:
+    """Write the model's files under `url` (a folder or any fsspec URL), the gate's verdict beside them.
+
+    Returns the files' digest, which the announcement carries.
+    """
+    store, root = fsspec.core.url_to_fs(url)
+    with tempfile.TemporaryDirectory(prefix="upwell-model-") as scratch:
+        model.save(Path(scratch))
+        store.makedirs(root, exist_ok=True)
+        for name in sorted(file_names(Path(scratch))):
+            store.put_file(f"{scratch}/{name}", f"{root}/{name}")
+        store.pipe_file(f"{root}.txt", verdict.encode())
+        return _digest(Path(scratch))
+
+
+def fetch_model(url: str, digest: str) -> Model:
+    """Raises DamagedGeneration when the files are not those announced, ValueError when they are no model."""
+    store, root = fsspec.core.url_to_fs(url)
+    with tempfile.TemporaryDirectory(prefix="upwell-model-") as scratch:
+        try:
+            for path in store.find(root):
+                store.get_file(path, f"{scratch}/{Path(path).name}")
+        except FileNotFoundError as error:
+            raise DamagedGeneration(f"{url}: {error}") from error
+        if (found := _digest(Path(scratch))) != digest:
+            raise DamagedGeneration(f"{url}: digest {found[:12]} instead of {digest[:12]}")
+        return Model.load(Path(scratch))
+
+
+def prune_models(url: str, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints under `url` with their verdicts; their names sort by time."""
+    store, root = fsspec.core.url_to_fs(url)
+    for path in sorted(store.ls(root, detail=False))[: -2 * keep]:
+        store.rm(path, recursive=True)

@@ -1,0 +1,70 @@
+"""Every number the learner depends on, frozen and validated once."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+PARTS = ("tower", "covisitation", "text", "popular_now", "popular")  # columns of the mix, in order
+BUCKETS = (1, 5, 20)  # edges of the history-length buckets 0 / 1-4 / 5-19 / 20+
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Defaults come from the MovieLens-100k study (docs/decisions.md); lengths are in events unless named.
+
+    Raises ValueError when a field is out of its range.
+    """
+
+    text_dim: int = 384  # E, width of the frozen text vectors
+    tower_dim: int = 64  # d, item and user tower
+    covisitation_rank: int = 128  # R, truncated SVD
+    projected_text_dim: int = 64  # P, text part of the vector
+    history: int = 50  # newest events of a user that the model reads
+    heads: int = 4  # recency heads of the user tower
+    hidden: int = 128  # width of the user tower's MLP
+    dropout: float = 0.2  # of the user tower's inputs
+    id_dropout: float = 0.1  # share of items that a step shows by text alone
+    text_scale: float = 0.3  # text's share beside the id embedding
+    id_prior: float = 3.0  # id embedding counts n / (n + id_prior)
+    micro_batch: int = 64
+    replay: int = 24  # replayed windows a step
+    learning_rate: float = 7e-4
+    warmup_rate: float = 1e-3
+    warmup_steps: int = 400  # extra replay steps while the stream is young
+    warmup_steps_a_batch: int = 4
+    full_softmax_items: int = 8192  # above it, the softmax runs over a sample of the seen items
+    sampled_items: int = 4096
+    window_events: int = 1_000_000  # replay window kept in memory
+    refresh_events: int = 2000  # between two factorisations
+    covisitation_half_life: float = 50_000.0
+    covisitation_pairs: int = 20_000_000  # sparse counts kept at most
+    popular_now_half_life: float = 2_000.0
+    popular_half_life: float = 20_000.0
+    mix_candidates: int = 200
+    mix_rate: float = 0.1
+    exclude_seen: bool = True  # a user's consumed items are no candidates
+    same_stamp_history: bool = True  # False: events of one stamp do not see each other (baskets)
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, bool) and value < 0:
+                raise ValueError(f"{field.name} must not be negative: {value}")
+        for name in ("text_dim", "tower_dim", "covisitation_rank", "projected_text_dim", "history", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1: {getattr(self, name)}")
+        if not (0 <= self.dropout < 1 and 0 <= self.id_dropout < 1):
+            raise ValueError(f"dropout {self.dropout} and id_dropout {self.id_dropout} must be in [0, 1)")
+        if self.micro_batch < 1 or self.window_events <= self.micro_batch:
+            raise ValueError(
+                f"window_events {self.window_events} must exceed micro_batch {self.micro_batch} >= 1"
+            )
+
+    @property
+    def dim(self) -> int:
+        """D: tower + its bias, co-visitation, text, two popularities."""
+        return self.tower_dim + 1 + self.covisitation_rank + self.projected_text_dim + 2
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)

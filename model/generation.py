@@ -1,0 +1,239 @@
+"""Build, publish and fetch generations (model/manifest.py says what one holds)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import fsspec
+import msgspec
+import numpy as np
+from fsspec.implementations.local import LocalFileSystem
+from safetensors.numpy import save_file
+
+from model.index import HnswIndex, Vectors, recall
+from model.manifest import (
+    FORMAT,
+    INDEX,
+    ITEMS,
+    MANIFEST,
+    PROBES,
+    DamagedGeneration,
+    Manifest,
+    decode_manifest,
+    file_entry,
+    file_names,
+    manifest_sha256,
+    model_sha256,
+    verify,
+)
+
+__all__ = [
+    "DamagedGeneration",
+    "Manifest",
+    "RecallTooLow",
+    "build_generation",
+    "fetch",
+    "manifest_sha256",
+    "prune",
+    "publish",
+    "verify",
+]
+
+NUM_PROBES, PROBE_K = 64, 20
+MIN_RECALL = 0.95  # under it a generation is refused
+GOOD_RECALL = 0.98  # the first ef that reaches it is taken
+EF_SEARCH = (64, 128, 256, 512)  # model/index.py has the recall and FACTS.md the time of each
+
+
+class RecallTooLow(ValueError):
+    """The graph misses too many of the exact top 20."""
+
+
+class ModelLike(Protocol):
+    """What a generation needs of a model."""
+
+    @property
+    def ids(self) -> Sequence[str]: ...
+    def item_vectors(self) -> Vectors: ...  # (N, D)
+    def save(self, folder: Path) -> None: ...
+
+
+def build_generation(
+    folder: Path,
+    model: ModelLike,
+    *,
+    version: str,
+    encoder: str,
+    offsets: Mapping[int, int],
+    parent: str | None = None,
+    metrics: Mapping[str, float] | None = None,
+    M: int = 16,
+    ef_construction: int = 200,
+    ef_search: Sequence[int] = EF_SEARCH,
+    threads: int = 1,
+) -> Manifest:
+    """Write a generation beside `folder`, check it, flush it, rename it last: `folder` is whole or absent.
+
+    The first `ef_search` with recall@20 of 0.98 is kept, else the last. Raises RecallTooLow under 0.95,
+    ValueError on vectors that are empty, not finite or do not match the ids, FileExistsError.
+    """
+    if folder.exists():
+        raise FileExistsError(f"generation {folder} exists")
+    vectors = np.ascontiguousarray(model.item_vectors(), dtype=np.float32)  # (N, D)
+    if vectors.ndim != 2 or len(vectors) != len(model.ids):
+        raise ValueError(f"{len(model.ids)} ids for vectors {vectors.shape}")
+    index = HnswIndex.build(vectors, M=M, ef_construction=ef_construction, threads=threads)
+    probes, share = _probe(index, ef_search)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
+    try:
+        model.save(building / "model")
+        np.save(building / ITEMS, vectors)
+        index.save(building / INDEX)
+        save_file(probes, building / PROBES)
+        files = {name: file_entry(building / name) for name in sorted(file_names(building))}
+        manifest = Manifest(
+            format=FORMAT,
+            version=version,
+            parent=parent,
+            created_ms=time.time_ns() // 1_000_000,
+            encoder=encoder,
+            items=len(vectors),
+            dim=vectors.shape[1],
+            ef_search=index.ef,
+            model_sha256=model_sha256(files),
+            metrics={**(metrics or {}), f"recall@{PROBE_K}": share},
+            offsets=dict(sorted(offsets.items())),
+            files=files,
+        )
+        (building / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
+        verify(building)
+        _seal(building, folder)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    return manifest
+
+
+def _probe(index: HnswIndex, ef_search: Sequence[int]) -> tuple[dict[str, Any], float]:
+    """Sets index.ef. Queries: sums of one to four items, unit length; user vectors are personal data."""
+    generator = np.random.default_rng(0)
+    picked = generator.integers(0, index.size, (NUM_PROBES, 4))
+    weights = generator.random((NUM_PROBES, 4), np.float32)
+    weights[np.arange(4) > np.arange(NUM_PROBES)[:, None] % 4] = 0
+    queries = np.einsum("pi,pid->pd", weights, index.exact.vectors[picked])  # (P, D)
+    queries /= np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-12)
+    rows, scores = index.exact.search(queries, PROBE_K)  # (P, 20)
+    share = 0.0
+    for index.ef in ef_search:
+        _, found = index.search(queries, PROBE_K)
+        if (share := recall(found, scores)) >= GOOD_RECALL:
+            break
+    if share < MIN_RECALL:
+        raise RecallTooLow(f"recall@{PROBE_K} is {share:.4f} at ef {index.ef}, under {MIN_RECALL}")
+    return {"queries": queries, "rows": rows, "scores": scores, "found": found}, share
+
+
+def _seal(building: Path, folder: Path) -> None:
+    """Flush every file and directory, then rename: after a power cut the folder is whole or absent."""
+    building.chmod(0o755)  # mkdtemp's is for one user alone
+    for path in [*building.rglob("*"), building]:
+        _sync(path)
+    building.rename(folder)
+    _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def publish(folder: Path, url: str) -> str:
+    """Copy a whole generation into the store at `url` (a folder or any fsspec URL), its manifest last.
+
+    Returns the generation's own URL, `url`/version. A generation built in the store stays where it is.
+    Raises DamagedGeneration, FileExistsError where another generation has this version.
+    """
+    manifest = verify(folder)
+    store, root = fsspec.core.url_to_fs(url)
+    target = f"{root.rstrip('/')}/{manifest.version}"
+    address = str(store.unstrip_protocol(target))
+    if store.exists(f"{target}/{MANIFEST}"):
+        if store.cat_file(f"{target}/{MANIFEST}") != (folder / MANIFEST).read_bytes():
+            raise FileExistsError(f"{address} is another generation")
+        return address
+    for name in [*sorted(manifest.files), MANIFEST]:
+        store.makedirs(f"{target}/{name}".rpartition("/")[0], exist_ok=True)
+        store.put_file(str(folder / name), f"{target}/{name}")
+    return address
+
+
+def fetch(url: str, cache_dir: Path, manifest_sha256: str) -> Path:
+    """The folder of a verified generation: in place where `url` is local, else a copy under `cache_dir`.
+
+    Raises DamagedGeneration on anything but what was announced, OSError where the store is out of reach.
+    """
+    store, root = fsspec.core.url_to_fs(url)
+    if isinstance(store, LocalFileSystem):
+        verify(Path(root), manifest_sha256)
+        return Path(root)
+    folder = cache_dir / f"{Path(root).name}-{manifest_sha256[:12]}"
+    if folder.exists():
+        try:
+            verify(folder, manifest_sha256)
+            return folder
+        except DamagedGeneration:
+            shutil.rmtree(folder)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    copy = Path(tempfile.mkdtemp(prefix=".fetching-", dir=cache_dir))
+    try:
+        _download(store, root, copy, manifest_sha256)
+        verify(copy, manifest_sha256)
+        _seal(copy, folder)
+    except BaseException:
+        shutil.rmtree(copy, ignore_errors=True)
+        raise
+    return folder
+
+
+def _download(store: Any, root: str, copy: Path, sha256: str) -> None:
+    try:
+        raw = store.cat_file(f"{root}/{MANIFEST}")
+        (copy / MANIFEST).write_bytes(raw)
+        for name in decode_manifest(raw, sha256).files:
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            store.get_file(f"{root}/{name}", str(copy / name))
+    except FileNotFoundError as error:
+        raise DamagedGeneration(f"{error}: missing in the store") from error
+
+
+def prune(url: str, keep: int) -> list[str]:
+    """Delete all but the `keep` newest generations of a store (or cache); the deleted ones' folder names.
+
+    What has no readable manifest is left alone: it may be on its way in, or kept for inspection.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, got {keep}")
+    store, root = fsspec.core.url_to_fs(url)
+    found = []
+    for path in store.ls(root, detail=False):
+        try:
+            manifest = decode_manifest(store.cat_file(f"{path}/{MANIFEST}"))
+        except (OSError, DamagedGeneration):
+            continue
+        if not Path(path).name.startswith("."):
+            found.append((manifest.created_ms, manifest.version, path))
+    old = [path for _, _, path in sorted(found)[:-keep]]
+    for path in old:
+        store.rm_file(f"{path}/{MANIFEST}")  # first: a half deleted generation must not look whole
+        store.rm(path, recursive=True)
+    return [Path(path).name for path in old]

@@ -1,0 +1,258 @@
+"""Learns from the stream, one micro-batch at a time, and hands out frozen models.
+
+Legend: n events, N items, W windows, L window length, C candidates, d tower, E text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.covisitation import Covisitation, Factors
+from model.mix import Mix, bucket
+from model.model import TEXT_GAIN, Catalogue, Model
+from model.popularity import Popularity
+from model.sampling import EventLog, Events, Padded, shuffle_ties
+from model.tower import TowerTrainer
+
+Rows = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class LearnReport:
+    """What one call of learn did; the losses are means, NaN where nothing was learned from."""
+
+    events: int
+    steps: int
+    tower_loss: float
+    mix_loss: float
+
+
+class Learner:
+    """Deterministic: the same seed, config and events give the same model, bit for bit, on one device."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0, device: str = "cpu") -> None:
+        self.config, self.device, self._seed = config, device, seed
+        self.log = EventLog(config.window_events, config.exclude_seen)
+        half_lives = (config.popular_now_half_life, config.popular_half_life, config.covisitation_half_life)
+        self._popularity = Popularity(half_lives)
+        self._covisitation = Covisitation(config.covisitation_half_life, config.covisitation_pairs)
+        self._mix = Mix(config.mix_rate, config.mix_candidates)
+        self._tower = TowerTrainer(config, seed, device)
+        self._catalogue = Catalogue(config, seed, device)
+        self._random = np.random.default_rng(seed)
+        self._counts = np.zeros(0, np.float32)  # (N,) positive events, undecayed
+        self._items = torch.zeros(0, config.tower_dim, device=device)  # (N, d) as of each item's last step
+        self._factors = Factors(*(np.zeros((0, config.covisitation_rank), np.float32) for _ in range(2)))
+        self._warmup_left, self._next_refresh = config.warmup_steps, 0
+
+    @staticmethod
+    def from_model(model: Model, text: Floats, seed: int = 0, device: str = "cpu") -> Learner:
+        """Goes on from a saved model; text (N, E) of its items. Give it its window with `absorb`."""
+        learner = Learner(model.config, seed, device)
+        learner.add_items(model.ids, text)
+        learner._tower.user.load_state_dict(model.tower.state_dict())
+        with torch.no_grad():
+            learner._tower.text.weight.copy_(model.arrays["tower.text"])
+        learner._tower.table.values = model.arrays["tower.ids"].to(device).clone()
+        learner._mix.restore(model.arrays["mix"].cpu().numpy())
+        learner._warmup_left = 0
+        return learner
+
+    @property
+    def ids(self) -> list[str]:
+        return self._catalogue.ids
+
+    def text(self) -> Floats:
+        """(N, E) texts of `ids` as given: what the gate scores unknown items by."""
+        return np.asarray(self._catalogue.text[: len(self.ids)].cpu().numpy())
+
+    def add_items(self, ids: Sequence[str], text: Floats) -> None:
+        """Grows the catalogue; text (M, E), a zero row where it is missing. A known id gets the new text.
+
+        Raises ValueError on another shape or a value that is not finite.
+        """
+        rows = self._catalogue.add(ids, text)
+        added = len(self.ids) - len(self._counts)
+        self._tower.table.grow(added)
+        self._popularity.grow(len(self.ids))
+        self._covisitation.grow(len(self.ids))
+        self._counts = np.pad(self._counts, (0, added))
+        self._items = torch.cat([self._items, self._items.new_zeros(added, self.config.tower_dim)])
+        self._items[rows] = self._vectors(rows)
+        missing = ((0, added), (0, 0))
+        self._factors = Factors(np.pad(self._factors.left, missing), np.pad(self._factors.right, missing))
+
+    def _vectors(self, rows: Tensor) -> Tensor:
+        counts = torch.from_numpy(self._counts).to(self.device)[rows]
+        return self._tower.items(rows, self._catalogue.unit[rows], counts)
+
+    def learn(self, events: Events) -> LearnReport:
+        """Predicts, then learns, by micro-batches. FloatingPointError names the step that diverged."""
+        steps, tower_losses, mix_losses = self._tower.steps, list[float](), list[float]()
+        for start in range(0, len(events), self.config.micro_batch):
+            part = events.slice(start, start + self.config.micro_batch)
+            rows, numbers = self._append(part)
+            mix_losses += self._learn_mix(numbers, rows, part.ts_ms)
+            self._count(numbers, rows, part.weights)
+            tower_losses += self._learn_tower(numbers)
+            self._refresh(self.log.count >= self._next_refresh)
+        means = [float(np.mean(losses)) if losses else float("nan") for losses in (tower_losses, mix_losses)]
+        return LearnReport(len(events), self._tower.steps - steps, *means)
+
+    def absorb(self, events: Events) -> None:
+        """Takes events into histories and counts without a step of the weights: a window read back."""
+        for start in range(0, len(events), self.config.micro_batch):
+            part = events.slice(start, start + self.config.micro_batch)
+            rows, numbers = self._append(part)
+            self._count(numbers, rows, part.weights)
+        self._refresh(len(events) > 0)
+
+    def _append(self, events: Events) -> tuple[Rows, Rows]:
+        known = self._catalogue.rows
+        unknown = list(dict.fromkeys(item for item in events.items if item not in known))
+        if unknown:
+            self.add_items(unknown, np.zeros((len(unknown), self.config.text_dim), np.float32))
+        rows = np.array([known[item] for item in events.items], np.int64)
+        return rows, self.log.append(events.users, rows, events.weights, events.ts_ms)
+
+    def _count(self, numbers: Rows, rows: Rows, weights: Floats) -> None:
+        self._popularity.add(rows, weights)
+        self._covisitation.add(rows, weights, self.log.before(numbers, self.config.history))
+        np.add.at(self._counts, rows, (weights > 0).astype(np.float32))
+
+    def _refresh(self, due: bool) -> None:
+        if due:
+            touched = self._popularity.values()[:, 2]
+            self._factors = self._covisitation.factorise(touched, self.config.covisitation_rank, self._seed)
+            pause = min(max(self.log.count // 8, self.config.micro_batch), self.config.refresh_events)
+            self._next_refresh = self.log.count + pause
+
+    def _learn_mix(self, numbers: Rows, rows: Rows, ts_ms: Rows) -> list[float]:
+        window = self.log.ending_at(numbers, 1)
+        chosen = (window.goals[:, 0] > 0) & (self._counts[rows] > 0)
+        if not chosen.any():
+            return []
+        numbers, targets, config = numbers[chosen], rows[chosen], self.config
+        candidates, _ = self._candidates(targets)
+        columns = self._columns(candidates)
+        history = self.log.before(numbers, config.history, config.same_stamp_history)
+        parts = self._scores(self._view(), history, ts_ms[chosen], candidates)
+        excluded = self._consumed(self.log.users(numbers), columns, len(candidates))
+        losses = self._mix.learn(parts, columns[targets], excluded, bucket(history.lengths))
+        if not np.isfinite(self._mix.weights()).all():
+            raise FloatingPointError(f"mix weights diverged at event {self.log.count}")
+        return [float(loss) for loss in losses]
+
+    def _scores(self, view: Model, history: Padded, ts_ms: Rows, candidates: Rows) -> Floats:
+        """(F, B, C) every part's score of every candidate."""
+        queries, chosen = view.user_parts(history, ts_ms), torch.from_numpy(candidates).to(self.device)
+        arrays = view.arrays
+        tower = torch.cat([arrays["tower.items"][chosen], arrays["tower.bias"][chosen].unsqueeze(1)], dim=1)
+        learned = [
+            queries["tower"] @ tower.T,
+            queries["covisitation"] @ arrays["covisitation.right"][chosen].T,
+            queries["text"] @ arrays["text.items"][chosen].T,
+        ]
+        popular = arrays["popularity"][chosen].T.unsqueeze(1).expand(2, len(learned[0]), -1)  # (2, B, C)
+        return np.asarray(torch.cat([torch.stack(learned), popular]).detach().cpu().numpy())
+
+    def _learn_tower(self, numbers: Rows) -> list[float]:
+        """Replay steps while the stream is young, then one step on the new events and a replay."""
+        config, losses = self.config, []
+        for _ in range(min(self._warmup_left, config.warmup_steps_a_batch)):
+            losses += self._step(self._replayed(), config.warmup_rate)
+            self._warmup_left -= 1
+        joined = [np.concatenate(pair) for pair in zip(self._newest(numbers), self._replayed(), strict=True)]
+        return losses + self._step(joined, config.warmup_rate if self._warmup_left else config.learning_rate)
+
+    def _replayed(self) -> list[NDArray[Any]]:
+        numbers = self._random.integers(self.log.start, self.log.count, self.config.replay)
+        window = self.log.ending_at(numbers, self.config.history + 1)
+        return [self.log.users(numbers), *window.columns()]
+
+    def _newest(self, numbers: Rows) -> list[NDArray[Any]]:
+        """The window of every user in the micro-batch, with only its new events to predict."""
+        users, last, new = np.unique(self.log.users(numbers)[::-1], return_index=True, return_counts=True)
+        window = self.log.ending_at(numbers[::-1][last], self.config.history + 1)
+        age = np.arange(self.config.history, -1, -1)  # (L,)
+        return [users, window.rows, window.weights, window.ts_ms, window.goals * (age < new[:, None])]
+
+    def _step(self, drawn: list[NDArray[Any]], rate: float) -> list[float]:
+        users, windows = drawn[0], shuffle_ties(Padded(*drawn[1:]), self._random)
+        if not (windows.goals[:, 1:] > 0).any():
+            return []
+        candidates, expansion = self._candidates(np.unique(windows.rows[windows.rows >= 0]))
+        columns = self._columns(candidates)
+        rows = torch.from_numpy(candidates).to(self.device)
+        loss, vectors = self._tower.step(
+            windows,
+            columns[np.maximum(windows.rows, 0)],
+            (rows, self._catalogue.unit[rows], torch.from_numpy(self._counts[candidates]).to(self.device)),
+            self._consumed(users, columns, len(candidates)),
+            expansion,
+            rate,
+        )
+        self._items[rows] = vectors
+        return [loss]
+
+    def _candidates(self, needed: Rows) -> tuple[Rows, Tensor]:
+        """Items that compete (C,) and their log(1 / chance of being drawn): those seen so far, or a sample.
+
+        Items never seen do not compete: the loss would teach the model that they are unwanted.
+        """
+        seen, config = np.flatnonzero(self._counts > 0), self.config
+        if len(seen) <= config.full_softmax_items:
+            rows = np.union1d(seen, needed)
+            return rows, torch.zeros(len(rows), device=self.device)
+        others = np.setdiff1d(seen, needed)
+        drawn = self._random.choice(others, min(config.sampled_items, len(others)), replace=False)
+        rows = np.concatenate([np.unique(needed), drawn])
+        expansion = np.zeros(len(rows), np.float32)
+        expansion[len(rows) - len(drawn) :] = np.log(len(others) / max(len(drawn), 1))
+        return rows, torch.from_numpy(expansion).to(self.device)
+
+    def _columns(self, candidates: Rows) -> Rows:
+        """(N,) each item's place among the candidates (C,), -1 for the others."""
+        columns = np.full(len(self._counts), -1, np.int64)
+        columns[candidates] = np.arange(len(candidates))
+        return columns
+
+    def _consumed(self, users: Rows, columns: Rows, num_candidates: int) -> NDArray[np.bool_]:
+        """(B, C) what each user has consumed and must not be recommended."""
+        mask = np.zeros((len(users), num_candidates + 1), np.bool_)  # the last column takes what competes not
+        if self.config.exclude_seen:
+            for line, user in enumerate(users.tolist()):
+                consumed = self.log.consumed[user]
+                mask[line, columns[np.fromiter(consumed, np.int64, len(consumed))]] = True
+        return mask[:, :-1]
+
+    def model(self) -> Model:
+        """A frozen model with everything learned so far; copies, so later learning leaves it alone."""
+        self._items = self._vectors(torch.arange(len(self._counts), device=self.device))
+        return self._view().frozen()
+
+    def _view(self) -> Model:
+        counts, catalogue = torch.from_numpy(self._counts).to(self.device), self._catalogue
+        arrays = {
+            "tower.items": self._items,
+            "tower.ids": self._tower.table.values,
+            "tower.text": self._tower.text.weight,
+            "tower.bias": self._tower.table.values[:, -1] * counts / (counts + self.config.id_prior),
+            "covisitation.left": torch.from_numpy(self._factors.left).to(self.device),
+            "covisitation.right": torch.from_numpy(self._factors.right).to(self.device),
+            "text.items": TEXT_GAIN * (catalogue.unit[: len(counts)] @ catalogue.projection),
+            "text.mean": catalogue.mean,
+            "text.projection": catalogue.projection,
+            "popularity": torch.from_numpy(self._popularity.log()[:, :2]).to(self.device),
+            "mix": torch.from_numpy(self._mix.weights()).to(self.device),
+        }
+        return Model(self.config, catalogue.ids, arrays, self._tower.user)

@@ -1,0 +1,262 @@
+"""The frozen model that serving needs: one vector an item, one a user, scored by inner product.
+
+Legend: N items, B users, T history, D vector, E text, d tower, R co-visitation rank, P projected text.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from model.config import BUCKETS, PARTS, ModelConfig
+from model.mix import bucket
+from model.sampling import Events as Events
+from model.sampling import History as History
+from model.sampling import Padded, pad
+from model.tower import UserTower, item_vectors
+
+Floats = NDArray[np.float32]
+TEXT_GAIN = 5.0  # brings cosines of text to the spread of the other parts, for one Adagrad rate
+_PCA_ITEMS = 64  # below it the text projection is random: too few texts to find directions in
+_MEAN_GROWTH = 1.1  # the mean text moves when the catalogue has grown by this much: it re-centres every item
+PER_ITEM = (
+    "tower.items", "tower.ids", "tower.bias", "covisitation.left", "covisitation.right", "text.items", "popularity",
+)  # fmt: skip
+_RECENCY = 5.0  # events; weight of a click in the co-visitation and text parts is exp(-position / 5)
+
+
+def array_shapes(config: ModelConfig, num_items: int) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every array beside the user tower's; all float32."""
+    n, d, rank, text = num_items, config.tower_dim, config.covisitation_rank, config.projected_text_dim
+    return {
+        "tower.items": (n, d),
+        "tower.ids": (n, d + 1),  # id embedding and bias, before the gate
+        "tower.text": (d, config.text_dim),
+        "tower.bias": (n,),
+        "covisitation.left": (n, rank),
+        "covisitation.right": (n, rank),
+        "text.items": (n, text),
+        "text.mean": (config.text_dim,),
+        "text.projection": (config.text_dim, text),
+        "popularity": (n, 2),
+        "mix": (len(BUCKETS) + 1, len(PARTS)),
+    }
+
+
+def centred(text: Tensor, mean: Tensor) -> Tensor:
+    """Unit rows of text (M, E) minus the catalogue's mean (E,); a missing text (zero row) stays zero."""
+    present = text.abs().sum(dim=1, keepdim=True) > 0
+    return F.normalize((text - mean) * present, dim=1)
+
+
+class Catalogue:
+    """Ids and texts: as given, centred to unit length, and the directions they are projected on."""
+
+    def __init__(self, config: ModelConfig, seed: int, device: str) -> None:
+        self._config, self._seed, self._device = config, seed, device
+        self.ids: list[str] = []
+        self.rows: dict[str, int] = {}
+        self.text = torch.zeros(0, config.text_dim, device=device)  # (capacity, E)
+        self.unit, self.mean = self.text.clone(), torch.zeros(config.text_dim, device=device)
+        self._centred_at = self._projected_at = 0  # texts known when mean and projection were last made
+        self.texts = 0
+        self.projection = self._random_directions()  # (E, P) orthonormal columns
+
+    def add(self, ids: Sequence[str], text: Floats) -> Tensor:
+        """Rows (M,) of the ids, known or new, with their new text (M, E)."""
+        if text.shape != (len(ids), self._config.text_dim):
+            raise ValueError(f"text has shape {text.shape}, expected {(len(ids), self._config.text_dim)}")
+        if not np.isfinite(text).all():
+            raise ValueError("a text vector is not finite")
+        for item in ids:
+            if self.rows.setdefault(item, len(self.ids)) == len(self.ids):
+                self.ids.append(item)
+        self._reserve(len(self.ids))
+        rows = torch.tensor([self.rows[item] for item in ids], dtype=torch.int64, device=self._device)
+        self.text[rows] = torch.as_tensor(text, dtype=torch.float32, device=self._device)
+        self.unit[rows] = centred(self.text[rows], self.mean)
+        self.texts += int((np.abs(text).sum(axis=1) > 0).sum())
+        if self.texts > _MEAN_GROWTH * self._centred_at:
+            self._centre()
+        return rows
+
+    def _centre(self) -> None:
+        present = self.text[self.text.abs().sum(dim=1) > 0]
+        self.mean, self._centred_at = present.mean(dim=0), self.texts
+        self.unit = centred(self.text, self.mean)
+        if len(present) >= max(_PCA_ITEMS, 2 * self._projected_at):
+            self._projected_at = len(present)
+            spread = torch.linalg.eigh(self.unit.T @ self.unit)[1].flip(1)  # principal directions first
+            self.projection = spread[:, : self._config.projected_text_dim].contiguous()
+
+    def _random_directions(self) -> Tensor:
+        width = self._config.text_dim
+        random = torch.randn(width, width, generator=torch.Generator().manual_seed(self._seed))
+        directions: Tensor = torch.linalg.qr(random)[0][:, : self._config.projected_text_dim]
+        return directions.to(self._device)
+
+    def _reserve(self, size: int) -> None:
+        if size > len(self.text):
+            added = max(size, 2 * len(self.text)) - len(self.text)
+            empty = self.text.new_zeros(added, self.text.shape[1])
+            self.text, self.unit = torch.cat([self.text, empty]), torch.cat([self.unit, empty])
+
+
+class Model:
+    """Immutable. Build one with Learner.model() or Model.load()."""
+
+    def __init__(
+        self, config: ModelConfig, ids: list[str], arrays: dict[str, Tensor], tower: UserTower
+    ) -> None:
+        self.config, self.ids, self.arrays, self.tower = config, ids, arrays, tower
+        self.dim = config.dim
+        self.device = arrays["mix"].device
+
+    def item_vectors(self) -> Floats:
+        """(N, D): tower, its bias, co-visitation, text, popularity."""
+        arrays = self.arrays
+        columns = [arrays["tower.items"], arrays["tower.bias"].unsqueeze(1), arrays["covisitation.right"]]
+        columns += [arrays["text.items"], arrays["popularity"]]
+        return _numpy(torch.cat(columns, dim=1))
+
+    def extended(self, ids: Sequence[str], text: Floats) -> Model:
+        """The same model with items behind its own that it has never seen; text (M, E), a zero row has none.
+
+        They are known by their text alone: no id vector, no co-visitation, no popularity.
+        """
+        arrays, config = self.arrays, self.config
+        if text.shape != (len(ids), config.text_dim):
+            raise ValueError(f"text has shape {text.shape}, expected {(len(ids), config.text_dim)}")
+        unit = centred(torch.as_tensor(text, dtype=torch.float32, device=self.device), arrays["text.mean"])  # (M, E)
+        projected = unit @ arrays["tower.text"].T  # (M, d)
+        none = torch.zeros(len(text), device=self.device)
+        new = {
+            "tower.items": item_vectors(
+                projected, torch.zeros_like(projected), none, config.text_scale, config.id_prior
+            ),
+            "text.items": TEXT_GAIN * (unit @ arrays["text.projection"]),  # (M, P)
+        }
+        grown = {
+            name: torch.cat([arrays[name], new.get(name, arrays[name].new_zeros(len(ids), *shape[1:]))])
+            for name, shape in array_shapes(config, len(self.ids)).items()
+            if name in PER_ITEM
+        }
+        return Model(config, [*self.ids, *ids], arrays | grown, self.tower)
+
+    def user_vectors(self, histories: Sequence[History], now_ms: Sequence[int]) -> Floats:
+        """(B, D) queries at the given times. Raises ValueError on a row outside the id table."""
+        if not histories:
+            return np.zeros((0, self.dim), np.float32)
+        history = pad(histories, self.config.history)
+        if history.rows.max() >= len(self.ids):
+            raise ValueError(f"item row {history.rows.max()} is outside the table of {len(self.ids)} items")
+        parts = self.user_parts(history, np.asarray(now_ms, np.int64))
+        mix = self.arrays["mix"][torch.from_numpy(bucket(history.lengths)).to(self.device)]  # (B, F)
+        scaled = [parts[name] * mix[:, column : column + 1] for column, name in enumerate(PARTS[:3])]
+        return _numpy(torch.cat([*scaled, mix[:, 3:]], dim=1))
+
+    @torch.no_grad()
+    def user_parts(self, history: Padded, now_ms: NDArray[np.int64]) -> dict[str, Tensor]:
+        """Unmixed query of each learned part: tower (B, d + 1), covisitation (B, R), text (B, P)."""
+        arrays, device = self.arrays, self.device
+        rows = torch.from_numpy(history.rows).to(device)
+        valid = rows >= 0
+        rows = rows.clamp_min(0)
+        weights = torch.from_numpy(history.weights).to(device) * valid  # (B, T)
+        length = rows.shape[1]
+        recency = weights * torch.exp(-torch.arange(length - 1, -1, -1, device=device) / _RECENCY)
+        return {
+            "tower": self._tower_query(rows, valid, weights, history, now_ms),
+            "covisitation": _recent_direction(arrays["covisitation.left"], rows, recency),
+            "text": _recent_direction(arrays["text.items"], rows, recency),
+        }
+
+    def _tower_query(
+        self, rows: Tensor, valid: Tensor, weights: Tensor, history: Padded, now_ms: NDArray[np.int64]
+    ) -> Tensor:
+        if not len(self.ids):
+            items = torch.zeros(*rows.shape, self.config.tower_dim, device=self.device)
+        else:
+            items = self.arrays["tower.items"][rows]  # (B, T, d)
+        prefix = torch.full((len(rows), 1), rows.shape[1], device=self.device)
+        ts = torch.from_numpy(history.ts_ms).to(self.device)
+        at = torch.from_numpy(now_ms).to(self.device).unsqueeze(1)
+        user = self.tower(items, weights, valid, ts, prefix, at)[:, 0] * self.tower.log_scale.exp()  # (B, d)
+        return F.pad(user, (0, 1), value=1.0)  # the last entry meets the item's bias
+
+    def frozen(self) -> Model:
+        """A copy that later learning cannot reach."""
+        arrays = {name: array.detach().clone() for name, array in self.arrays.items()}
+        tower = copy.deepcopy(self.tower).requires_grad_(False)
+        return Model(self.config, list(self.ids), arrays, tower)
+
+    def finite(self) -> bool:
+        """Whether no weight is NaN or infinite."""
+        return all(bool(torch.isfinite(array).all()) for array in self._tensors().values())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return self.arrays | {f"user.{name}": array for name, array in self.tower.state_dict().items()}
+
+    def save(self, folder: Path) -> None:
+        """Writes weights.safetensors, ids.json and config.json; the same model gives the same bytes."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: array.detach().cpu().contiguous() for name, array in self._tensors().items()}
+        save_file(tensors, folder / "weights.safetensors")
+        (folder / "ids.json").write_text(json.dumps(self.ids, ensure_ascii=False), encoding="utf-8")
+        config = json.dumps(self.config.as_dict(), sort_keys=True, indent=1)
+        (folder / "config.json").write_text(config, encoding="utf-8")
+
+    @staticmethod
+    def load(folder: Path, device: str = "cpu") -> Model:
+        """Raises ValueError on a damaged file or an array of another shape, dtype or a value not finite."""
+        try:
+            config = ModelConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+            ids = json.loads((folder / "ids.json").read_text(encoding="utf-8"))
+            tensors = load_file(folder / "weights.safetensors", device=device)
+        except Exception as error:  # safetensors raises its own type, json and OSError theirs
+            raise ValueError(f"{folder}: not a model: {error}") from error
+        if (
+            not isinstance(ids, list)
+            or not all(isinstance(item, str) for item in ids)
+            or len(set(ids)) != len(ids)
+        ):
+            raise ValueError(f"{folder}/ids.json is not a list of different strings")
+        tower = UserTower(config.tower_dim, config.heads, config.hidden).to(device).requires_grad_(False)
+        shapes = array_shapes(config, len(ids))
+        expected = shapes | {f"user.{name}": tuple(p.shape) for name, p in tower.state_dict().items()}
+        _check(tensors, expected)
+        tower.load_state_dict({name: tensors[f"user.{name}"] for name in tower.state_dict()})
+        return Model(config, ids, {name: tensors[name] for name in shapes}, tower)
+
+
+def _check(tensors: dict[str, Tensor], expected: dict[str, Any]) -> None:
+    if tensors.keys() != expected.keys():
+        raise ValueError(f"arrays differ: {sorted(tensors.keys() ^ expected.keys())}")
+    for name, array in tensors.items():
+        if array.dtype != torch.float32 or tuple(array.shape) != expected[name]:
+            raise ValueError(
+                f"{name} is {array.dtype} {tuple(array.shape)}, expected float32 {expected[name]}"
+            )
+        if not torch.isfinite(array).all():
+            raise ValueError(f"{name} has a value that is not finite")
+
+
+def _recent_direction(table: Tensor, rows: Tensor, recency: Tensor) -> Tensor:
+    """Unit rows (B, K) of the recency-weighted sums of table (N, K) rows; zero without history."""
+    if not len(table):
+        return torch.zeros(len(rows), table.shape[1], device=table.device)
+    return F.normalize(torch.einsum("bt,btk->bk", recency, table[rows]), dim=1)
+
+
+def _numpy(tensor: Tensor) -> Floats:
+    return np.asarray(tensor.detach().cpu().numpy(), dtype=np.float32)

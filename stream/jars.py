@@ -1,0 +1,89 @@
+"""Apache Kafka's jars: pinned by Maven coordinates in deploy/kafka, fetched once, checked at every start.
+
+jgo resolves and downloads; it records SHA-256 sums in its lock and never looks at them again (measured),
+so the check is here.
+"""
+
+import hashlib
+import os
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+LOCK = PROJECT / "deploy" / "kafka" / "jgo.lock.toml"
+CACHE = PROJECT / ".cache" / "kafka"
+
+
+class BrokerError(RuntimeError):
+    """The local broker cannot be brought up, and why."""
+
+
+@dataclass(frozen=True)
+class Jar:
+    """One line of the lock."""
+
+    group: str
+    artifact: str
+    version: str
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.artifact}-{self.version}.jar"
+
+
+def fetch_jars(cache: Path = CACHE) -> list[Path]:
+    """Paths of the locked jars under `cache`, in the lock's order; downloads what is missing.
+
+    Raises BrokerError naming the jar whose SHA-256 is not the lock's.
+    """
+    jars = list(_locked())
+    missing = [jar for jar in jars if not (cache / jar.name).exists()]
+    if missing:
+        _download(missing, cache)
+    for jar in jars:
+        _check(jar, cache / jar.name)
+    return [cache / jar.name for jar in jars]
+
+
+def _locked() -> Iterator[Jar]:
+    if not LOCK.exists():
+        raise BrokerError(f"{LOCK} is not there: the local broker needs a checkout of the project")
+    for entry in tomllib.loads(LOCK.read_text())["dependencies"]:
+        yield Jar(entry["groupId"], entry["artifactId"], entry["version"], entry["sha256"])
+
+
+def _download(jars: list[Jar], cache: Path) -> None:
+    """Into a folder beside the cache first: what is under its final name has been checked once."""
+    try:
+        from jgo.config import GlobalSettings
+        from jgo.maven import MavenContext
+    except ImportError as error:
+        raise BrokerError("jgo is not installed: pip install 'upwell[local]'") from error
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as staging, ThreadPoolExecutor(8) as pool:
+        maven = MavenContext(repo_cache=Path(staging), timeout=60)
+        maven.remote_repos |= (
+            GlobalSettings.load().repositories
+        )  # a mirror of the user's, in ~/.config/jgo.conf
+
+        def fetch(jar: Jar) -> None:
+            path: Path = maven.project(jar.group, jar.artifact).at_version(jar.version).artifact().resolve()
+            _check(jar, path)
+            os.replace(path, cache / jar.name)
+
+        list(pool.map(fetch, jars))
+
+
+def _check(jar: Jar, path: Path) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != jar.sha256:
+        raise BrokerError(
+            f"{path.name}: SHA-256 is {found}, the lock says {jar.sha256}; "
+            f"if the cache was damaged, delete {path} and start again"
+        )

@@ -1,0 +1,84 @@
+"""The files of a one-node Kafka under its folder: settings, logging, and who it is (kept across restarts)."""
+
+import contextlib
+import json
+import secrets
+import socket
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+PORTS = range(20000, 32768)  # below the range of outgoing ports: no client can sit on the broker's port
+
+LOG4J = """\
+Configuration:
+  Appenders:
+    Console: {name: out, PatternLayout: {pattern: "%d{ISO8601} %p %m (%c)%n"}}
+  Loggers:
+    Root: {level: WARN, AppenderRef: {ref: out}}
+"""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a client or the log would miss if it changed: kept in broker.json."""
+
+    port: int
+    controller_port: int
+    cluster: str
+
+
+def configure(folder: Path, port: int | None) -> Identity:
+    """Writes the broker's files. Its port is the given one, else the last run's, else a free one."""
+    kept = folder / "broker.json"
+    identity = Identity(**json.loads(kept.read_text())) if kept.exists() else None
+    identity = Identity(
+        port or (identity.port if identity else _free_port()),
+        identity.controller_port if identity else _free_port(),
+        identity.cluster if identity else _cluster_id(),
+    )
+    kept.write_text(json.dumps(asdict(identity)))
+    (folder / "log4j2.yaml").write_text(LOG4J)
+    lines = (f"{key}={value}\n" for key, value in _settings(folder, identity).items())
+    (folder / "server.properties").write_text("".join(lines))
+    return identity
+
+
+def _settings(folder: Path, identity: Identity) -> dict[str, object]:
+    client, controller = f"127.0.0.1:{identity.port}", f"127.0.0.1:{identity.controller_port}"
+    return {
+        "process.roles": "broker,controller",
+        "node.id": 1,
+        "controller.quorum.voters": f"1@{controller}",
+        "listeners": f"PLAINTEXT://{client},CONTROLLER://{controller}",
+        "advertised.listeners": f"PLAINTEXT://{client}",
+        "controller.listener.names": "CONTROLLER",
+        "log.dirs": folder / "log",
+        "auto.create.topics.enable": "false",
+        "broker.session.timeout.ms": 3000,  # after a SIGKILL the next start waits it out; 9 s by default
+        "broker.heartbeat.interval.ms": 1000,
+        "group.initial.rebalance.delay.ms": 0,
+        "group.min.session.timeout.ms": 1000,
+        "log.cleaner.dedupe.buffer.size": 16 << 20,
+        "log.cleaner.backoff.ms": 1000,
+        # One node cannot hold three copies, and its restart has fewer partitions to open.
+        "offsets.topic.num.partitions": 4,
+        "offsets.topic.replication.factor": 1,
+        "transaction.state.log.num.partitions": 4,
+        "transaction.state.log.replication.factor": 1,
+        "transaction.state.log.min.isr": 1,
+        "share.coordinator.state.topic.replication.factor": 1,
+        "share.coordinator.state.topic.min.isr": 1,
+    }
+
+
+def _free_port() -> int:
+    while True:
+        port = secrets.choice(PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def _cluster_id() -> str:
+    """16 random bytes in URL-safe base64; Kafka's tools take a leading dash for an option."""
+    return "u" + secrets.token_urlsafe(16)[1:]

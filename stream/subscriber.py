@@ -1,0 +1,47 @@
+"""Following the recommendations as they are made."""
+
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Self
+
+from stream.connection import Connection
+from stream.consumer import open_consumer, partitions_of
+from stream.events import Recommendations, decode
+from stream.topics import Topics
+
+
+class Subscriber:
+    """Iterates over decoded recommendations, for ever; from now, or from the oldest that are kept.
+
+    "Now" is fixed when this is made: what is sent afterwards is seen, however late the iteration starts.
+    """
+
+    def __init__(self, connection: Connection, topics: Topics, *, from_beginning: bool = False) -> None:
+        self._consumer = open_consumer(connection)
+        partitions = partitions_of(self._consumer, [topics.recommendations.name])
+        self._consumer.assign(partitions)
+        if from_beginning:
+            self._consumer.seek_to_beginning(*partitions)
+        else:
+            for partition, end in self._consumer.end_offsets(partitions).items():
+                self._consumer.seek(partition, end)
+
+    def poll(self, timeout_s: float = 1.0) -> list[Recommendations]:
+        """What has come since the last poll, waiting up to timeout_s for the first. Raises BadEvent."""
+        polled = self._consumer.poll(timeout_ms=int(timeout_s * 1000))
+        return [decode(record.value, Recommendations) for records in polled.values() for record in records]
+
+    def __iter__(self) -> Iterator[Recommendations]:
+        while True:
+            yield from self.poll()
+
+    def close(self) -> None:
+        self._consumer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

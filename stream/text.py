@@ -1,0 +1,35 @@
+"""From a catalogue's texts, as strangers wrote them, to what an encoder reads."""
+
+import html
+import re
+import unicodedata
+
+from stream.events import Item
+
+MAX_CHARS = 8000  # an encoder reads 256-512 tokens; bounds the work on a hostile text
+
+_TAG = re.compile(r"<[/!a-zA-Z][^<>]{0,1000}>")  # "a < b" is no tag
+_URL = re.compile(r"\b(?:https?://|www\.)\S+")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u00ad\u200b\ufeff]+")
+
+
+def clean(text: str) -> str:
+    """One line of plain text: entities decoded; tags, addresses, control characters out; NFC, <= MAX_CHARS.
+
+    >>> clean("Caf&eacute; <b>noir</b>,\\n see https://example.org/x  2 < 3")
+    'Café noir , see 2 < 3'
+    """
+    text = html.unescape(text[: 4 * MAX_CHARS])
+    for pattern in (_TAG, _URL, _CONTROL):
+        text = pattern.sub(" ", text)
+    return " ".join(unicodedata.normalize("NFC", text).split())[:MAX_CHARS]
+
+
+def item_text(item: Item) -> str:
+    """Title, categories and text, each said once: what the encoder makes an item's vector from."""
+    title, text = clean(item.title), clean(item.text)
+    if text.startswith(title):
+        title = ""
+    said = f"{title} {text}".casefold()
+    categories = ", ".join(c for c in map(clean, item.categories) if c.casefold() not in said)
+    return ". ".join(part.rstrip(".") for part in (title, categories, text) if part)[:MAX_CHARS]

@@ -1,0 +1,130 @@
+"""The topics: one table, and its creation on a cluster."""
+
+from dataclasses import dataclass
+
+import kafka
+from kafka.admin import ConfigResource
+
+from stream.connection import Connection
+from stream.events import MAX_ITEM_BYTES
+
+DAY_MS = 24 * 60 * 60 * 1000
+MIB = 1024 * 1024
+ALREADY_EXISTS = 36  # Kafka's error code TOPIC_ALREADY_EXISTS
+
+
+@dataclass(frozen=True)
+class Topic:
+    """One topic; `retention_ms` None means compacted: the newest record a key is kept, without end."""
+
+    name: str
+    about: str
+    partitions: int
+    retention_ms: int | None
+    max_message_bytes: int = MAX_ITEM_BYTES + MIB // 16  # of a batch: keys, headers and framing on top
+
+    @property
+    def compacted(self) -> bool:
+        return self.retention_ms is None
+
+    def config(self) -> dict[str, str]:
+        """Kafka's topic settings, by their own names."""
+        settings: dict[str, object] = {
+            "cleanup.policy": "compact" if self.compacted else "delete",
+            "max.message.bytes": self.max_message_bytes,
+            # The broker's clock: a stamp of the producer's could make a replayed old click expire at once.
+            "message.timestamp.type": "LogAppendTime",
+        }
+        if self.retention_ms is not None:
+            settings["retention.ms"] = self.retention_ms
+        else:
+            # The open segment is never compacted: small ones keep the read at start-up short, and the lag
+            # bounds how long an erased user's record survives its tombstone.
+            settings |= {"segment.bytes": 64 * MIB, "min.cleanable.dirty.ratio": 0.2}
+            settings |= {"max.compaction.lag.ms": DAY_MS, "retention.ms": -1}
+        return {key: str(value) for key, value in settings.items()}
+
+
+class Topics:
+    """All topics of one installation.
+
+    prefix: the installation's name; partitions: of every topic keyed by user, the bound on the number of
+    workers; clicks_days: how far back a trainer can replay.
+    """
+
+    def __init__(self, prefix: str = "upwell", partitions: int = 8, clicks_days: float = 30) -> None:
+        if partitions < 1:
+            raise ValueError(f"partitions: {partitions}, at least 1")
+        clicks_ms = int(clicks_days * DAY_MS)
+
+        def topic(name: str, about: str, parts: int, retention_ms: int | None = None, **rest: int) -> Topic:
+            return Topic(f"{prefix}.{name}", about, parts, retention_ms, **rest)
+
+        self.prefix = prefix
+        self.clicks = topic(
+            "clicks",
+            "What users do, keyed by user: one user, one partition, one order.",
+            partitions,
+            clicks_ms,
+        )
+        self.items = topic(
+            "items", "The catalogue, keyed by item; a null value removes the item.", min(partitions, 4)
+        )
+        self.vectors = topic(
+            "vectors", "Text vectors of the items, keyed by item, made by the indexer.", min(partitions, 4)
+        )
+        self.users = topic(
+            "users",
+            "State of each user, keyed and partitioned like the clicks: the changelog of the workers.",
+            partitions,
+        )
+        self.recommendations = topic(
+            "recommendations", "Fresh recommendations, keyed by user.", partitions, DAY_MS
+        )
+        self.models = topic("models", "Trained models, announced by the trainer.", 1)
+        self.generations = topic("generations", "Published generations, announced by the indexer.", 1)
+        self.dead_letters = topic(
+            "dead-letters",
+            "Messages that could not be applied, with their cause and their bytes.",
+            1,
+            30 * DAY_MS,
+            max_message_bytes=2 * MIB,  # the refused message itself, a third larger in base64
+        )
+
+    def all(self) -> tuple[Topic, ...]:
+        return tuple(value for value in vars(self).values() if isinstance(value, Topic))
+
+
+def ensure(topics: Topics, connection: Connection) -> None:
+    """Creates what is missing and waits until it can be used; safe to run from several processes at once.
+
+    Raises ValueError naming the topic that exists with another number of partitions or cleanup policy.
+    """
+    table = {topic.name: topic for topic in topics.all()}
+    with kafka.KafkaAdminClient(**connection.kafka_python()) as admin:
+        missing = table.keys() - set(admin.list_topics())
+        if missing:
+            _create([table[name] for name in missing], admin)
+        admin.wait_for_topics(list(table), timeout_ms=30_000)
+        found = {topic["name"]: topic for topic in admin.describe_topics(list(table))}
+        resources = [ConfigResource("TOPIC", name) for name in table]
+        configs = admin.describe_configs(resources, config_filter="all")["topic"]
+        for topic in table.values():
+            _compare(
+                topic, len(found[topic.name]["partitions"]), configs[topic.name]["cleanup.policy"]["value"]
+            )
+
+
+def _create(topics: list[Topic], admin: kafka.KafkaAdminClient) -> None:
+    """Replicas as the cluster's default says."""
+    wanted = {topic.name: {"num_partitions": topic.partitions, "configs": topic.config()} for topic in topics}
+    for result in admin.create_topics(wanted, raise_errors=False)["topics"]:
+        if result["error_code"] not in (0, ALREADY_EXISTS):
+            raise kafka.errors.for_code(result["error_code"])(f"{result['name']}: {result['error_message']}")
+
+
+def _compare(topic: Topic, partitions: int, policy: str) -> None:
+    if partitions != topic.partitions:
+        raise ValueError(f"{topic.name} has {partitions} partitions, the settings say {topic.partitions}")
+    if policy != topic.config()["cleanup.policy"]:
+        raise ValueError(f"{topic.name} is '{policy}', it has to be '{topic.config()['cleanup.policy']}'")

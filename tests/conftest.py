@@ -1,0 +1,28 @@
+"""One real broker for the whole suite, and fresh topics for each test."""
+
+import secrets
+from collections.abc import Iterator
+
+import pytest
+
+from stream.broker import LocalBroker
+from stream.connection import Connection
+from stream.topics import Topics, ensure
+
+
+@pytest.fixture(scope="session")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalBroker]:
+    with LocalBroker(tmp_path_factory.mktemp("kafka")) as broker:
+        yield broker
+
+
+@pytest.fixture(scope="session")
+def connection(broker: LocalBroker) -> Connection:
+    return Connection(broker.bootstrap)
+
+
+@pytest.fixture
+def topics(connection: Connection) -> Topics:
+    topics = Topics(f"t{secrets.token_hex(4)}", partitions=3)
+    ensure(topics, connection)
+    return topics

@@ -1,0 +1,121 @@
+"""Reading windows and tails on the real broker, with every kind of hole a log can have."""
+
+import threading
+from collections.abc import Iterator
+
+import kafka
+import pytest
+from kafka import TopicPartition
+
+from stream.connection import Connection
+from stream.consumer import Record, read_window, tail
+from stream.topics import Topics
+
+
+@pytest.fixture
+def producer(connection: Connection) -> Iterator[kafka.KafkaProducer]:
+    producer = kafka.KafkaProducer(**connection.kafka_python())
+    yield producer
+    producer.close()
+
+
+def send(producer: kafka.KafkaProducer, topic: str, values: range, partition: int = 0) -> None:
+    for value in values:
+        producer.send(topic, str(value).encode(), b"k", partition=partition)
+    producer.flush()
+
+
+def values(batches: Iterator[list[Record]]) -> list[int]:
+    return sorted(int(record.value or b"-1") for batch in batches for record in batch)
+
+
+def test_a_window_by_arrival_time(
+    connection: Connection, topics: Topics, producer: kafka.KafkaProducer
+) -> None:
+    topic = topics.clicks.name
+    assert list(read_window(connection, topic)) == []
+    send(producer, topic, range(5))
+    send(producer, topic, range(5, 8), partition=1)
+    middle = producer.send(topic, b"8", b"k", partition=0).get(5)
+    send(producer, topic, range(9, 12))
+    assert values(read_window(connection, topic)) == list(range(12))
+    late = values(read_window(connection, topic, since_ms=middle.timestamp))
+    assert set(range(8, 12)) <= set(late)
+    first = next(r.timestamp for b in read_window(connection, topic) for r in b if r.partition == 0)
+    assert values(read_window(connection, topic, since_ms=first)) == list(range(12))
+    assert values(read_window(connection, topic, since_ms=middle.timestamp + 60_000)) == []
+
+
+def test_a_window_by_offsets(connection: Connection, topics: Topics, producer: kafka.KafkaProducer) -> None:
+    topic = topics.clicks.name
+    send(producer, topic, range(5))
+    send(producer, topic, range(5, 8), partition=1)
+    assert values(read_window(connection, topic, offsets={0: 3, 1: 1})) == [3, 4, 6, 7]
+    assert values(read_window(connection, topic, offsets={0: 5})) == [5, 6, 7]
+    with pytest.raises(ValueError, match=r"clicks\[1\]: offset 4 is beyond the end 3"):
+        list(read_window(connection, topic, offsets={1: 4}))
+    with pytest.raises(ValueError, match="no such topic: nowhere"):
+        list(read_window(connection, "nowhere"))
+
+
+def test_offsets_deleted_since(connection: Connection, topics: Topics, producer: kafka.KafkaProducer) -> None:
+    topic = topics.clicks.name
+    send(producer, topic, range(6))
+    send(producer, topic, range(6, 9), partition=1)
+    with kafka.KafkaAdminClient(**connection.kafka_python()) as admin:
+        admin.delete_records({TopicPartition(topic, 0): 4, TopicPartition(topic, 1): 3})
+    assert values(read_window(connection, topic, offsets={0: 2, 1: 0})) == [4, 5]
+    assert values(read_window(connection, topic)) == [4, 5]
+
+
+def test_a_log_that_ends_without_a_record(connection: Connection, topics: Topics) -> None:
+    """A commit marker and an aborted transaction behind the last record a reader may see."""
+    topic = topics.users.name
+    writer = kafka.KafkaProducer(**connection.kafka_python(), transactional_id=topics.prefix)
+    writer.init_transactions()
+    writer.begin_transaction()
+    send(writer, topic, range(3))
+    writer.commit_transaction()
+    writer.begin_transaction()
+    send(writer, topic, range(3, 6))
+    writer.abort_transaction()
+    writer.close()
+    assert values(read_window(connection, topic)) == [0, 1, 2]
+
+
+def test_a_window_ends_where_it_ended_at_its_start(
+    connection: Connection, topics: Topics, producer: kafka.KafkaProducer
+) -> None:
+    topic = topics.clicks.name
+    send(producer, topic, range(100))
+    seen: list[int] = []
+    for batch in read_window(connection, topic):
+        seen += [int(record.value or b"-1") for record in batch]
+        send(producer, topic, range(100, 150))
+        send(producer, topic, range(100, 150), partition=1)
+    assert seen == list(range(100))
+
+
+def test_a_tail_catches_up_once_and_goes_on(
+    connection: Connection, topics: Topics, producer: kafka.KafkaProducer
+) -> None:
+    users, generations = topics.users.name, topics.generations.name
+    send(producer, users, range(10))
+    send(producer, users, range(10, 20), partition=1)
+    stop, seen, caught_up = threading.Event(), list[int](), list[int]()
+
+    def more() -> None:
+        caught_up.append(len(seen))
+        send(producer, generations, range(20, 22))
+
+    for batch in tail(connection, [users, generations], stop, more):
+        seen += [int(record.value or b"-1") for record in batch]
+        if 21 in seen:
+            stop.set()
+    assert caught_up == [20]
+    assert sorted(seen) == list(range(22))
+
+
+def test_a_tail_of_empty_topics_has_caught_up(connection: Connection, topics: Topics) -> None:
+    stop = threading.Event()
+    assert list(tail(connection, [topics.models.name], stop, stop.set)) == []

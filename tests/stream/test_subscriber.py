@@ -1,0 +1,38 @@
+import kafka
+
+from stream.connection import Connection
+from stream.events import Ranked, Recommendations, encode
+from stream.subscriber import Subscriber
+from stream.topics import Topics
+
+
+def recommendation(user: str) -> Recommendations:
+    return Recommendations(
+        user_id=user,
+        items=[Ranked("a", 0.5)],
+        generation="g",
+        source="personal",
+        partition=0,
+        offset=1,
+        event_id="e",
+        clicked_ms=1,
+        sent_ms=2,
+    )
+
+
+def test_from_now_and_from_the_beginning(connection: Connection, topics: Topics) -> None:
+    producer = kafka.KafkaProducer(**connection.kafka_python())
+
+    def send(user: str) -> None:
+        producer.send(topics.recommendations.name, encode(recommendation(user)), user.encode()).get(5)
+
+    send("before")
+    with (
+        Subscriber(connection, topics) as now,
+        Subscriber(connection, topics, from_beginning=True) as all_of_it,
+    ):
+        send("after")  # before the first poll: "now" is when the subscriber was made
+        assert next(iter(now)) == recommendation("after")
+        seen = iter(all_of_it)
+        assert {next(seen).user_id, next(seen).user_id} == {"before", "after"}
+    producer.close()

@@ -1,0 +1,52 @@
+import secrets
+from concurrent.futures import ThreadPoolExecutor
+
+import kafka
+import pytest
+from kafka.admin import ConfigResource
+
+from stream.connection import Connection
+from stream.topics import Topics, ensure
+
+
+def test_the_cluster_has_what_the_table_says(connection: Connection, topics: Topics) -> None:
+    with kafka.KafkaAdminClient(**connection.kafka_python()) as admin:
+        for topic in topics.all():
+            (found,) = admin.describe_topics([topic.name])
+            assert len(found["partitions"]) == topic.partitions
+            configs = admin.describe_configs([ConfigResource("TOPIC", topic.name)], config_filter="all")
+            settings = {key: entry["value"] for key, entry in configs["topic"][topic.name].items()}
+            assert topic.config().items() <= settings.items()
+
+
+def test_users_and_clicks_share_their_partitions() -> None:
+    topics = Topics("x", partitions=5)
+    assert topics.users.partitions == topics.clicks.partitions == 5
+    assert [t.name for t in topics.all() if t.compacted] == [
+        "x.items", "x.vectors", "x.users", "x.models", "x.generations",
+    ]  # fmt: skip
+    assert topics.clicks.config()["retention.ms"] == str(30 * 24 * 3600 * 1000)
+    assert all(t.config()["retention.ms"] == "-1" for t in topics.all() if t.compacted)
+    assert all(topic.about.endswith(".") for topic in topics.all())
+
+
+def test_ensure_from_several_processes_at_once(connection: Connection) -> None:
+    topics = Topics(f"t{secrets.token_hex(4)}", partitions=2)
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(ensure, topics, connection) for _ in range(4)]:
+            done.result()
+
+
+def test_another_partition_count_is_refused_by_name(connection: Connection, topics: Topics) -> None:
+    with pytest.raises(ValueError, match=rf"{topics.prefix}\.clicks has 3 partitions, the settings say 4"):
+        ensure(Topics(topics.prefix, partitions=4), connection)
+
+
+def test_another_cleanup_policy_is_refused_by_name(connection: Connection) -> None:
+    topics = Topics(f"t{secrets.token_hex(4)}", partitions=2)
+    with kafka.KafkaAdminClient(**connection.kafka_python()) as admin:
+        admin.create_topics(
+            {topics.users.name: {"num_partitions": 2, "configs": {"cleanup.policy": "delete"}}}
+        )
+    with pytest.raises(ValueError, match=rf"{topics.prefix}\.users is 'delete', it has to be 'compact'"):
+        ensure(topics, connection)

@@ -1,0 +1,192 @@
+"""The command `upwell`. Heavy imports happen inside the commands: `upwell --help` does not load torch."""
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from workers.logs import configure
+from workers.settings import ConfigError, Settings, load_settings
+
+EX_CONFIG = 2
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Streaming online-learning recommendations.")
+dead_letters = typer.Typer(no_args_is_help=True, help="Messages that could not be applied.")
+app.add_typer(dead_letters, name="dead-letters")
+
+Broker = Annotated[str | None, typer.Option(help="HOST:PORT of your own Kafka; default: a local one.")]
+
+
+def settings_for(role: str) -> Settings:
+    """Settings, with logs configured; bad configuration ends the process with one line a key."""
+    try:
+        settings = load_settings()
+    except ConfigError as error:
+        typer.echo(f"configuration:\n{error}", err=True)
+        raise typer.Exit(EX_CONFIG) from error
+    configure(settings.log_level, role)
+    return settings
+
+
+@app.command()
+def worker() -> None:
+    """Fold clicks into user states and send fresh recommendations (Faust)."""
+    from workers.user_worker import run_worker
+
+    raise typer.Exit(run_worker(settings_for("worker")))
+
+
+@app.command()
+def trainer() -> None:
+    """Fine-tune on the newest clicks, again and again; publish what wins."""
+    from workers.trainer import run_trainer
+
+    raise typer.Exit(run_trainer(settings_for("trainer")))
+
+
+@app.command()
+def indexer() -> None:
+    """Encode item texts and build generations."""
+    from workers.indexer import run_indexer
+
+    raise typer.Exit(run_indexer(settings_for("indexer")))
+
+
+@app.command()
+def serve() -> None:
+    """HTTP: recommendations, events in, health, metrics, the page."""
+    from workers.server import run_server
+
+    raise typer.Exit(run_server(settings_for("serve")))
+
+
+@app.command()
+def topics() -> None:
+    """Create the topics that are missing; say what each is for."""
+    from stream.topics import ensure
+
+    settings = settings_for("topics")
+    ensure(settings.topics, settings.connection)
+    for topic in settings.topics.all():
+        kept = "compacted" if topic.compacted else f"{(topic.retention_ms or 0) // 86_400_000} days"
+        typer.echo(f"{topic.name}  {topic.partitions} partitions, {kept}: {topic.about}")
+
+
+@app.command()
+def up(broker: Broker = None) -> None:
+    """All roles on this machine, until Ctrl-C. Without --broker: on a local Kafka under data/kafka."""
+    from stream.broker import LocalBroker
+    from stream.topics import ensure
+    from workers.processes import stop_on_signal
+    from workers.up import Roles
+
+    settings = settings_for("up")
+    stop = stop_on_signal()
+    with ExitStack() as stack:
+        if broker is None:
+            broker = stack.enter_context(LocalBroker(Path("data/kafka"), home=kafka_home())).bootstrap
+        environment = {"UPWELL_KAFKA__BOOTSTRAP": broker}
+        os.environ.update(environment)
+        settings = load_settings()
+        ensure(settings.topics, settings.connection)
+        roles = stack.enter_context(Roles(environment))
+        typer.echo(f"Upwell on Kafka {broker}: http://{settings.serve.host}:{settings.serve.port}/")
+        while not stop.wait(0.5):
+            if roles.failed:
+                raise typer.Exit(EX_CONFIG)
+
+
+def kafka_home() -> Path | None:
+    """An unpacked Kafka to use for the local broker, where its jars cannot be fetched."""
+    home = os.environ.get("KAFKA_HOME")
+    return Path(home) if home else None
+
+
+@app.command()
+def demo(
+    check: Annotated[bool, typer.Option("--check", help="Judge the run; print one JSON summary last.")] = False,
+    stream: Annotated[
+        str, typer.Option(help="ml-100k, or a folder of events.jsonl.gz and items.jsonl.gz.")
+    ] = "ml-100k",
+    events: Annotated[int | None, typer.Option(min=1, help="How many; default: all, with --check 30,000.")] = None,
+    rate: Annotated[float, typer.Option(min=0.1, help="Events a second.")] = 120.0,
+    port: Annotated[int, typer.Option(help="Of the API; 0: a free one.")] = 8080,
+    broker: Broker = None,
+) -> None:
+    """The whole service on a real event stream, watched live."""
+    from workers.demo import DemoOptions, run_demo
+
+    options = DemoOptions(check, stream, events or (30_000 if check else None), rate, port, broker, kafka_home())
+    raise typer.Exit(run_demo(options))
+
+
+@app.command()
+def replay(
+    stream: Annotated[str, typer.Argument(help="ml-100k, or a folder of events.jsonl.gz and items.jsonl.gz.")],
+    rate: Annotated[float, typer.Option(min=0.1, help="Events a second.")] = 100.0,
+    limit: Annotated[int | None, typer.Option(min=1)] = None,
+) -> None:
+    """Send a recorded catalogue and its events to the topics, in time order, as if they happened now."""
+    import time
+
+    from rich.progress import track
+
+    from stream.datasets import load_dataset
+    from stream.producer import ClickProducer
+    from stream.replay import replay as send
+    from stream.replay import shifted
+    from workers.processes import stop_on_signal
+
+    settings, stop = settings_for("replay"), stop_on_signal()
+    dataset = load_dataset(stream)
+    events = shifted(dataset.events, int(time.time() * 1000))[:limit]
+    with ClickProducer(settings.connection, settings.topics) as producer:
+        for item in dataset.items:
+            producer.send_item(item)
+        sent = sum(1 for _ in track(send(producer, events, rate, stop), dataset.name, total=len(events)))
+    typer.echo(f"{sent} events and {len(dataset.items)} items sent")
+
+
+@app.command()
+def doctor() -> None:
+    """Look at what Upwell needs; exit code 1 when something is missing."""
+    from workers.doctor import examine
+
+    settings = settings_for("doctor")
+    findings = list(examine(settings))
+    for good, what in findings:
+        typer.echo(f"{'ok  ' if good else 'FAIL'} {what}")
+    raise typer.Exit(0 if all(good for good, _ in findings) else 1)
+
+
+@dead_letters.command("list")
+def list_dead_letters(limit: Annotated[int, typer.Option(min=1, help="The newest so many.")] = 50) -> None:
+    """One line a dead letter: place, cause, the beginning of the message."""
+    from workers.dead_letters import describe, read
+
+    settings = settings_for("dead-letters")
+    for offset, letter in read(settings)[-limit:]:
+        typer.echo(describe(offset, letter))
+
+
+@dead_letters.command("replay")
+def replay_dead_letters(
+    offset: Annotated[list[int] | None, typer.Option(help="Only these, by their number in the list.")] = None,
+) -> None:
+    """Send the kept messages to their topics again, for example after a release that can read them."""
+    from workers.dead_letters import read, resend
+
+    settings = settings_for("dead-letters")
+    letters = [letter for at, letter in read(settings) if offset is None or at in offset]
+    sent, kept = resend(settings, letters)
+    typer.echo(f"{sent} sent again, {kept} cannot be (only a part of an oversized message is kept)")
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

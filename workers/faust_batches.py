@@ -1,0 +1,117 @@
+"""Faust, one event a fetched partition batch: the value is the list of records.
+
+Faust's own path costs 0.1-0.2 ms an event whatever the codec, because `Consumer._drain_messages` makes two
+tasks for each (FACTS.md: 31 to 33 times the rate this way). Group, assignment and commits stay Faust's.
+
+Offsets stay right because the synthetic record carries the batch's last offset: Faust notes the skipped
+ones as a gap and counts a gap as done once a later offset is acked. That holds while acks come in order:
+one agent, concurrency 1. An agent that raises still acks its event, here a whole batch: so the agent ends
+the process instead (`die`). `_wait_next_records` and `_new_transport` are private names; pyproject.toml pins
+the minor version and tests/workers/test_faust_batches.py fails when they move.
+"""
+
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import faust
+import structlog
+from faust.transport.drivers.aiokafka import Consumer, Transport
+
+from stream.connection import Connection
+
+log = structlog.get_logger()
+
+EX_SOFTWARE = 70  # sysexits.h: an internal error was met
+
+
+class PartitionBatchConsumer(Consumer):  # type: ignore[misc]
+    async def _wait_next_records(self, timeout: float) -> tuple[Any, Any]:
+        records, active = await super()._wait_next_records(timeout)
+        return {tp: [_batch(fetched)] for tp, fetched in (records or {}).items() if fetched}, active
+
+
+def _batch(fetched: list[Any]) -> SimpleNamespace:
+    last = fetched[-1]
+    return SimpleNamespace(
+        topic=last.topic,
+        partition=last.partition,
+        offset=last.offset,
+        timestamp=last.timestamp,
+        timestamp_type=last.timestamp_type,
+        headers=(),
+        key=None,
+        value=fetched,
+        checksum=None,
+        serialized_key_size=0,
+        serialized_value_size=sum(record.serialized_value_size for record in fetched),
+    )
+
+
+class PartitionBatchTransport(Transport):  # type: ignore[misc]
+    Consumer = PartitionBatchConsumer
+
+
+class BatchApp(faust.App):  # type: ignore[misc]
+    before: Callable[[], Awaitable[None]]  # runs before the first event is read
+
+    def _new_transport(self) -> PartitionBatchTransport:
+        return PartitionBatchTransport(self.conf.broker_consumer, self)
+
+    async def on_start(self) -> None:
+        await super().on_start()
+        await self.before()
+
+
+def batch_app(group: str, connection: Connection, before: Callable[[], Awaitable[None]]) -> BatchApp:
+    """A Faust app without web server, tables, leader topic or topic creation."""
+    brokers = [f"kafka://{address}" for address in connection.bootstrap.split(",")]
+    app = BatchApp(
+        group,
+        broker=brokers,
+        broker_credentials=_credentials(connection),
+        web_enabled=False,
+        topic_disable_leader=True,
+        topic_allow_declare=False,
+        stream_wait_empty=False,
+        broker_commit_interval=1.0,
+        broker_max_poll_interval=300.0,
+        consumer_auto_offset_reset="earliest",
+        store="memory://",
+    )
+    app.before = before
+    return app
+
+
+def _credentials(connection: Connection) -> Any:
+    """One security setting for both clients (FACTS.md: SASL without an SSL context would be plaintext)."""
+    context = connection.ssl_context()
+    if context is None:
+        return None
+    if connection.username is None:
+        return faust.SSLCredentials(context)
+    return faust.SASLCredentials(
+        mechanism=connection.mechanism,
+        username=connection.username,
+        password=connection.password,
+        ssl_context=context,
+    )
+
+
+def die(reason: str, error: BaseException | None = None) -> None:
+    """End the process now, before anything unfinished is acked: the broker gives the batch to the next one."""
+    log.error("worker ends before the commit", reason=reason, exc_info=error)
+    sys.stderr.flush()
+    os._exit(EX_SOFTWARE)
+
+
+def execute(app: BatchApp) -> int:
+    """Run the app from our own code until a signal: the command line would start the web server (FACTS.md)."""
+    worker = faust.Worker(app, loglevel="WARNING", redirect_stdouts=False, override_logging=False)
+    try:
+        worker.execute_from_commandline()
+    except SystemExit as exit_:
+        return int(exit_.code or 0)
+    return 0

@@ -1,0 +1,185 @@
+"""Item texts in, text vectors out; a model and the vectors in, a generation out.
+
+upwell.items -> Encoder -> upwell.vectors      (every text once: cache by content hash)
+upwell.models + vectors -> build_generation -> artifact store -> upwell.generations
+"""
+
+import tempfile
+import threading
+import time
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import structlog
+import torch
+from numpy.typing import NDArray
+
+from model.checkpoint import fetch_model
+from model.config import ModelConfig
+from model.encoder import Encoder
+from model.generation import RecallTooLow, build_generation, prune, publish
+from model.learner import Learner
+from model.manifest import DamagedGeneration, manifest_sha256
+from model.model import Model
+from stream.consumer import tail
+from stream.events import Artifact, BadEvent, Item, ItemVector, decode, encode
+from stream.producer import Producer
+from stream.text import item_text
+from workers import metrics
+from workers.processes import stop_on_signal
+from workers.settings import Settings
+
+log = structlog.get_logger()
+
+ENCODE_AT_ONCE = 256  # texts between two looks at the topics: 2 s on two cores
+
+
+class Indexer:
+    """One thread: reads topics, encodes what is new, builds when a build is due."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings, self._topics = settings, settings.topics
+        config = settings.indexer
+        self._encoder = Encoder(config.encoder, pooling=config.pooling, cache=settings.cache / "vectors.sqlite")
+        self._producer = Producer(settings.connection)
+        self._pending: dict[str, Item] = {}
+        self._vectors: dict[str, NDArray[np.float32]] = {}
+        self._hashes: dict[str, str] = {}
+        self._announced: Artifact | None = None  # the newest model
+        self._model: Model | None = None
+        self._indexed: set[str] = set()
+        self._built_model: str | None = None  # name of the model in the newest generation
+
+    def run(self, stop: threading.Event) -> None:
+        topics, caught_up = self._topics, threading.Event()
+        names = [topics.items.name, topics.vectors.name, topics.models.name]
+        for records in tail(self._settings.connection, names, stop, caught_up.set):
+            for record in records:
+                self._take(record)
+            if caught_up.is_set():
+                self._encode(stop)
+                if self._due():
+                    self._build()
+        self._producer.close()
+
+    def _take(self, record: Any) -> None:
+        try:
+            if record.topic == self._topics.models.name:
+                self._announced = decode(record.value, Artifact)
+            elif record.topic == self._topics.items.name:
+                self._take_item(record)
+            elif record.value is not None:
+                vector = decode(record.value, ItemVector)
+                if vector.encoder == self._encoder.name:
+                    self._hashes[vector.item_id] = vector.text_hash
+                    self._vectors[vector.item_id] = np.frombuffer(vector.vector, "<f2").astype(np.float32)
+        except BadEvent as error:
+            log.warning("record passed over", topic=record.topic, offset=record.offset, cause=str(error))
+
+    def _take_item(self, record: Any) -> None:
+        item_id = record.key.decode()
+        if record.value is None:
+            self._pending.pop(item_id, None)
+            if self._vectors.pop(item_id, None) is not None:
+                self._hashes.pop(item_id, None)
+                self._producer.send_raw(self._topics.vectors.name, item_id.encode(), None)
+        else:
+            self._pending[item_id] = decode(record.value, Item)
+
+    def _encode(self, stop: threading.Event) -> None:
+        """Text vectors of the pending items whose text is new, in groups, onto the vectors topic."""
+        texts = {item_id: item_text(item) for item_id, item in self._pending.items()}
+        self._pending.clear()
+        hashes = {item_id: sha256(text.encode()).hexdigest()[:32] for item_id, text in texts.items()}
+        new = [item_id for item_id in texts if self._hashes.get(item_id) != hashes[item_id]]
+        for at in range(0, len(new), ENCODE_AT_ONCE):
+            part = new[at : at + ENCODE_AT_ONCE]
+            with metrics.encode_s.labels(str(self._encoder.device)).time():
+                vectors = self._encoder.encode([texts[item_id] for item_id in part])  # (B, E)
+            metrics.encoded_items.inc(len(part))
+            for item_id, vector in zip(part, vectors, strict=True):
+                self._vectors[item_id], self._hashes[item_id] = vector, hashes[item_id]
+                event = ItemVector(
+                    item_id=item_id,
+                    encoder=self._encoder.name,
+                    text_hash=hashes[item_id],
+                    vector=vector.astype("<f2").tobytes(),
+                )
+                self._producer.send_raw(self._topics.vectors.name, item_id.encode(), encode(event))
+            self._producer.flush()
+            log.info("items encoded", done=at + len(part), of=len(new))
+            if stop.is_set():
+                return
+
+    def _due(self) -> bool:
+        """A model that no generation holds, or as many new items as `indexer.fresh_items`, or a first generation."""
+        if not self._vectors:
+            return False
+        fresh = len(self._vectors.keys() - self._indexed)
+        first = not self._indexed
+        new_model = self._announced is not None and self._announced.name != self._built_model
+        return first or new_model or fresh >= self._settings.indexer.fresh_items
+
+    def _build(self) -> None:
+        """Build, check, publish, announce. A model or an index that fails its checks changes nothing."""
+        began, announced = time.monotonic(), self._announced
+        try:
+            if announced is not None and announced.name != self._built_model:
+                self._model = fetch_model(announced.url, announced.manifest_sha256)
+            model = self._covering(self._model or self._untrained())
+            artifact = self._publish(model, announced)
+        except (DamagedGeneration, RecallTooLow, ValueError, OSError) as error:
+            log.error("generation not built", model=announced.name if announced else None, reason=str(error))
+            self._built_model = announced.name if announced else None
+            return
+        self._built_model = announced.name if announced else None
+        self._indexed = set(model.ids)
+        self._producer.send_raw(self._topics.generations.name, b"generation", encode(artifact))
+        self._producer.flush()
+        metrics.build_s.observe(time.monotonic() - began)
+        metrics.index_recall.set(artifact.metrics["recall@20"])
+        log.info("generation published", generation=artifact.name, items=len(model.ids), **artifact.metrics)
+
+    def _covering(self, model: Model) -> Model:
+        """The model with rows for all items that have a vector."""
+        new = sorted(self._vectors.keys() - set(model.ids))
+        return model.extended(new, np.stack([self._vectors[i] for i in new])) if new else model
+
+    def _untrained(self) -> Model:
+        """What serves before the first training: text and nothing else."""
+        learner = Learner(ModelConfig(text_dim=self._encoder.dim))
+        ids = sorted(self._vectors)
+        learner.add_items(ids, np.stack([self._vectors[item_id] for item_id in ids]))
+        return learner.model()
+
+    def _publish(self, model: Model, announced: Artifact | None) -> Artifact:
+        created_ms = time.time_ns() // 1_000_000
+        name = time.strftime("g%Y%m%dT%H%M%S", time.gmtime(created_ms / 1000)) + f"-{created_ms % 1000:03d}"
+        root = f"{self._settings.artifacts}/generations"
+        with tempfile.TemporaryDirectory(prefix="upwell-build-") as scratch:
+            folder = Path(scratch) / name
+            manifest = build_generation(
+                folder,
+                model,
+                version=name,
+                encoder=self._encoder.name,
+                offsets=announced.offsets if announced else {},
+                parent=announced.name if announced else None,
+                metrics=announced.metrics if announced else {},
+            )
+            digest = manifest_sha256(folder)
+            url = publish(folder, root)
+        prune(root, self._settings.indexer.keep)
+        return Artifact(
+            name=name, url=url, manifest_sha256=digest, created_ms=created_ms, metrics=manifest.metrics,
+            offsets=manifest.offsets, parent=manifest.parent,
+        )  # fmt: skip
+
+
+def run_indexer(settings: Settings) -> int:
+    torch.set_num_threads(1)
+    metrics.serve(settings.indexer.metrics_port)
+    Indexer(settings).run(stop_on_signal())
+    return 0

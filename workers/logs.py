@@ -1,0 +1,23 @@
+"""Structured logs: one JSON object a line on stderr. ERROR means a bug or a stop, never a bad input."""
+
+import logging
+import sys
+
+import structlog
+
+
+def configure(level: str, role: str) -> None:
+    """JSON lines on stderr, each with its role; library loggers (Kafka clients, Faust) pass from WARNING on."""
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.dict_tracebacks,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level)),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    structlog.contextvars.bind_contextvars(role=role)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")

