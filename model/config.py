@@ -57,9 +57,7 @@ class ModelConfig:
         if not (0 <= self.dropout < 1 and 0 <= self.id_dropout < 1):
             raise ValueError(f"dropout {self.dropout} and id_dropout {self.id_dropout} must be in [0, 1)")
         if self.micro_batch < 1 or self.window_events <= self.micro_batch:
-            raise ValueError(
-                f"window_events {self.window_events} must exceed micro_batch {self.micro_batch} >= 1"
-            )
+            raise ValueError(f"window_events {self.window_events} must exceed micro_batch {self.micro_batch} >= 1")
 
     @property
     def dim(self) -> int:

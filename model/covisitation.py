@@ -117,9 +117,7 @@ def _scaled(left: NDArray[np.float32], right: NDArray[np.float32], rank: int) ->
     scale = np.sqrt(np.square(right[known]).sum(axis=1).mean()) if known.any() else 1.0
     scale = scale if scale > 1e-12 else 1.0
     missing = ((0, 0), (0, rank - right.shape[1]))  # fewer items than the rank
-    return Factors(
-        np.pad(left * scale, missing).astype(np.float32), np.pad(right / scale, missing).astype(np.float32)
-    )
+    return Factors(np.pad(left * scale, missing).astype(np.float32), np.pad(right / scale, missing).astype(np.float32))
 
 
 def _pruned(counts: sparse.csr_array, max_pairs: int) -> sparse.csr_array:

@@ -110,9 +110,7 @@ class Encoder:
             width = int(lengths[order[0]])  # T
             size = max(1, self._tokens_at_once // width)
             at, order = order[:size], order[size:]
-            ids, mask = np.zeros(
-                (2, len(at), width), np.int64
-            )  # (b, T); the mask hides the padding, on the right
+            ids, mask = np.zeros((2, len(at), width), np.int64)  # (b, T) each; 0 pads on the right, masked
             for row, i in enumerate(at):
                 ids[row, : lengths[i]], mask[row, : lengths[i]] = tokens[i], 1
             inputs, attend = (torch.from_numpy(array).to(self.device) for array in (ids, mask))

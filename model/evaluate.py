@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from model.covisitation import Covisitation
 from model.learner import Learner
 from model.popularity import Popularity
-from model.sampling import Events, History, Padded, pad
+from model.sampling import Events, History, pad
 
 Rows = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -79,9 +79,7 @@ def bootstrap(
     return float(low), float(high)
 
 
-def expected_ranks(
-    scores: NDArray[np.floating], targets: Rows, allowed: NDArray[np.bool_]
-) -> NDArray[np.float64]:
+def expected_ranks(scores: NDArray[np.floating], targets: Rows, allowed: NDArray[np.bool_]) -> NDArray[np.float64]:
     """(B,) 1 + candidates above the target + half of those equal to it; inf where it is not allowed."""
     own = scores[np.arange(len(targets)), targets][:, None]  # (B, 1)
     above = ((scores > own) & allowed).sum(axis=1)
@@ -244,6 +242,4 @@ class CovisitationArm:
             past.append(self._users.history(events.users[position], 50))
             _admit(self._users, events, rows, position)
         before = pad(past, 50)
-        self._covisitation.add(
-            rows, events.weights, Padded(before.rows, before.weights, before.ts_ms, before.goals)
-        )
+        self._covisitation.add(rows, events.weights, before)

@@ -88,7 +88,8 @@ def _ndcg(
     for start in range(0, len(chosen), 256):  # 256 x N scores at a time
         part = chosen[start : start + 256]
         users = model.user_vectors([histories[i] for i in part], held_out.events.ts_ms[part].tolist())
-        scores = users @ items.T  # (B, N)
+        with np.errstate(over="ignore", invalid="ignore"):
+            scores = users @ items.T  # (B, N)
         if not np.isfinite(scores).all():
             return float("nan")
         allowed = np.ones(scores.shape, np.bool_)

@@ -15,6 +15,8 @@ import hnswlib
 import numpy as np
 from numpy.typing import NDArray
 
+from model.copies import Copies
+
 Vectors = NDArray[np.float32]
 Rows = NDArray[np.int64]
 
@@ -54,9 +56,7 @@ class Excluded(NamedTuple):
         return np.repeat(np.arange(len(self.counts)), self.counts)
 
 
-def check_excluded(
-    excluded: Sequence[Rows] | None, hidden: Rows | None, num_queries: int, num_items: int
-) -> Excluded:
+def check_excluded(excluded: Sequence[Rows] | None, hidden: Rows | None, num_queries: int, num_items: int) -> Excluded:
     """ValueError on a row that does not exist, or another number of sets than queries."""
     none = np.zeros(0, np.int64)
     sets = [none] * num_queries if excluded is None else excluded
@@ -123,11 +123,11 @@ class HnswIndex:
     norm + popularity ip .988/.999, L2 .847/.939. Only near-unit norms turn it round: .958/.996 to 1.0/1.0.
     """
 
-    def __init__(self, graph: hnswlib.Index, vectors: Vectors, ef: int, threads: int = 1) -> None:
+    def __init__(self, graph: hnswlib.Index, vectors: Vectors, copies: Copies, ef: int, threads: int) -> None:
         self.exact = ExactIndex(vectors)
         self.size, self.dim = vectors.shape
         self.threads = threads
-        self._graph = graph
+        self._graph, self._copies = graph, copies
         self.ef = ef
 
     @property
@@ -154,10 +154,11 @@ class HnswIndex:
         if vectors.ndim != 2 or not vectors.size or not np.isfinite(vectors).all():
             raise ValueError(f"vectors must be (N, D), not empty and finite, got {vectors.shape}")
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+        copies = Copies(vectors)
         graph = hnswlib.Index(space="ip", dim=vectors.shape[1])
-        graph.init_index(len(vectors), M=M, ef_construction=ef_construction, random_seed=seed)
-        graph.add_items(vectors, np.arange(len(vectors)), num_threads=threads)
-        return cls(graph, vectors, ef, threads)
+        graph.init_index(len(copies), M=M, ef_construction=ef_construction, random_seed=seed)
+        graph.add_items(vectors[copies.first], np.arange(len(copies)), num_threads=threads)
+        return cls(graph, vectors, copies, ef, threads)
 
     def save(self, path: Path) -> None:
         self._graph.save_index(os.fspath(path))
@@ -173,13 +174,13 @@ class HnswIndex:
         if len(header) < _HEADER.size:
             raise ValueError(f"{path.name}: {len(header)} bytes are no HNSW file")
         _, _, count, _, label_at, vector_at = _HEADER.unpack(header)
-        if (count, label_at - vector_at) != (len(vectors), 4 * vectors.shape[1]):
-            raise ValueError(
-                f"{path.name}: {count} x {(label_at - vector_at) // 4}, vectors: {vectors.shape}"
-            )
+        copies = Copies(vectors)
+        expected, stored = (len(copies), vectors.shape[1]), (count, (label_at - vector_at) // vectors.itemsize)
+        if stored != expected:
+            raise ValueError(f"{path.name}: holds {stored} instead of {expected} distinct vectors")
         graph = hnswlib.Index(space="ip", dim=vectors.shape[1])
-        graph.load_index(os.fspath(path), max_elements=len(vectors))
-        return cls(graph, vectors, ef, threads)
+        graph.load_index(os.fspath(path), max_elements=len(copies))
+        return cls(graph, vectors, copies, ef, threads)
 
     def search(
         self, queries: Vectors, k: int, excluded: Sequence[Rows] | None = None, hidden: Rows | None = None
@@ -213,15 +214,16 @@ class HnswIndex:
             visible = max(1, self.size - len(out.hidden))
             fetch = np.minimum(fetch + len(out.hidden), 2 * fetch * self.size // visible)
         rounded = np.exp2(np.ceil(2 * np.log2(fetch)) / 2).astype(np.int64) + 1  # steps of 1.41
-        return np.where(fetch * EXACT_SHARE > self.size, 0, np.minimum(rounded, self.size))
+        scan = (fetch * EXACT_SHARE > self.size) | (rounded > len(self._copies))
+        return np.where(scan, 0, rounded)
 
     def _approximate(self, queries: Vectors, k: int, fetch: int, out: Excluded) -> tuple[Rows, Vectors]:
         """One hnswlib call; a query with fewer than k eligible results ends in row -1."""
         try:
             found, distance = self._graph.knn_query(queries, fetch, num_threads=self.threads)
-        except RuntimeError:  # "Cannot return the results in a contiguous 2D array": as many duplicates do
+        except RuntimeError:  # "Cannot return the results in a contiguous 2D array": a graph in parts
             return np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -np.inf, np.float32)
-        rows, scores = found.astype(np.int64), 1.0 - distance  # (b, fetch)
+        rows, scores = self._copies.expand(found.astype(np.int64), 1.0 - distance)  # (b, fetch)
         if len(out.flat) or len(out.hidden):
             query = self.size * np.arange(len(rows))[:, None]
             banned = np.isin(rows + query, out.flat + self.size * out.owner) | np.isin(rows, out.hidden)

@@ -217,7 +217,7 @@ class Learner:
         drawn = self._random.choice(others, min(config.sampled_items, len(others)), replace=False)
         rows = np.concatenate([np.unique(needed), drawn])
         expansion = np.zeros(len(rows), np.float32)
-        expansion[len(rows) - len(drawn) :] = np.log(len(others) / max(len(drawn), 1))
+        expansion[len(rows) - len(drawn) :] = np.log(len(others) / len(drawn)) if len(drawn) else 0.0
         return rows, torch.from_numpy(expansion).to(self.device)
 
     def _columns(self, candidates: Rows) -> Rows:

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 
-def softmax_loss(
-    scores: Tensor, targets: Tensor, excluded: Tensor, weights: Tensor, log_expansion: Tensor
-) -> Tensor:
+def softmax_loss(scores: Tensor, targets: Tensor, excluded: Tensor, weights: Tensor, log_expansion: Tensor) -> Tensor:
     """Weighted mean cross-entropy of each target among the candidates; scalar.
 
     scores (P, C); targets (P,) candidate columns; excluded (P, C) bool, candidates that must not act as

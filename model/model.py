@@ -102,7 +102,7 @@ class Catalogue:
     def _random_directions(self) -> Tensor:
         width = self._config.text_dim
         random = torch.randn(width, width, generator=torch.Generator().manual_seed(self._seed))
-        directions: Tensor = torch.linalg.qr(random)[0][:, : self._config.projected_text_dim]
+        directions: Tensor = torch.linalg.qr(random)[0][:, : self._config.projected_text_dim].contiguous()
         return directions.to(self._device)
 
     def _reserve(self, size: int) -> None:
@@ -115,9 +115,7 @@ class Catalogue:
 class Model:
     """Immutable. Build one with Learner.model() or Model.load()."""
 
-    def __init__(
-        self, config: ModelConfig, ids: list[str], arrays: dict[str, Tensor], tower: UserTower
-    ) -> None:
+    def __init__(self, config: ModelConfig, ids: list[str], arrays: dict[str, Tensor], tower: UserTower) -> None:
         self.config, self.ids, self.arrays, self.tower = config, ids, arrays, tower
         self.dim = config.dim
         self.device = arrays["mix"].device
@@ -225,11 +223,7 @@ class Model:
             tensors = load_file(folder / "weights.safetensors", device=device)
         except Exception as error:  # safetensors raises its own type, json and OSError theirs
             raise ValueError(f"{folder}: not a model: {error}") from error
-        if (
-            not isinstance(ids, list)
-            or not all(isinstance(item, str) for item in ids)
-            or len(set(ids)) != len(ids)
-        ):
+        if not isinstance(ids, list) or not all(isinstance(item, str) for item in ids) or len(set(ids)) != len(ids):
             raise ValueError(f"{folder}/ids.json is not a list of different strings")
         tower = UserTower(config.tower_dim, config.heads, config.hidden).to(device).requires_grad_(False)
         shapes = array_shapes(config, len(ids))
@@ -244,9 +238,7 @@ def _check(tensors: dict[str, Tensor], expected: dict[str, Any]) -> None:
         raise ValueError(f"arrays differ: {sorted(tensors.keys() ^ expected.keys())}")
     for name, array in tensors.items():
         if array.dtype != torch.float32 or tuple(array.shape) != expected[name]:
-            raise ValueError(
-                f"{name} is {array.dtype} {tuple(array.shape)}, expected float32 {expected[name]}"
-            )
+            raise ValueError(f"{name} is {array.dtype} {tuple(array.shape)}, expected float32 {expected[name]}")
         if not torch.isfinite(array).all():
             raise ValueError(f"{name} has a value that is not finite")
 

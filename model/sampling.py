@@ -168,9 +168,7 @@ class EventLog:
         for column in range(length - 1, -1, -1):
             current = np.where(current >= self.start, current, -1)
             chain[:, column] = current
-            current = np.where(
-                current >= 0, self._whole["previous"][np.maximum(current, 0) % self.capacity], -1
-            )
+            current = np.where(current >= 0, self._whole["previous"][np.maximum(current, 0) % self.capacity], -1)
         held, slots = chain >= 0, np.maximum(chain, 0) % self.capacity
         weights, goals = (self._real[name][slots] * held.astype(np.float32) for name in ("weight", "goal"))
         rows = np.where(held, self._whole["row"][slots], -1)

@@ -144,9 +144,7 @@ class TowerTrainer:
             torch.manual_seed(seed)
             self.user = UserTower(config.tower_dim, config.heads, config.hidden).to(device)
             self.text = nn.Linear(config.text_dim, config.tower_dim, bias=False).to(device)
-            nn.init.normal_(
-                self.text.weight, std=config.tower_dim**-0.5
-            )  # a unit text becomes about unit long
+            nn.init.normal_(self.text.weight, std=config.tower_dim**-0.5)  # a unit text becomes about unit long
         self._parameters = [*self.user.parameters(), *self.text.parameters()]
         self._adam = torch.optim.AdamW(self._parameters, betas=_BETAS, foreach=True)
         self.table = IdTable(config.tower_dim, torch.Generator().manual_seed(seed), device)
@@ -211,9 +209,7 @@ class TowerTrainer:
         torch.autograd.backward(loss)
         norm = nn.utils.clip_grad_norm_([*self._parameters, leaf], 1.0)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            raise FloatingPointError(
-                f"tower step {self.steps}: loss {loss.item()}, gradient norm {norm.item()}"
-            )
+            raise FloatingPointError(f"tower step {self.steps}: loss {loss.item()}, gradient norm {norm.item()}")
         for group in self._adam.param_groups:
             group["lr"] = rate
         self._adam.step()

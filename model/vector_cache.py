@@ -21,13 +21,9 @@ class VectorCache:
         self._dim, self._lock = dim, threading.Lock()
         self._db = sqlite3.connect(path, timeout=60.0, check_same_thread=False)
         self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute(
-            "PRAGMA synchronous = NORMAL"
-        )  # a power cut may lose vectors, which can be made again
+        self._db.execute("PRAGMA synchronous = NORMAL")  # a power cut may lose vectors: they can be made again
         with self._db:
-            self._db.execute(
-                "CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, vector BLOB) WITHOUT ROWID"
-            )
+            self._db.execute("CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, vector BLOB) WITHOUT ROWID")
 
     def get(self, keys: list[bytes]) -> dict[bytes, NDArray[Any]]:
         """Those that are known: key -> (E,) float16."""

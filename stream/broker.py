@@ -61,7 +61,8 @@ class LocalBroker:
         return self._guard is not None and self._guard.poll() is None
 
     def start(self) -> None:
-        """Returns once a metadata request has been answered."""
+        """Returns once a metadata request has been answered. A running broker is restarted."""
+        self.stop()
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(self.folder)
         try:

@@ -54,9 +54,7 @@ def read_window(
     TimeoutError when a partition makes no progress for STALL_S.
     """
     with closing(open_consumer(connection)) as consumer:
-        partitions = [
-            part for part in partitions_of(consumer, [topic]) if only is None or part.partition in only
-        ]
+        partitions = [part for part in partitions_of(consumer, [topic]) if only is None or part.partition in only]
         ends = consumer.end_offsets(partitions)
         starts = _starts(consumer, partitions, ends, since_ms, offsets)
         left = {part for part in partitions if starts[part] < ends[part]}
@@ -150,8 +148,6 @@ def _starts(
     for part, first in starts.items():
         wanted = (offsets or {}).get(part.partition, first)
         if wanted > ends[part]:
-            raise ValueError(
-                f"{part.topic}[{part.partition}]: offset {wanted} is beyond the end {ends[part]}"
-            )
+            raise ValueError(f"{part.topic}[{part.partition}]: offset {wanted} is beyond the end {ends[part]}")
         starts[part] = max(first, wanted)
     return starts

@@ -132,9 +132,7 @@ WIRE_TYPES: tuple[type[Event], ...] = (
 
 T = TypeVar("T", bound=Event)
 _encoder = msgspec.json.Encoder()
-_decoders: dict[type[Any], msgspec.json.Decoder[Any]] = {
-    kind: msgspec.json.Decoder(kind) for kind in WIRE_TYPES
-}
+_decoders: dict[type[Any], msgspec.json.Decoder[Any]] = {kind: msgspec.json.Decoder(kind) for kind in WIRE_TYPES}
 
 
 def encode(event: Event) -> bytes:

@@ -42,7 +42,8 @@ def die_with_guard() -> None:
 
 def main(parent: int, command: list[str]) -> int:
     # Forked by the main thread, which stays until the command ends (PR_SET_PDEATHSIG, above).
-    child = subprocess.Popen(command, preexec_fn=die_with_guard)
+    # Its output joins our stderr: our stdout is a pipe that the parent closes after the first line.
+    child = subprocess.Popen(command, stdout=sys.stderr, preexec_fn=die_with_guard)
 
     def terminate(*_: object) -> None:
         child.terminate()

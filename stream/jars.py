@@ -67,9 +67,7 @@ def _download(jars: list[Jar], cache: Path) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as staging, ThreadPoolExecutor(8) as pool:
         maven = MavenContext(repo_cache=Path(staging), timeout=60)
-        maven.remote_repos |= (
-            GlobalSettings.load().repositories
-        )  # a mirror of the user's, in ~/.config/jgo.conf
+        maven.remote_repos |= GlobalSettings.load().repositories  # a mirror of the user's, in ~/.config/jgo.conf
 
         def fetch(jar: Jar) -> None:
             path: Path = maven.project(jar.group, jar.artifact).at_version(jar.version).artifact().resolve()

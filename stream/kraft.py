@@ -7,6 +7,8 @@ import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from stream.jars import BrokerError
+
 PORTS = range(20000, 32768)  # below the range of outgoing ports: no client can sit on the broker's port
 
 LOG4J = """\
@@ -23,19 +25,21 @@ class Identity:
     """What a client or the log would miss if it changed: kept in broker.json."""
 
     port: int
-    controller_port: int
     cluster: str
 
 
 def configure(folder: Path, port: int | None) -> Identity:
-    """Writes the broker's files. Its port is the given one, else the last run's, else a free one."""
+    """Writes the broker's files. Its port is the given one, else the last run's, else a free one.
+
+    Raises BrokerError when another program has it.
+    """
     kept = folder / "broker.json"
     identity = Identity(**json.loads(kept.read_text())) if kept.exists() else None
     identity = Identity(
         port or (identity.port if identity else _free_port()),
-        identity.controller_port if identity else _free_port(),
         identity.cluster if identity else _cluster_id(),
     )
+    _require_free(identity.port)
     kept.write_text(json.dumps(asdict(identity)))
     (folder / "log4j2.yaml").write_text(LOG4J)
     lines = (f"{key}={value}\n" for key, value in _settings(folder, identity).items())
@@ -44,7 +48,7 @@ def configure(folder: Path, port: int | None) -> Identity:
 
 
 def _settings(folder: Path, identity: Identity) -> dict[str, object]:
-    client, controller = f"127.0.0.1:{identity.port}", f"127.0.0.1:{identity.controller_port}"
+    client, controller = f"127.0.0.1:{identity.port}", f"127.0.0.1:{_free_port()}"
     return {
         "process.roles": "broker,controller",
         "node.id": 1,
@@ -69,6 +73,15 @@ def _settings(folder: Path, identity: Identity) -> dict[str, object]:
         "share.coordinator.state.topic.replication.factor": 1,
         "share.coordinator.state.topic.min.isr": 1,
     }
+
+
+def _require_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the last run's connections do not count
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise BrokerError(f"port {port} is taken by another program: free it, or give another") from error
 
 
 def _free_port() -> int:

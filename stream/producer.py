@@ -1,5 +1,6 @@
 """Sending clicks and items. What has been sent is delivered, or the next call says that it was not."""
 
+import contextlib
 import threading
 from types import TracebackType
 from typing import Any, Self
@@ -10,6 +11,11 @@ from kafka.partitioner.default import murmur2
 from stream.connection import Connection
 from stream.events import MAX_ITEM_BYTES, Click, Item, decode, decode_click, encode
 from stream.topics import Topics
+
+METADATA_MS = 5000
+# kafka-python 3.0.12 gives its producer id up with the first batch that expires in a retry, never asks for
+# another, and from then on delivers nothing and reports nothing (measured). So batches do not expire.
+NEVER_MS = 2**31 - 1
 
 
 class DeliveryError(RuntimeError):
@@ -24,7 +30,8 @@ class Producer:
     """Raw records; idempotent, acks of all replicas; usable from several threads.
 
     max_in_flight: events sent and not yet acknowledged; at the bound `send` waits block_s, then raises
-    BufferFull. delivery_s: how long an event may try before it counts as not delivered.
+    BufferFull. delivery_s: how long `flush` waits for the acknowledgements. What is in flight is tried for as
+    long as this lives: it arrives, once, when the cluster is back.
     """
 
     def __init__(
@@ -37,37 +44,38 @@ class Producer:
     ) -> None:
         self._block_s, self._delivery_s = block_s, delivery_s
         self._max_in_flight = max_in_flight
-        self._room = threading.BoundedSemaphore(max_in_flight)
+        self._in_flight: set[object] = set()
         self._failures: list[BaseException] = []
-        self._producer = kafka.KafkaProducer(
-            **connection.kafka_python(),
-            acks="all",
-            enable_idempotence=True,
-            linger_ms=5,  # kafka-python sends 14-21 thousand a CPU second: few, larger batches
-            batch_size=128 * 1024,
-            compression_type="lz4",
-            max_request_size=2 * MAX_ITEM_BYTES,
-            max_block_ms=int(block_s * 1000),
-            delivery_timeout_ms=int(delivery_s * 1000),
-            request_timeout_ms=min(30_000, int(delivery_s * 1000) - 10),
-            reconnect_backoff_max_ms=1000,
-            allow_auto_create_topics=False,
-        )
+        self._changed = threading.Condition()  # guards the two above
+        self._options = connection.kafka_python() | {
+            "acks": "all",
+            "enable_idempotence": True,
+            "linger_ms": 5,  # kafka-python sends 14-21 thousand a CPU second: few, larger batches
+            "batch_size": 128 * 1024,
+            "compression_type": "lz4",
+            "max_request_size": 2 * MAX_ITEM_BYTES,
+            "max_block_ms": METADATA_MS,
+            "delivery_timeout_ms": NEVER_MS,
+            "reconnect_backoff_max_ms": 1000,
+            "allow_auto_create_topics": False,
+        }
+        self._opening = threading.Lock()  # guards the next
+        self._producer: kafka.KafkaProducer | None = None
+        self._open()
 
     def flush(self) -> None:
-        """Returns once all that was sent has arrived; raises DeliveryError otherwise."""
-        try:
-            self._producer.flush(timeout=self._delivery_s + 5)
-        except kafka.errors.KafkaTimeoutError as error:
-            raise DeliveryError("events are still in flight after the flush's time") from error
+        """Returns once all that was sent before the call has arrived; raises DeliveryError otherwise."""
+        with self._changed:  # not kafka-python's flush: it returns before the callbacks, and fails on a split batch
+            sent = set(self._in_flight)
+            arrived = self._changed.wait_for(lambda: sent.isdisjoint(self._in_flight), timeout=self._delivery_s)
+        if not arrived:
+            raise DeliveryError(f"events not acknowledged in {self._delivery_s} s, still trying")
         self._raise_failures()
 
     def close(self) -> None:
-        """Flushes, then closes. Raises DeliveryError."""
-        try:
-            self.flush()
-        finally:
-            self._producer.close(timeout=5)
+        """Flushes, then closes. Raises DeliveryError; what is in flight then is given up with the process."""
+        self.flush()
+        self._abandon()
 
     def __enter__(self) -> Self:
         return self
@@ -80,29 +88,54 @@ class Producer:
     def send_raw(self, topic: str, key: bytes | None, raw: bytes | None) -> None:
         """Raises BufferFull, DeliveryError (of earlier records)."""
         self._raise_failures()
-        if not self._room.acquire(timeout=self._block_s):
-            raise BufferFull(
-                f"{self._max_in_flight} events in flight, none acknowledged in {self._block_s} s; "
-                "is the cluster reachable?"
-            )
+        ticket = object()
+        with self._changed:
+            if not self._changed.wait_for(self._has_room, timeout=self._block_s):
+                raise BufferFull(
+                    f"{self._max_in_flight} events in flight, none acknowledged in {self._block_s} s; "
+                    "is the cluster reachable?"
+                )
+            self._in_flight.add(ticket)
         try:
-            future = self._producer.send(topic, raw, key)
-        except BaseException:
-            self._room.release()
+            self._open().send(topic, raw, key).add_both(self._done, ticket)
+        except BaseException as error:
+            self._done(ticket, None)
+            if isinstance(error, kafka.errors.KafkaTimeoutError):
+                raise BufferFull(f"{topic}: no metadata in {METADATA_MS} ms; is the cluster reachable?") from error
+            if isinstance(error, kafka.errors.KafkaError):
+                raise DeliveryError(f"{topic}: not taken: {error!r}") from error
             raise
-        future.add_both(self._done)
 
-    def _done(self, outcome: object) -> None:
-        self._room.release()
-        if isinstance(outcome, BaseException):
-            self._failures.append(outcome)
+    def _open(self) -> kafka.KafkaProducer:
+        with self._opening:
+            if self._producer is None:
+                self._producer = kafka.KafkaProducer(**self._options)
+            return self._producer
+
+    def _abandon(self) -> None:
+        with self._opening:
+            producer, self._producer = self._producer, None
+        if producer is not None:
+            with contextlib.suppress(kafka.errors.KafkaTimeoutError):
+                producer.close(timeout=1)
+
+    def _has_room(self) -> bool:
+        return len(self._in_flight) < self._max_in_flight
+
+    def _done(self, ticket: object, outcome: object) -> None:
+        with self._changed:
+            self._in_flight.discard(ticket)
+            if isinstance(outcome, BaseException):
+                self._failures.append(outcome)
+            self._changed.notify_all()
 
     def _raise_failures(self) -> None:
-        if self._failures:
+        with self._changed:
             failures, self._failures = self._failures, []
-            raise DeliveryError(f"{len(failures)} events were not delivered: {failures[0]!r}") from failures[
-                0
-            ]
+        if failures:
+            self._abandon()  # an idempotent kafka-python producer answers all that follows with the same error
+            first = failures[0]
+            raise DeliveryError(f"{len(failures)} events were not delivered: {first!r}") from first
 
 
 class ClickProducer(Producer):

@@ -67,9 +67,7 @@ class Topics:
             partitions,
             clicks_ms,
         )
-        self.items = topic(
-            "items", "The catalogue, keyed by item; a null value removes the item.", min(partitions, 4)
-        )
+        self.items = topic("items", "The catalogue, keyed by item; a null value removes the item.", min(partitions, 4))
         self.vectors = topic(
             "vectors", "Text vectors of the items, keyed by item, made by the indexer.", min(partitions, 4)
         )
@@ -78,9 +76,7 @@ class Topics:
             "State of each user, keyed and partitioned like the clicks: the changelog of the workers.",
             partitions,
         )
-        self.recommendations = topic(
-            "recommendations", "Fresh recommendations, keyed by user.", partitions, DAY_MS
-        )
+        self.recommendations = topic("recommendations", "Fresh recommendations, keyed by user.", partitions, DAY_MS)
         self.models = topic("models", "Trained models, announced by the trainer.", 1)
         self.generations = topic("generations", "Published generations, announced by the indexer.", 1)
         self.dead_letters = topic(
@@ -110,9 +106,7 @@ def ensure(topics: Topics, connection: Connection) -> None:
         resources = [ConfigResource("TOPIC", name) for name in table]
         configs = admin.describe_configs(resources, config_filter="all")["topic"]
         for topic in table.values():
-            _compare(
-                topic, len(found[topic.name]["partitions"]), configs[topic.name]["cleanup.policy"]["value"]
-            )
+            _compare(topic, len(found[topic.name]["partitions"]), configs[topic.name]["cleanup.policy"]["value"])
 
 
 def _create(topics: list[Topic], admin: kafka.KafkaAdminClient) -> None:

@@ -77,6 +77,8 @@ def batch_app(group: str, connection: Connection, before: Callable[[], Awaitable
         topic_allow_declare=False,
         stream_wait_empty=False,
         broker_commit_interval=1.0,
+        broker_session_timeout=10.0,  # a killed worker's partitions move after it; Faust's default is a minute
+        broker_heartbeat_interval=3.0,
         broker_max_poll_interval=300.0,
         consumer_auto_offset_reset="earliest",
         store="memory://",

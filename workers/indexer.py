@@ -136,7 +136,9 @@ class Indexer:
             return
         self._built_model = announced.name if announced else None
         self._indexed = set(model.ids)
-        self._producer.send_raw(self._topics.generations.name, b"generation", encode(artifact))
+        self._producer.send_raw(self._topics.generations.name, artifact.name.encode(), encode(artifact))
+        for pruned in prune(f"{self._settings.artifacts}/generations", self._settings.indexer.keep):
+            self._producer.send_raw(self._topics.generations.name, pruned.encode(), None)
         self._producer.flush()
         metrics.build_s.observe(time.monotonic() - began)
         metrics.index_recall.set(artifact.metrics["recall@20"])
@@ -171,7 +173,6 @@ class Indexer:
             )
             digest = manifest_sha256(folder)
             url = publish(folder, root)
-        prune(root, self._settings.indexer.keep)
         return Artifact(
             name=name, url=url, manifest_sha256=digest, created_ms=created_ms, metrics=manifest.metrics,
             offsets=manifest.offsets, parent=manifest.parent,

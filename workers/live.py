@@ -6,7 +6,7 @@ upwell.items, upwell.vectors -> fresh items: searched exactly beside the sealed 
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -118,12 +118,12 @@ class Snapshot:
 class Live:
     """Follows the announcements in a thread of its own; `snapshot` is the generation to use for one answer."""
 
-    def __init__(self, settings: Settings, on_swap: Callable[[Snapshot], None] = lambda _: None) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.snapshot: Snapshot | None = None
         self.items: dict[str, Item] = {}
-        self._settings, self._on_swap = settings, on_swap
+        self._settings = settings
         self._text: dict[str, NDArray[np.float16]] = {}
-        self._announced: Artifact | None = None
+        self._announced: list[Artifact] = []  # not tried yet, oldest first
         self._restart = False  # the search process has died
         self._stale = False  # the fresh items or the hidden ones have changed since the snapshot
         self._stop, self.caught_up = threading.Event(), threading.Event()
@@ -166,12 +166,8 @@ class Live:
         for records in tail(self._settings.connection, names, self._stop, self.caught_up.set):
             for record in records:
                 self._take(record, topics.generations.name, topics.vectors.name)
-            if self._announced is not None and self.caught_up.is_set():
-                self._swap(self._announced)
-                self._announced = None
-            elif self._restart and self.snapshot:
-                self._restart = False
-                self._swap(self.snapshot.announced)
+            if self.caught_up.is_set():
+                self._swap_to_newest()
             if self._stale and self.snapshot and time.monotonic() - refreshed > FRESH_INTERVAL_S:
                 self.snapshot, self._stale = self._with_fresh(self.snapshot), False
                 refreshed = time.monotonic()
@@ -179,7 +175,7 @@ class Live:
     def _take(self, record: Any, generations: str, vectors: str) -> None:
         try:
             if record.topic == generations:
-                self._announced = decode(record.value, Artifact)
+                self._announced += [decode(record.value, Artifact)] if record.value is not None else []
             elif record.value is None:
                 self.items.pop(record.key.decode(), None)
                 self._stale = True
@@ -195,7 +191,16 @@ class Live:
         except BadEvent as error:
             log.warning("record passed over", topic=record.topic, offset=record.offset, cause=str(error))
 
-    def _swap(self, announced: Artifact) -> None:
+    def _swap_to_newest(self) -> None:
+        """The newest announced generation that can be served; at a start also the ones before it."""
+        if self._restart and self.snapshot and not self._announced:
+            self._announced = [self.snapshot.announced]
+        self._restart = False
+        while self._announced:
+            if self._swap(self._announced.pop()):
+                self._announced.clear()
+
+    def _swap(self, announced: Artifact) -> bool:
         """Verify and load beside the serving generation, then move one reference; a bad one changes nothing."""
         began = time.monotonic()
         try:
@@ -203,7 +208,7 @@ class Live:
         except (DamagedGeneration, GenerationRefused, ValueError, OSError) as error:
             metrics.swaps.labels("refused").inc()
             log.warning("generation refused", generation=announced.name, reason=str(error))
-            return
+            return False
         old, self.snapshot, self._stale = self.snapshot, new, False
         metrics.swaps.labels("served").inc()
         metrics.swap_s.observe(time.monotonic() - began)
@@ -211,9 +216,9 @@ class Live:
         metrics.generation.labels(announced.name).set(1)
         metrics.generation_created_s.set(announced.created_ms / 1000)
         log.info("generation serves", generation=announced.name, items=new.num_indexed, fresh=len(new.fresh))
-        self._on_swap(new)
         if old is not None:
             old.search.close()
+        return True
 
     def _load(self, announced: Artifact) -> Snapshot:
         folder = fetch(announced.url, self._settings.cache / "generations", announced.manifest_sha256)

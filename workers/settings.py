@@ -74,8 +74,7 @@ class Worker(Section):
 
 
 class Trainer(Section):
-    round_events: int = Field(1500, ge=10, description="new clicks that start a round")
-    round_s: float = Field(15.0, gt=0, description="a round starts after this long with fewer, if min_events came")
+    round_s: float = Field(10.0, ge=0, description="from the start of a round to the start of the next, at least")
     min_events: int = Field(300, ge=10, description="fewest new clicks worth a round")
     holdout: int = Field(400, ge=5, description="newest clicks kept from training to judge the candidate on")
     window_days: float = Field(30.0, gt=0, description="how far back the window reaches at start, by Kafka's clock")

@@ -56,7 +56,7 @@ class Window:
         """What has come since the last call, up to now."""
         since_ms = None if self.offsets else self._since_ms
         batches = read_window(self._settings.connection, self._topic, since_ms=since_ms, offsets=self.offsets)
-        records = [record for batch in batches for record in batch]
+        records = [record for batch in batches for record in batch if record.timestamp >= self._since_ms]
         for record in records:
             self.offsets[record.partition] = max(record.offset + 1, self.offsets.get(record.partition, 0))
         records.sort(key=lambda record: (record.timestamp, record.partition, record.offset))
@@ -122,8 +122,7 @@ class Trainer:
         began = time.monotonic()
         while not self._stop.wait(POLL_S):
             pending += self._window.read()
-            waited = time.monotonic() - began > self._config.round_s
-            if len(pending) >= (self._config.min_events if waited else self._config.round_events):
+            if len(pending) >= self._config.min_events and time.monotonic() - began > self._config.round_s:
                 pending = self._round(pending)
                 began = time.monotonic()
         self._producer.close()

@@ -20,6 +20,7 @@ from stream import guard
 log = structlog.get_logger()
 
 ROLES = ("indexer", "trainer", "worker", "serve")
+BACKGROUND = ("indexer", "trainer")  # they give way to those that answer, where all share the cores
 BACKOFF_S = 1.0
 CONFIG_EXIT = 2  # bad configuration: a restart would not help
 
@@ -59,17 +60,10 @@ class Roles:
         return next((r for r, p in self._running.items() if p.poll() == CONFIG_EXIT), None)
 
     def _start(self, role: str) -> None:
-        command = [
-            sys.executable,
-            "-I",
-            "-S",
-            guard.__file__,
-            str(os.getpid()),
-            sys.executable,
-            "-m",
-            "workers.cli",
-            role,
-        ]
+        role_command = [sys.executable, "-m", "workers.cli", role]
+        if role in BACKGROUND:
+            role_command = ["nice", "-n", "10", *role_command]
+        command = [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), *role_command]
         out: Any = (self._logs / f"{role}.log").open("ab") if self._logs else None
         process = subprocess.Popen(
             command,
@@ -82,7 +76,8 @@ class Roles:
         if out:
             out.close()
         assert process.stdout is not None
-        self.pids[role] = int(process.stdout.readline())
+        with process.stdout as first_line:
+            self.pids[role] = int(first_line.readline())
         self._running[role] = process
 
     def _restart_fallen(self) -> None:

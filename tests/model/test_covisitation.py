@@ -43,9 +43,7 @@ def fed(stream: Stream, size: int = 5, max_pairs: int = 1000) -> Covisitation:
 @given(stream=STREAMS, size=st.integers(1, 7))
 @settings(deadline=None)
 def test_counts_equal_a_loop_over_events(stream: Stream, size: int) -> None:
-    np.testing.assert_allclose(
-        fed(stream, size).counts().toarray(), slow_counts(stream), rtol=1e-5, atol=1e-7
-    )
+    np.testing.assert_allclose(fed(stream, size).counts().toarray(), slow_counts(stream), rtol=1e-5, atol=1e-7)
 
 
 def test_counts_survive_a_thousand_half_lives() -> None:
@@ -55,9 +53,7 @@ def test_counts_survive_a_thousand_half_lives() -> None:
 
 def test_a_negative_event_lowers_the_items_neighbours() -> None:
     together: Stream = [(user, item, 1.0) for user in range(3) for item in (0, 1, 2)]
-    liked, disliked = (
-        fed([*together, (9, 0, 1.0), (9, 1, weight)]).counts().toarray() for weight in (1.0, -1.0)
-    )
+    liked, disliked = (fed([*together, (9, 0, 1.0), (9, 1, weight)]).counts().toarray() for weight in (1.0, -1.0))
     assert disliked[0, 1] < liked[0, 1]
     assert disliked[0, 1] < fed([*together, (9, 0, 1.0)]).counts().toarray()[0, 1]
 

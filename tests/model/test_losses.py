@@ -6,9 +6,7 @@ import torch
 from model.losses import softmax_loss
 
 
-def slow_loss(
-    scores: torch.Tensor, targets: list[int], excluded: torch.Tensor, weights: list[float]
-) -> float:
+def slow_loss(scores: torch.Tensor, targets: list[int], excluded: torch.Tensor, weights: list[float]) -> float:
     total = 0.0
     for line, target in enumerate(targets):
         rivals = [c for c in range(scores.shape[1]) if c == target or not excluded[line, c]]

@@ -27,7 +27,7 @@ def test_weight_moves_to_the_part_that_knows_the_target() -> None:
         losses = [learn(mix, part, seed, history=30) for seed in range(200)]
         weights = mix.weights()[3]
         assert weights.argmax() == part and weights[part] > 4 * np.abs(np.delete(weights, part)).max()
-        assert np.mean(losses[-50:]) < 0.8 * np.mean(losses[:10])
+        assert np.mean(losses[-50:]) < 2.05  # the optimum is about 1.97, chance 3.69
 
 
 def test_buckets_learn_apart_and_share() -> None:

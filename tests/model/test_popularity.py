@@ -17,9 +17,7 @@ def slow_counts(events: list[tuple[int, float]], half_life: float) -> NDArray[np
 
 
 @given(events=EVENTS, cut=st.integers(0, 60), half_life=st.sampled_from([0.3, 7.0, 1e9]))
-def test_equals_counts_that_shrink_at_every_event(
-    events: list[tuple[int, float]], cut: int, half_life: float
-) -> None:
+def test_equals_counts_that_shrink_at_every_event(events: list[tuple[int, float]], cut: int, half_life: float) -> None:
     popularity = Popularity((half_life, 3.0))
     popularity.grow(5)
     for part in (events[:cut], events[cut:]):

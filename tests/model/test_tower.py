@@ -65,7 +65,7 @@ def test_no_history_gives_every_stranger_the_same_unit_vector(tower: UserTower) 
 
 def test_a_dislike_pushes_away_from_its_item(tower: UserTower) -> None:
     items, weights, valid, ts = history(1)
-    tower.mlp[-1].weight.zero_()  # pooling alone
+    list(tower.mlp.parameters())[-2].zero_()  # pooling alone
     cosines = []
     for weight in (1.0, -1.0):
         weights[0, -1] = weight

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import kafka
@@ -15,7 +16,7 @@ import pytest
 
 from stream.broker import LocalBroker
 from stream.connection import Connection
-from stream.consumer import tail
+from stream.consumer import Record, tail
 from stream.jars import BrokerError
 from stream.topics import Topics, ensure
 
@@ -39,6 +40,10 @@ def wait_until_gone(pid: int) -> None:
     raise AssertionError(f"process {pid} lives on")
 
 
+def next_value(following: Iterator[list[Record]]) -> bytes | None:
+    return next(record.value for batch in following for record in batch)
+
+
 def test_the_same_broker_after_a_stop_and_after_a_kill(folder: Path) -> None:
     broker = LocalBroker(folder)
     topics = Topics("t", partitions=1)
@@ -50,7 +55,7 @@ def test_the_same_broker_after_a_stop_and_after_a_kill(folder: Path) -> None:
         producer = kafka.KafkaProducer(**connection.kafka_python(), reconnect_backoff_max_ms=500)
         producer.send(topics.users.name, b"first", b"k").get(10)
         following = tail(connection, [topics.users.name], stop, lambda: None)
-        seen += [record.value for record in next(following)]
+        seen.append(next_value(following))
 
         first = broker.pid or 0
         broker.stop()
@@ -58,15 +63,16 @@ def test_the_same_broker_after_a_stop_and_after_a_kill(folder: Path) -> None:
         broker.start()
         assert broker.bootstrap == address
         producer.send(topics.users.name, b"after a stop", b"k").get(30)
-        seen += [record.value for record in next(following)]
+        seen.append(next_value(following))
 
         os.kill(broker.pid or 0, signal.SIGKILL)
         wait_until_gone(broker.pid or 0)
         broker.start()
         producer.send(topics.users.name, b"after a kill", b"k").get(30)
-        seen += [record.value for record in next(following)]
+        seen.append(next_value(following))
         producer.close()
-        following.close()
+        stop.set()
+        assert not list(following)
     assert seen == [b"first", b"after a stop", b"after a kill"]
     assert not broker.running
 
@@ -100,13 +106,19 @@ def test_one_folder_one_broker(broker: LocalBroker) -> None:
     assert broker.running
 
 
-def test_a_failed_start_shows_the_log_and_leaves_nothing(folder: Path) -> None:
+def test_a_taken_port_is_named(folder: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        broker = LocalBroker(folder, port=taken.getsockname()[1])
-        with pytest.raises(BrokerError, match="Address already in use"):
-            broker.start()
+        port = taken.getsockname()[1]
+        with pytest.raises(BrokerError, match=f"port {port} is taken"):
+            LocalBroker(folder, port=port).start()
+
+
+def test_a_failed_start_shows_the_log_and_leaves_nothing(folder: Path) -> None:
+    broker = LocalBroker(folder, heap="1k")
+    with pytest.raises(BrokerError, match=r"did not come up:(.|\n)*Too small maximum heap"):
+        broker.start()
     assert not broker.running
 
 

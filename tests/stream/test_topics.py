@@ -45,8 +45,6 @@ def test_another_partition_count_is_refused_by_name(connection: Connection, topi
 def test_another_cleanup_policy_is_refused_by_name(connection: Connection) -> None:
     topics = Topics(f"t{secrets.token_hex(4)}", partitions=2)
     with kafka.KafkaAdminClient(**connection.kafka_python()) as admin:
-        admin.create_topics(
-            {topics.users.name: {"num_partitions": 2, "configs": {"cleanup.policy": "delete"}}}
-        )
+        admin.create_topics({topics.users.name: {"num_partitions": 2, "configs": {"cleanup.policy": "delete"}}})
     with pytest.raises(ValueError, match=rf"{topics.prefix}\.users is 'delete', it has to be 'compact'"):
         ensure(topics, connection)

@@ -1,0 +1,127 @@
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from model.evaluate import (
+    Arm,
+    CovisitationArm,
+    Mode,
+    PopularityArm,
+    Ranks,
+    bootstrap,
+    expected_ranks,
+    prequential,
+)
+from model.sampling import Events, History
+
+ITEMS = [f"item {row}" for row in range(12)]
+
+
+@given(
+    scores=st.lists(st.lists(st.integers(0, 3), min_size=5, max_size=5), min_size=1, max_size=6),
+    seed=st.integers(0, 99),
+)
+def test_expected_rank_is_the_mean_over_all_orders_of_ties(scores: list[list[int]], seed: int) -> None:
+    random = np.random.default_rng(seed)
+    table, targets = np.array(scores, np.float64), random.integers(0, 5, len(scores))
+    allowed = random.random(table.shape) < 0.7
+    for line, rank in enumerate(expected_ranks(table, targets, allowed)):
+        own = targets[line]
+        rivals = [c for c in range(5) if c != own and allowed[line, c]]
+        above = sum(table[line, c] > table[line, own] for c in rivals)
+        ties = sum(table[line, c] == table[line, own] for c in rivals)
+        places = [1 + above + shift for shift in range(ties + 1)]  # each is as likely as the others
+        assert rank == (np.mean(places) if allowed[line, own] else np.inf)
+
+
+def test_metrics_of_known_ranks() -> None:
+    ranks = Ranks(np.array([1.0, 3.0, 11.0, np.inf]), np.arange(4), np.arange(4), np.arange(4))
+    assert ranks.metrics() == pytest.approx(
+        {"hr@10": 0.5, "hr@20": 0.75, "ndcg@10": (1 + 0.5) / 4, "mrr": (1 + 1 / 3 + 1 / 11) / 4}
+    )
+    assert ranks.after(2).metrics()["hr@10"] == 0.0
+
+
+def test_bootstrap_resamples_users_with_all_their_events() -> None:
+    random = np.random.default_rng(0)
+    users = np.repeat(np.arange(200), 10)
+    by_user = np.repeat(random.random(200) < 0.5, 10).astype(np.float64)  # a user's events agree
+    low, high = bootstrap(by_user, users)
+    spread = 1.96 * by_user.std() / np.sqrt(200)  # as if 200 events, not 2,000
+    assert high - low == pytest.approx(2 * spread, rel=0.15) and low < by_user.mean() < high
+
+
+class Spy:
+    """Scores by what it has learned and writes down what it was shown."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch, self.learned = batch, 0
+        self.shown: list[tuple[int, list[int], int]] = []  # events learned before, history, time
+
+    def score(self, histories: Sequence[History], now_ms: Sequence[int]) -> NDArray[np.float64]:
+        for history, now in zip(histories, now_ms, strict=True):
+            self.shown.append((self.learned, history.rows.tolist(), now))
+        return np.zeros((len(histories), len(ITEMS)))
+
+    def learn(self, events: Events, rows: NDArray[np.int64]) -> None:
+        self.learned += len(events)
+
+
+STREAM = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 11), st.integers(0, 1)), min_size=1, max_size=40)
+
+
+@given(stream=STREAM, batch=st.integers(1, 7), mode=st.sampled_from(["line", "strict"]))
+def test_nothing_is_shown_before_its_time(stream: list[tuple[int, int, int]], batch: int, mode: Mode) -> None:
+    stamps = np.cumsum([step for *_, step in stream])
+    users, items = [user for user, *_ in stream], [ITEMS[item] for _, item, _ in stream]
+    spy = Spy(batch)
+    prequential(spy, Events(users, items, np.ones(len(stream), np.float32), stamps), ITEMS, mode, exclude_seen=False)
+    assert spy.learned == len(spy.shown) == len(stream)
+    for position, (learned, history, now) in enumerate(spy.shown):
+        past = [p for p in range(position) if mode == "line" or stamps[p] < stamps[position]]
+        assert history == [stream[p][1] for p in past if users[p] == users[position]]
+        assert now == stamps[position] and learned <= (len(past) if mode == "strict" else position)
+
+
+def baskets(count: int) -> Events:
+    """Every basket: a random item, then its partner (+ 6), at one stamp, each by a new user."""
+    random = np.random.default_rng(0)
+    rows = np.repeat(random.integers(0, 6, count), 2) + np.tile([0, 6], count)
+    users = np.repeat(np.arange(count), 2).tolist()
+    return Events(users, [ITEMS[r] for r in rows], np.ones(2 * count, np.float32), np.repeat(np.arange(count), 2))
+
+
+def test_strict_mode_does_not_leak_within_a_basket() -> None:
+    found = {}
+    for mode in ("line", "strict"):
+        ranks = prequential(CovisitationArm(12, batch=2), baskets(400), ITEMS, mode)
+        partners = ranks.after(100).position % 2 == 1
+        found[mode] = float((ranks.after(100).ranks[partners] == 1).mean())
+    assert found["line"] > 0.95 and found["strict"] < 0.3
+
+
+def stream(rows: list[int], users: list[int], weights: list[float] | None = None) -> Events:
+    strengths = np.array(weights or [1.0] * len(rows), np.float32)
+    return Events(users, [ITEMS[row] for row in rows], strengths, np.arange(len(rows)) * 1000)
+
+
+def test_popularity_ranks_by_what_came_before() -> None:
+    ranks = prequential(PopularityArm(12), stream([0, 0, 1, 0, 1], [1, 2, 3, 4, 5]), ITEMS, "line")
+    assert ranks.ranks.tolist() == [np.inf, 1.0, np.inf, 1.0, 2.0]  # an item never seen is a miss
+
+
+def test_decayed_popularity_forgets() -> None:
+    events = stream([0] * 20 + [1] * 5 + [0], list(range(26)))
+    now, ever = (prequential(PopularityArm(12, half), events, ITEMS, "line").ranks[-1] for half in (2.0, 1e9))
+    assert (now, ever) == (2.0, 1.0)
+
+
+@pytest.mark.parametrize(("exclude_seen", "scored"), [(True, 2), (False, 3)])
+def test_repeats_are_scored_only_when_seen_items_may_be_recommended(exclude_seen: bool, scored: int) -> None:
+    arm: Arm = PopularityArm(12)
+    ranks = prequential(arm, stream([0, 0, 1, 2], [1, 1, 1, 2], [1, 1, 1, -1]), ITEMS, "line", exclude_seen)
+    assert len(ranks.ranks) == scored

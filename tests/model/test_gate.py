@@ -1,0 +1,125 @@
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from model.config import ModelConfig
+from model.gate import Slice, judge
+from model.learner import Learner
+from model.model import Model
+from model.sampling import Events, History
+
+CONFIG = ModelConfig(
+    text_dim=16, tower_dim=8, covisitation_rank=8, projected_text_dim=8, history=8, warmup_steps=0, replay=4
+)
+ITEMS = [f"item {row}" for row in range(30)]
+TEXT = np.random.default_rng(7).normal(size=(30, 16)).astype(np.float32)
+ONES = np.ones(30, np.float32)
+
+
+def learner(items: int = 30) -> Learner:
+    made = Learner(CONFIG)
+    made.add_items(ITEMS[:items], TEXT[:items])
+    return made
+
+
+def pairs(made: Learner) -> Model:
+    """A model that has seen 2k and 2k + 1 together, many times."""
+    for user in range(60):
+        order = [ITEMS[(item + 2 * user) % 30] for item in range(16)]
+        made.learn(Events([user] * 16, order, ONES[:16], np.arange(16) * 1000))
+    return made.model()
+
+
+@cache
+def trained() -> Model:
+    return pairs(learner())
+
+
+def good() -> Model:
+    return trained().frozen()
+
+
+def held_out() -> Slice:
+    """Strangers click an even item; the next one is its partner."""
+    events = Events([f"new {row}" for row in range(15)], ITEMS[1::2], ONES[:15], np.full(15, 99_000))
+    pasts = [History(np.array([row]), ONES[:1], np.array([98_000])) for row in range(0, 30, 2)]
+    return Slice(events, pasts, [np.array([row]) for row in range(0, 30, 2)])
+
+
+def test_a_better_candidate_is_accepted_and_a_worse_one_refused() -> None:
+    blank = learner().model()
+    accepted, refused = judge(good(), blank, held_out(), TEXT), judge(blank, good(), held_out(), TEXT)
+    assert accepted.accepted and accepted.metrics["candidate_ndcg@10"] > 0.5
+    assert not refused.accepted and "not above" in refused.reason
+    assert refused.metrics["serving_ndcg@10"] == accepted.metrics["candidate_ndcg@10"]
+
+
+def test_a_candidate_as_good_as_the_serving_model_is_refused() -> None:
+    assert not judge(good(), good(), held_out(), TEXT).accepted
+
+
+@pytest.mark.parametrize("name", ["mix", "tower.ids", "covisitation.left", "text.mean"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_refused_even_without_a_serving_model(name: str, value: float) -> None:
+    model = good()
+    model.arrays[name].view(-1)[3] = value
+    verdict = judge(model, None, held_out(), TEXT)
+    assert not verdict.accepted and "finite" in verdict.reason
+
+
+def test_the_user_tower_is_looked_at_too() -> None:
+    model = good()
+    model.tower.start[0] = float("nan")
+    assert not judge(model, None, held_out(), TEXT).accepted
+
+
+def test_scores_that_overflow_are_refused() -> None:
+    model = good()
+    model.arrays["popularity"].fill_(-3e38)
+    model.arrays["mix"].fill_(3e38)
+    assert model.finite() and not judge(model, None, held_out(), TEXT).accepted
+
+
+def test_the_first_model_needs_only_finite_weights() -> None:
+    assert judge(learner().model(), None, held_out(), TEXT).accepted
+
+
+def test_a_slice_without_a_known_positive_event_compares_nothing() -> None:
+    slice_ = held_out()
+    dislikes = replace(slice_, events=replace(slice_.events, weights=-ONES[:15]))
+    strangers = replace(slice_, events=replace(slice_.events, items=["unheard of"] * 15))
+    for empty in (dislikes, strangers):
+        assert judge(good(), good(), empty, TEXT).metrics == {"events": 0.0}
+
+
+def test_a_serving_model_with_fewer_items_is_scored_as_the_fresh_segment_would_serve_it() -> None:
+    """Its rows need not be the candidate's, and what it does not know it ranks by text."""
+    old = good()
+    shuffled = np.random.default_rng(0).permutation(30)
+    reordered = Learner(CONFIG)
+    reordered.add_items([ITEMS[row] for row in shuffled], TEXT[shuffled])
+    same = judge(pairs(reordered), old, _in_rows_of(shuffled), TEXT[shuffled])
+    assert same.metrics["serving_ndcg@10"] == judge(old, None, held_out(), TEXT).metrics["candidate_ndcg@10"]
+    few = learner(items=20).model()
+    metrics = judge(learner().model(), few, held_out(), TEXT).metrics
+    assert metrics["serving_ndcg@10"] > 0  # texts still rank
+
+
+def _in_rows_of(order: np.ndarray) -> Slice:
+    place = np.argsort(order)
+    plain = held_out()
+    histories = [replace(history, rows=place[history.rows]) for history in plain.histories]
+    return Slice(plain.events, histories, [place[rows] for rows in plain.consumed])
+
+
+def test_finite_means_every_array() -> None:
+    model = good()
+    for name in model.arrays:
+        kept = model.arrays[name].clone()
+        model.arrays[name].view(-1)[0] = torch.nan
+        assert not model.finite(), name
+        model.arrays[name].copy_(kept)
+    assert model.finite()

@@ -1,0 +1,296 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import msgspec
+import numpy as np
+import pytest
+
+from model.config import ModelConfig
+from model.generation import RecallTooLow, build_generation, fetch, prune, publish
+from model.index import ExactIndex
+from model.learner import Learner
+from model.manifest import (
+    DamagedGeneration,
+    Manifest,
+    decode_manifest,
+    file_entry,
+    load_index,
+    load_items,
+    manifest_sha256,
+    verify,
+)
+from model.model import Model
+
+N, E = 1500, 24
+PAGE = 4096
+
+
+def build(folder: Path, model: Model, **changes: Any) -> Manifest:
+    facts: dict[str, Any] = {"version": folder.name, "encoder": "test", "offsets": {1: 20, 0: 10}} | changes
+    return build_generation(folder, model, **facts)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    learner = Learner(ModelConfig(text_dim=E, projected_text_dim=16, tower_dim=8, covisitation_rank=8))
+    text = np.random.default_rng(0).normal(size=(N, E)).astype(np.float32)
+    learner.add_items([f"item-{i}" for i in range(N)], text / np.linalg.norm(text, axis=1, keepdims=True))
+    return learner.model()
+
+
+@pytest.fixture(scope="module")
+def built(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("store") / "g1"
+    build(folder, model, metrics={"hit_rate": 0.2}, parent="g0")
+    return folder
+
+
+@pytest.fixture
+def folder(built: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(built, tmp_path / "g1")
+
+
+def test_what_is_built_is_whole(built: Path, model: Model) -> None:
+    manifest = verify(built, manifest_sha256(built))
+    assert (manifest.version, manifest.parent, manifest.encoder) == ("g1", "g0", "test")
+    assert (manifest.items, manifest.dim, manifest.offsets) == (N, model.dim, {0: 10, 1: 20})
+    assert manifest.metrics["hit_rate"] == 0.2 and manifest.metrics["recall@20"] >= 0.95
+    assert [path.name for path in built.parent.iterdir()] == ["g1"]
+    assert (load_items(built, manifest) == model.item_vectors()).all()
+    assert Model.load(built / "model").ids == model.ids
+    queries = model.item_vectors()[:50]
+    rows, _ = load_index(built, manifest).search(queries, 10)
+    assert (rows == ExactIndex(model.item_vectors()).search(queries, 10)[0]).mean() > 0.9
+
+
+def test_the_same_model_builds_the_same_files(built: Path, model: Model, tmp_path: Path) -> None:
+    manifest = build(tmp_path / "g2", model)
+    assert manifest.files == verify(built).files and manifest.model_sha256 == verify(built).model_sha256
+
+
+class Changed:
+    """A model with other vectors or ids."""
+
+    def __init__(self, model: Model, vectors: np.ndarray[Any, Any]) -> None:
+        self.ids, self._model, self._vectors = model.ids, model, vectors
+
+    def item_vectors(self) -> np.ndarray[Any, Any]:
+        return self._vectors
+
+    def save(self, folder: Path) -> None:
+        self._model.save(folder)
+
+
+def test_a_model_that_cannot_be_indexed_leaves_nothing(model: Model, tmp_path: Path) -> None:
+    vectors = model.item_vectors().copy()
+    vectors[5, 3] = np.nan
+    with pytest.raises(ValueError, match="finite"):
+        build(tmp_path / "g", Changed(model, vectors))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="1500 ids"):
+        build(tmp_path / "g", Changed(model, vectors[1:]))  # type: ignore[arg-type]
+    with pytest.raises(DamagedGeneration, match=r"manifest\.json"):  # NaN is no JSON
+        build(tmp_path / "g", model, metrics={"loss": float("nan")})
+    with pytest.raises(DamagedGeneration, match="bad name"):
+        build(tmp_path / "g", model, version="../g")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_that_misses_too_much_is_refused(model: Model, tmp_path: Path) -> None:
+    with pytest.raises(RecallTooLow, match=r"under 0\.95"):
+        build(tmp_path / "g", model, M=4, ef_construction=10, ef_search=(20,))
+    assert not list(tmp_path.iterdir())
+
+
+def test_ef_grows_until_recall_is_good(model: Model, tmp_path: Path) -> None:
+    narrow = build(tmp_path / "a", model, M=4, ef_construction=20, ef_search=(20, 40, 80, 160, 320, 640))
+    assert narrow.ef_search > 20 and narrow.metrics["recall@20"] >= 0.98
+
+
+def test_a_generation_is_never_overwritten(folder: Path, model: Model) -> None:
+    with pytest.raises(FileExistsError):
+        build(folder, model)
+    verify(folder)
+
+
+def _flip(path: Path, generator: np.random.Generator) -> None:
+    data = bytearray(path.read_bytes())
+    data[generator.integers(len(data))] ^= 1 << generator.integers(8)
+    path.write_bytes(data)
+
+
+def _truncate(path: Path, generator: np.random.Generator) -> None:
+    path.write_bytes(path.read_bytes()[: generator.integers(path.stat().st_size)])
+
+
+def _page(path: Path, generator: np.random.Generator, content: bytes) -> None:
+    data = path.read_bytes()
+    start = int(generator.integers(max(1, len(data) // PAGE))) * PAGE
+    path.write_bytes(data[:start] + content[: len(data) - start] + data[start + PAGE :])
+
+
+DAMAGES: dict[str, Callable[[Path, np.random.Generator], Any]] = {
+    "truncated": _truncate,
+    "bit flipped": _flip,
+    "page of zeros": lambda path, generator: _page(path, generator, bytes(PAGE)),
+    "page of noise": lambda path, generator: _page(path, generator, generator.bytes(PAGE)),
+    "grown": lambda path, generator: path.write_bytes(path.read_bytes() + generator.bytes(9)),
+    "removed": lambda path, _: path.unlink(),
+    "a file beside it": lambda path, _: path.with_name("more").write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_refused(damage: str, built: Path, tmp_path: Path) -> None:
+    """Every file in turn. A bit of the manifest that changes no meaning is caught by its announced SHA-256."""
+    announced = manifest_sha256(built)
+    names = sorted(path.relative_to(built) for path in built.rglob("*") if path.is_file())
+    assert len(names) >= 6
+    for seed, name in enumerate(names):
+        folder = shutil.copytree(built, tmp_path / f"{seed}")
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        DAMAGES[damage](folder / name, np.random.default_rng(seed))
+        assert before != {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        with pytest.raises(DamagedGeneration) as refusal:
+            verify(folder, announced)
+        assert ("more" if damage == "a file beside it" else name.name) in str(refusal.value)
+
+
+def test_files_of_two_generations_do_not_mix(folder: Path, model: Model, tmp_path: Path) -> None:
+    other = build(tmp_path / "g2", Changed(model, model.item_vectors()[::-1].copy()))  # type: ignore[arg-type]
+    for name in ("items.npy", "index.hnsw", "probes.safetensors"):
+        mixed = shutil.copytree(folder, tmp_path / name)
+        shutil.copy(tmp_path / "g2" / name, mixed / name)
+        with pytest.raises(DamagedGeneration, match=name):
+            verify(mixed)
+        manifest = verify(folder)
+        shutil.copy(tmp_path / "g2" / name, mixed / name)
+        rewrite(mixed, files=manifest.files | {name: other.files[name]})
+        with pytest.raises(DamagedGeneration, match="probes are answered otherwise"):
+            load_index(mixed, verify(mixed))
+
+
+def rewrite(folder: Path, **changes: Any) -> None:
+    """An edited manifest that is right in itself."""
+    path = folder / "manifest.json"
+    edited = msgspec.structs.replace(msgspec.json.decode(path.read_bytes(), type=Manifest), **changes)
+    path.write_bytes(msgspec.json.encode(edited))
+
+
+def test_an_edited_manifest_is_not_the_announced_one(folder: Path) -> None:
+    announced = manifest_sha256(folder)
+    rewrite(folder, encoder="another")
+    assert verify(folder).encoder == "another"
+    with pytest.raises(DamagedGeneration, match="announced"):
+        verify(folder, announced)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"format": 2}, "format 2"),
+        ({"items": N + 1}, r"items\.npy"),
+        ({"dim": 3}, r"items\.npy"),
+        ({"version": "../../g1"}, "bad name"),
+        ({"version": "/etc"}, "bad name"),
+        ({"model_sha256": "0" * 64}, "model_sha256"),
+        ({"files": {}}, "not in the manifest"),
+    ],
+)
+def test_a_manifest_that_does_not_fit(change: dict[str, Any], reason: str, folder: Path) -> None:
+    rewrite(folder, **change)
+    with pytest.raises(DamagedGeneration, match=reason):
+        verify(folder)
+
+
+@pytest.mark.parametrize("name", ["../evil", "/etc/evil", "model/../../evil", ".hidden", "a//b", "", "a\\b"])
+def test_a_name_never_leaves_the_folder(name: str, folder: Path) -> None:
+    raw = json.loads((folder / "manifest.json").read_bytes())
+    raw["files"][name] = raw["files"]["items.npy"]
+    with pytest.raises(DamagedGeneration, match="bad name"):
+        decode_manifest(json.dumps(raw).encode())
+
+
+def test_vectors_that_are_not_finite_are_refused(folder: Path) -> None:
+    items = np.load(folder / "items.npy")
+    items[700, 1] = np.inf
+    np.save(folder / "items.npy", items)
+    rewrite(folder, files=verify_files(folder))
+    with pytest.raises(DamagedGeneration, match=r"items\.npy: not finite"):
+        verify(folder)
+
+
+def verify_files(folder: Path) -> dict[str, Any]:
+    names = json.loads((folder / "manifest.json").read_bytes())["files"]
+    return {name: file_entry(folder / name) for name in names}
+
+
+@pytest.fixture
+def store(request: pytest.FixtureRequest) -> str:
+    return f"memory://{request.node.name}"
+
+
+def test_published_and_fetched(built: Path, store: str, tmp_path: Path) -> None:
+    url = publish(built, store)
+    assert url.endswith("/g1") and publish(built, store) == url
+    copy = fetch(url, tmp_path / "cache", manifest_sha256(built))
+    assert copy.parent == tmp_path / "cache" and verify(copy) == verify(built)
+    modified = (copy / "items.npy").stat().st_mtime_ns
+    assert fetch(url, tmp_path / "cache", manifest_sha256(built)) == copy
+    assert (copy / "items.npy").stat().st_mtime_ns == modified  # from the cache
+    _truncate(copy / "items.npy", np.random.default_rng(0))
+    assert verify(fetch(url, tmp_path / "cache", manifest_sha256(built))) == verify(built)  # fetched anew
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_local_generation_is_used_where_it_lies(built: Path, tmp_path: Path) -> None:
+    assert fetch(publish(built, str(built.parent)), tmp_path, manifest_sha256(built)) == built
+    url = publish(built, f"file://{tmp_path}/elsewhere")
+    assert fetch(url, tmp_path / "cache", manifest_sha256(built)) == tmp_path / "elsewhere" / "g1"
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_damaged_store_is_refused(built: Path, store: str, tmp_path: Path) -> None:
+    url, memory = publish(built, store), fsspec.filesystem("memory")
+    with pytest.raises(DamagedGeneration, match="announced"):
+        fetch(url, tmp_path, "0" * 64)
+    memory.pipe_file(f"{url}/items.npy", memory.cat_file(f"{url}/items.npy")[:-1] + b"?")
+    with pytest.raises(DamagedGeneration, match=r"items\.npy"):
+        fetch(url, tmp_path, manifest_sha256(built))
+    memory.rm_file(f"{url}/index.hnsw")
+    with pytest.raises(DamagedGeneration, match=r"index\.hnsw"):
+        fetch(url, tmp_path, manifest_sha256(built))
+    memory.rm_file(f"{url}/manifest.json")  # as while it is being published
+    with pytest.raises(DamagedGeneration, match=r"manifest\.json"):
+        fetch(url, tmp_path, manifest_sha256(built))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_version_is_published_once(built: Path, folder: Path, store: str) -> None:
+    publish(built, store)
+    rewrite(folder, encoder="another")
+    with pytest.raises(FileExistsError, match="another generation"):
+        publish(folder, store)
+
+
+def test_damage_is_not_published(folder: Path, store: str) -> None:
+    _flip(folder / "index.hnsw", np.random.default_rng(0))
+    with pytest.raises(DamagedGeneration):
+        publish(folder, store)
+    assert not fsspec.filesystem("memory").exists(store)
+
+
+def test_the_newest_are_kept(folder: Path, store: str) -> None:
+    for version, created_ms in (("b", 3000), ("c", 1000), ("a", 2000), ("d", 1500)):
+        rewrite(folder, version=version, created_ms=created_ms)
+        publish(folder, store)
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file(f"{store}/coming/items.npy", b"")  # no manifest yet
+    assert prune(store, keep=4) == []
+    assert prune(store, keep=2) == ["c", "d"]
+    assert sorted(Path(path).name for path in memory.ls(store, detail=False)) == ["a", "b", "coming"]
+    with pytest.raises(ValueError, match="at least 1"):
+        prune(store, keep=0)

@@ -1,0 +1,174 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import model.index
+from model.index import ExactIndex, HnswIndex, Rows, Vectors, recall
+
+N, D = 3000, 16
+
+
+def clustered(n: int, seed: int = 0) -> Vectors:
+    """(n, D) vectors in clusters, of norms that vary as a trained model's do."""
+    generator = np.random.default_rng(seed)
+    centres = generator.normal(size=(30, D))
+    vectors = centres[generator.integers(0, 30, n)] + 0.5 * generator.normal(size=(n, D))
+    return (vectors * generator.lognormal(0, 0.4, (n, 1))).astype(np.float32)
+
+
+def brute(vectors: Vectors, query: Vectors, k: int, banned: set[int]) -> list[float]:
+    """The slow twin: one query at a time, one score at a time."""
+    scores = [float(vector @ query) for row, vector in enumerate(vectors) if row not in banned]
+    return sorted(scores, reverse=True)[:k]
+
+
+VECTORS = clustered(N)
+QUERIES = clustered(40, seed=1)
+INDEX = HnswIndex.build(VECTORS, ef=400)
+Index = ExactIndex | HnswIndex
+BOTH = pytest.mark.parametrize("index", [ExactIndex(VECTORS), INDEX], ids=["exact", "hnsw"])
+
+
+@BOTH
+def test_top_k_of_every_query(index: Index) -> None:
+    rows, scores = index.search(QUERIES, 20)
+    assert rows.dtype == np.int64 and scores.dtype == np.float32
+    assert np.allclose(scores, np.einsum("bkd,bd->bk", VECTORS[rows], QUERIES), atol=1e-3)
+    assert (np.diff(scores, axis=1) <= 0).all()
+    truth = np.array([brute(VECTORS, query, 20, set()) for query in QUERIES], np.float32)
+    assert recall(scores, truth) >= (0.99 if index is INDEX else 1.0)
+
+
+@BOTH
+def test_a_batch_answers_as_single_queries_do(index: Index) -> None:
+    excluded = [np.arange(at, 60 + at) for at in range(len(QUERIES))]
+    rows, _ = index.search(QUERIES, 10, excluded)
+    single = [index.search(QUERIES[i : i + 1], 10, excluded[i : i + 1])[0][0] for i in range(len(QUERIES))]
+    assert (rows == np.stack(single)).all()
+
+
+sizes = st.sampled_from([0, 1, 5, 40, 90, 400, N - 21, N - 3, N])
+
+
+@BOTH
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+@given(st.lists(sizes, min_size=1, max_size=4), sizes, st.integers(1, 30), st.integers(0, 2**32 - 1))
+def test_excluded_rows_never_come_back(index: Index, banned: list[int], hide: int, k: int, seed: int) -> None:
+    """Always k results while k eligible rows exist, the best ones; each set half from the query's own top."""
+    generator = np.random.default_rng(seed)
+    queries = QUERIES[generator.integers(0, len(QUERIES), len(banned))]
+    order = np.argsort(-(queries @ VECTORS.T), axis=1)
+    excluded = [_some(generator, top, size) for top, size in zip(order, banned, strict=True)]
+    hidden = generator.permutation(N)[:hide] if hide <= 400 else None
+    rows, scores = index.search(queries, k, excluded, hidden)
+    for query, out, found, values in zip(queries, excluded, rows, scores, strict=True):
+        gone = set(out.tolist()) | set([] if hidden is None else hidden.tolist())
+        truth = brute(VECTORS, query, k, gone)
+        kept = found[found >= 0]
+        assert len(kept) == len(truth) == len(set(kept.tolist())) and not gone & set(kept.tolist())
+        assert (found[len(kept) :] == -1).all() and np.isneginf(values[len(kept) :]).all()
+        good = (values[: len(kept)] >= min(truth, default=0) - 1e-3).sum()
+        assert good >= len(truth) * (0.8 if index is INDEX else 1)
+
+
+def _some(generator: np.random.Generator, top: Rows, size: int) -> Rows:
+    return np.unique(np.concatenate([top[: size // 2], generator.permutation(N)[: size - size // 2]]))
+
+
+@BOTH
+def test_refused_before_hnswlib_sees_it(index: Index) -> None:
+    nan = QUERIES.copy()
+    nan[3, 2] = np.nan
+    one = QUERIES[:1]
+    with pytest.raises(ValueError, match=r"\(B, 16\)"):
+        index.search(QUERIES[:, :15], 5)
+    with pytest.raises(ValueError, match=r"\(B, 16\)"):
+        index.search(QUERIES[0], 5)
+    with pytest.raises(ValueError, match="finite"):
+        index.search(nan, 5)
+    with pytest.raises(ValueError, match="at least 1"):
+        index.search(one, 0)
+    for row in (-1, N):
+        with pytest.raises(ValueError, match=r"0\.\.2999"):
+            index.search(one, 5, [np.array([row])])
+        with pytest.raises(ValueError, match=r"0\.\.2999"):
+            index.search(one, 5, hidden=np.array([row]))
+    with pytest.raises(ValueError, match="2 exclusion sets for 1"):
+        index.search(one, 5, [np.arange(2), np.arange(2)])
+
+
+@BOTH
+def test_any_layout_of_the_queries(index: Index) -> None:
+    rows, _ = index.search(QUERIES, 7)
+    assert (index.search(np.asfortranarray(QUERIES), 7)[0] == rows).all()
+    assert (index.search(np.repeat(QUERIES, 2, axis=0)[::2], 7)[0] == rows).all()
+    assert index.search(QUERIES[:0], 7)[0].shape == (0, 7)
+
+
+def test_more_wanted_than_there_is() -> None:
+    few = HnswIndex.build(VECTORS[:3])
+    rows, scores = few.search(QUERIES[:2], 5)
+    assert (np.sort(rows[:, :3]) == [0, 1, 2]).all() and (rows[:, 3:] == -1).all() and np.isneginf(scores[:, 3:]).all()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_copies_do_not_hide_the_rest(share: float, tmp_path: Path) -> None:
+    """Items without text or clicks share one vector; indexed one by one they would be an island in the graph."""
+    vectors = VECTORS.copy()
+    shuffled = np.random.default_rng(0).permutation(N)
+    vectors[shuffled[: int(N * share)]] = VECTORS[7]
+    vectors[shuffled[-200:]] = VECTORS[shuffled[-200:][::-1]]  # pairs
+    index, exact = HnswIndex.build(vectors, ef=200), ExactIndex(vectors)
+    queries = np.vstack([QUERIES, VECTORS[7:8]])
+    excluded = [shuffled[at : at + 10] for at in range(len(queries))]
+    for out in (None, excluded):
+        rows, scores = index.search(queries, 20, out)
+        assert np.allclose(scores, np.einsum("bkd,bd->bk", vectors[rows], queries), atol=1e-3)
+        assert all(len(set(found)) == 20 for found in rows.tolist())
+        assert recall(scores, exact.search(queries, 20, out)[1]) > 0.97
+    index.save(tmp_path / "index")
+    loaded = HnswIndex.load(tmp_path / "index", vectors, ef=200)
+    assert (loaded.search(queries, 20, excluded)[0] == rows).all()
+
+
+def test_a_scan_in_blocks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    excluded = [np.arange(at, 2 * at) for at in range(len(QUERIES))]
+    whole = ExactIndex(VECTORS).search(QUERIES, 9, excluded, np.arange(70, 90))
+    monkeypatch.setattr(model.index, "_SCORES_AT_ONCE", 7 * N)
+    assert (ExactIndex(VECTORS).search(QUERIES, 9, excluded, np.arange(70, 90))[0] == whole[0]).all()
+
+
+def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        HnswIndex.build(VECTORS, seed=3, ef=100).save(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    loaded, built = HnswIndex.load(tmp_path / "a", VECTORS, ef=100), HnswIndex.build(VECTORS, seed=3, ef=100)
+    assert (loaded.search(QUERIES, 20)[0] == built.search(QUERIES, 20)[0]).all()
+
+
+def test_a_file_of_other_vectors_is_refused(tmp_path: Path) -> None:
+    """hnswlib would read beyond its buffers."""
+    INDEX.save(tmp_path / "index")
+    with pytest.raises(ValueError, match=r"holds \(3000, 16\) instead of \(3000, 15\)"):
+        HnswIndex.load(tmp_path / "index", VECTORS[:, :15])
+    with pytest.raises(ValueError, match=r"\(2999, 16\)"):
+        HnswIndex.load(tmp_path / "index", VECTORS[:-1])
+    (tmp_path / "index").write_bytes(b"short")
+    with pytest.raises(ValueError, match="5 bytes"):
+        HnswIndex.load(tmp_path / "index", VECTORS)
+
+
+@pytest.mark.parametrize("bad", [VECTORS[:0], VECTORS[0], np.full((3, 4), np.inf, np.float32)])
+def test_nothing_to_index(bad: Vectors) -> None:
+    with pytest.raises(ValueError, match="not empty and finite"):
+        HnswIndex.build(bad)
+
+
+def test_recall_counts_equal_scores_as_right() -> None:
+    exact = np.array([[3.0, 2.0, 2.0], [5.0, 4.0, -np.inf]], np.float32)
+    found = np.array([[2.0, 2.0, 2.0], [5.0, 3.0, -np.inf]], np.float32)
+    assert recall(found, exact) == 1.0
+    assert recall(found - 1, exact) == 0.5

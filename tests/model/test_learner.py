@@ -1,0 +1,293 @@
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from model.config import ModelConfig
+from model.evaluate import LearnerArm, Ranks, prequential
+from model.learner import Learner
+from model.model import Model
+from model.sampling import EventLog, Events, History, Padded, shuffle_ties
+
+CONFIG = ModelConfig(
+    text_dim=16, tower_dim=16, covisitation_rank=8, projected_text_dim=8, history=8, warmup_steps=100, replay=12
+)
+ITEMS = [f"item {row}" for row in range(40)]
+TEXT = np.random.default_rng(7).normal(size=(40, 16)).astype(np.float32)
+TEXT /= np.linalg.norm(TEXT, axis=1, keepdims=True)
+
+
+def chain(events: int, noise: float, seed: int = 0) -> Events:
+    """20 users walk round a ring of the items, next item = this one + 1; with probability `noise` they jump."""
+    random = np.random.default_rng(seed)
+    place = random.integers(0, 40, 20)
+    users, items = random.integers(0, 20, events), []
+    for user, jump, target in zip(users, random.random(events) < noise, random.integers(0, 40, events), strict=True):
+        place[user] = target if jump else (place[user] + 1) % 40
+        items.append(ITEMS[place[user]])
+    return Events(users.tolist(), items, np.ones(events, np.float32), np.arange(events) * 1000)
+
+
+def learner(config: ModelConfig = CONFIG, seed: int = 0) -> Learner:
+    made = Learner(config, seed)
+    made.add_items(ITEMS, TEXT)
+    return made
+
+
+def late(config: ModelConfig, noise: float) -> Ranks:
+    repeats = replace(config, exclude_seen=False)
+    arm = LearnerArm(learner(repeats))
+    return prequential(arm, chain(2500, noise), ITEMS, "line", exclude_seen=False, length=8).after(1500)
+
+
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, full_softmax_items=10, sampled_items=15)])
+def test_a_chain_is_learned_by_full_and_by_sampled_softmax(config: ModelConfig) -> None:
+    assert late(config, noise=0.0).metrics()["hr@10"] > 0.9
+
+
+def test_noise_scores_at_chance() -> None:
+    assert abs(late(CONFIG, noise=1.0).metrics()["hr@10"] - 10 / 40) < 0.06
+
+
+def flat(model: Model) -> dict[str, torch.Tensor]:
+    return model.arrays | model.tower.state_dict()
+
+
+def same(one: Model, other: Model) -> bool:
+    left, right = flat(one), flat(other)
+    return one.ids == other.ids and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_same_seed_and_events_give_the_same_model_bit_for_bit() -> None:
+    events, models = chain(400, 0.2), list[Model]()
+    for seed in (0, 0, 1):
+        made = learner(seed=seed)
+        torch.manual_seed(seed * 99 + len(models))  # the global generator plays no part
+        made.learn(events)
+        models.append(made.model())
+    assert same(models[0], models[1]) and not same(models[0], models[2])
+
+
+def test_whole_micro_batches_may_come_in_any_number_of_calls() -> None:
+    once, twice = learner(), learner()
+    once.learn(chain(384, 0.2))
+    twice.learn(chain(384, 0.2).slice(0, 128))
+    twice.learn(chain(384, 0.2).slice(128, 384))
+    assert same(once.model(), twice.model())
+
+
+def test_a_snapshot_does_not_move_when_learning_goes_on() -> None:
+    made = learner()
+    made.learn(chain(200, 0.2))
+    model = made.model()
+    before = model.item_vectors(), model.user_vectors([HISTORY], [9000]), list(model.ids)
+    made.add_items(["new"], TEXT[:1])
+    made.learn(chain(200, 0.2, seed=3))
+    np.testing.assert_array_equal(before[0], model.item_vectors())
+    np.testing.assert_array_equal(before[1], model.user_vectors([HISTORY], [9000]))
+    assert model.ids == before[2] and not np.array_equal(made.model().item_vectors()[:40], before[0])
+
+
+HISTORY = History(np.array([3, 4, 5]), np.ones(3, np.float32), np.array([1000, 2000, 3000]))
+NOBODY = History(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64))
+
+
+def test_an_untrained_model_recommends_by_text() -> None:
+    model = learner().model()
+    scores = model.user_vectors([HISTORY], [4000]) @ model.item_vectors().T
+    unit = TEXT - TEXT.mean(axis=0)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    direction = np.exp(np.arange(-2, 1) / 5) @ unit[[3, 4, 5]]
+    assert np.corrcoef(scores[0], unit @ direction)[0, 1] > 0.6  # 8 of 16 directions are kept
+    assert not (model.user_vectors([NOBODY], [0]) @ model.item_vectors().T).any()
+
+
+def test_a_user_without_history_gets_what_is_popular() -> None:
+    made = learner()
+    items = [ITEMS[0]] * 60 + [ITEMS[1]] * 4
+    users = [f"user {number}" for number in range(64)]
+    made.learn(Events(users, items, np.ones(64, np.float32), np.arange(64)))
+    model = made.model()
+    assert (model.user_vectors([NOBODY], [100]) @ model.item_vectors().T).argmax() == 0
+
+
+def test_one_history_scores_the_same_alone_and_among_others() -> None:
+    made = learner()
+    made.learn(chain(300, 0.2))
+    model = made.model()
+    long = History(np.arange(20) % 40, np.ones(20, np.float32), np.arange(20) * 1000)
+    together = model.user_vectors([NOBODY, HISTORY, long], [0, 5000, 20_000])
+    alone = [model.user_vectors([h], [t])[0] for h, t in ((NOBODY, 0), (HISTORY, 5000), (long, 20_000))]
+    np.testing.assert_allclose(together, np.stack(alone), rtol=1e-4, atol=1e-5)
+    assert together.shape == (3, CONFIG.dim) and model.user_vectors([], []).shape == (0, CONFIG.dim)
+
+
+def test_an_item_never_seen_is_its_text_however_much_is_learned() -> None:
+    """Never-seen items are no negatives: nothing but their text speaks for or against them."""
+    made, unseen = learner(), np.random.default_rng(3).normal(size=(1, 16)).astype(np.float32)
+    made.add_items(["never"], unseen)
+    made.learn(chain(400, 0.2))
+    model = made.model()
+    extended = model.extended(["by its text"], unseen).item_vectors()
+    np.testing.assert_allclose(extended[40], extended[41], rtol=1e-4, atol=1e-5)
+
+
+def test_an_unknown_item_in_an_event_joins_without_text() -> None:
+    made = learner()
+    made.learn(Events(["u", "u"], ["stranger", ITEMS[0]], np.ones(2, np.float32), np.array([1, 2])))
+    assert made.ids[40:] == ["stranger"] and not made.text()[40].any()
+
+
+def test_a_diverging_step_raises_and_names_itself() -> None:
+    made = learner()
+    made.learn(chain(128, 0.2))
+    with torch.no_grad():
+        made._tower.user.skip.fill_(float("inf"))
+    with pytest.raises(FloatingPointError, match=r"step|mix"):
+        made.learn(chain(64, 0.2))
+
+
+@pytest.fixture
+def trained() -> Learner:
+    made = learner()
+    made.learn(chain(300, 0.2))
+    return made
+
+
+def test_saved_and_loaded_it_is_the_same_model_in_the_same_bytes(trained: Learner, tmp_path: Path) -> None:
+    model = trained.model()
+    model.save(tmp_path / "a")
+    loaded = Model.load(tmp_path / "a")
+    loaded.save(tmp_path / "b")
+    assert same(model, loaded)
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
+    np.testing.assert_array_equal(model.user_vectors([HISTORY], [9]), loaded.user_vectors([HISTORY], [9]))
+
+
+def poison(folder: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    tensors = load_file(folder / "weights.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "weights.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t["mix"].__setitem__((0, 0), np.nan), "mix has a value that is not finite"),
+        (lambda t: t["user.start"].__setitem__(0, np.inf), "user.start has a value that is not finite"),
+        (lambda t: t.update(popularity=t["popularity"][:-1]), "popularity is torch.float32 .39, 2., expected"),
+        (lambda t: t.update(popularity=t["popularity"].astype(np.float64)), "popularity is torch.float64"),
+        (lambda t: t.pop("tower.text"), "arrays differ: .'tower.text'."),
+        (lambda t: t.update(extra=t["mix"]), "arrays differ: .'extra'."),
+    ],
+)
+def test_load_refuses_damage(
+    trained: Learner, tmp_path: Path, change: Callable[[dict[str, np.ndarray]], object], message: str
+) -> None:
+    trained.model().save(tmp_path)
+    poison(tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        Model.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "ids.json", "config.json"])
+def test_load_refuses_a_torn_or_missing_file(trained: Learner, tmp_path: Path, name: str) -> None:
+    trained.model().save(tmp_path)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-3])
+    with pytest.raises(ValueError):
+        Model.load(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match="not a model"):
+        Model.load(tmp_path)
+
+
+def test_load_refuses_ids_that_repeat(trained: Learner, tmp_path: Path) -> None:
+    trained.model().save(tmp_path)
+    (tmp_path / "ids.json").write_text(json.dumps(["same"] * 40))
+    with pytest.raises(ValueError, match="different strings"):
+        Model.load(tmp_path)
+
+
+def test_from_model_goes_on_with_its_weights_and_counts_from_the_window(trained: Learner) -> None:
+    model = trained.model()
+    again = Learner.from_model(model, TEXT)
+    again.absorb(chain(300, 0.2))
+    new, old = again.model(), model
+    for name in ("tower.items", "tower.bias", "tower.text", "popularity", "mix"):
+        torch.testing.assert_close(new.arrays[name], old.arrays[name], rtol=1e-4, atol=1e-5)
+    for name, weight in old.tower.state_dict().items():
+        torch.testing.assert_close(new.tower.state_dict()[name], weight)
+
+
+@pytest.mark.parametrize("field", [{"tower_dim": 0}, {"replay": -1}, {"dropout": 1.0}, {"window_events": 64}])
+def test_config_refuses_nonsense(field: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(field))):
+        replace(CONFIG, **field)
+
+
+def test_bad_input_is_refused_with_its_numbers(trained: Learner) -> None:
+    with pytest.raises(ValueError, match=r"expected \(1, 16\)"):
+        trained.add_items(["x"], np.zeros((1, 5), np.float32))
+    with pytest.raises(ValueError, match="not finite"):
+        trained.add_items(["x"], np.full((1, 16), np.nan, np.float32))
+    with pytest.raises(ValueError, match="not finite"):
+        Events(["u"], ["i"], np.array([np.nan], np.float32), np.array([0]))
+    with pytest.raises(ValueError, match="different lengths"):
+        Events(["u"], ["i", "j"], np.ones(1, np.float32), np.array([0]))
+    with pytest.raises(ValueError, match="outside the table"):
+        trained.model().user_vectors([replace(HISTORY, rows=np.array([0, 1, 99]))], [0])
+
+
+# the log
+
+LOG = st.lists(
+    st.tuples(st.integers(0, 2), st.integers(0, 5), st.sampled_from([1.0, -1.0]), st.integers(0, 1)), max_size=40
+)
+
+
+@given(events=LOG, size=st.integers(1, 9), length=st.integers(1, 5), same_stamp=st.booleans())
+@settings(deadline=None)
+def test_log_histories_equal_a_list_a_user(
+    events: list[tuple[int, int, float, int]], size: int, length: int, same_stamp: bool
+) -> None:
+    capacity, log = 12, EventLog(12, exclude_seen=True)
+    stamps = np.cumsum([step for *_, step in events]).tolist()
+    for start in range(0, len(events), size):
+        part = slice(start, start + size)
+        users, rows, weights, _ = zip(*events[part], strict=True)
+        whole = np.array(rows, np.int64), np.array(weights, np.float32), np.array(stamps[part], np.int64)
+        numbers = log.append(users, *whole)
+        oldest = max(0, numbers[-1] + 1 - capacity)
+        before = log.before(numbers, length, same_stamp)
+        for line, number in enumerate(numbers):
+            past = [(i, *e) for i, e in enumerate(events[:number]) if e[0] == events[number][0]]
+            past = [e for e in past[-length:] if e[0] >= oldest]
+            kept = [e for e in past if same_stamp or stamps[e[0]] < stamps[number]]
+            pad = length - len(kept)
+            assert before.rows[line].tolist() == [-1] * pad + [e[2] for e in kept]
+            assert before.weights[line].tolist() == [0.0] * pad + [e[3] for e in kept]
+
+
+def test_only_the_first_positive_event_on_an_item_is_something_to_predict() -> None:
+    columns = (["u"] * 5, np.array([1, 1, 2, 1, 2]), np.array([1, 1, -1, 2, 0.5], np.float32), np.arange(5))
+    for exclude_seen, goals in ((True, [1, 0, 0, 0, 0.5]), (False, [1, 1, 0, 2, 0.5])):
+        log = EventLog(10, exclude_seen)
+        assert log.ending_at(log.append(*columns), 1).goals[:, 0].tolist() == goals
+        assert log.consumed == [{1, 2}]
+
+
+def test_shuffling_moves_only_within_a_stamp() -> None:
+    rows, stamps = np.array([[-1, 1, 2, 3, 4]]), np.array([[0, 5, 5, 5, 6]])
+    window = Padded(rows, rows.astype(np.float32), stamps, rows.astype(np.float32))
+    orders = {tuple(shuffle_ties(window, np.random.default_rng(seed)).rows[0].tolist()) for seed in range(100)}
+    assert len(orders) == 6
+    assert all(order[0] == -1 and order[4] == 4 for order in orders)

@@ -1,0 +1,128 @@
+"""The fold: what goes in once is in once, whatever is sent or delivered again."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.user_state import (
+    EMPTY,
+    Applied,
+    Fold,
+    Limits,
+    UserState,
+    apply_clicks,
+    decode_state,
+    digest,
+    encode_state,
+    split,
+    unpack,
+)
+
+LIMITS = Limits(history=4, event_ids=6)
+
+
+@dataclass(frozen=True)
+class C:
+    event_id: str
+    item_id: str
+    ts_ms: int
+
+
+clicks = st.lists(
+    st.builds(
+        C,
+        st.integers(0, 30).map(lambda number: f"e{number}"),
+        st.integers(0, 8).map(lambda number: f"i{number}"),
+        st.integers(0, 20),
+    ),
+    max_size=25,
+)
+
+
+def numbered(events: Sequence[C], first: int = 0) -> list[Applied]:
+    return [Applied(event, 1.0, first + at) for at, event in enumerate(events)]
+
+
+def slow_twin(events: Sequence[C]) -> UserState:
+    """The state by its definition, from the whole list at once."""
+    ids: list[str] = []
+    kept: list[C] = []
+    for event in events:
+        if event.event_id not in ids[-LIMITS.event_ids :]:
+            ids.append(event.event_id)
+            kept.append(event)
+    history: list[C] = []
+    for event in kept:  # the late ones of a full history fall out at once
+        history = sorted([*history, event], key=lambda other: other.ts_ms)[-LIMITS.history :]
+    seen = dict.fromkeys(event.item_id for event in kept)
+    return UserState(
+        history=tuple((e.item_id, 1.0, e.ts_ms) for e in history),  # type: ignore[arg-type]
+        seen=b"".join(map(digest, seen)),
+        event_ids=b"".join(map(digest, ids[-LIMITS.event_ids :])),
+        applied=len(kept),
+        offset=len(events) - 1,
+    )
+
+
+@given(clicks)
+def test_equals_its_slow_twin(events: list[C]) -> None:
+    assert encode_state(apply_clicks(EMPTY, numbered(events), LIMITS)) == encode_state(slow_twin(events))
+
+
+@given(clicks, st.data())
+def test_any_redelivery_changes_nothing(events: list[C], data: st.DataObject) -> None:
+    """A crash repeats a tail of what was applied, any number of times, before the rest follows."""
+    all_at_once = apply_clicks(EMPTY, numbered(events), LIMITS)
+    state, at = EMPTY, 0
+    while at < len(events):
+        upto = data.draw(st.integers(at + 1, len(events)))
+        back = data.draw(st.integers(0, at))
+        state = apply_clicks(state, numbered(events[back:upto], back), LIMITS)
+        at = upto
+    assert encode_state(state) == encode_state(all_at_once)
+
+
+@given(clicks)
+def test_sent_again_at_once_counts_once(events: list[C]) -> None:
+    twice = [event for event in events for _ in range(2)]
+    once, doubled = (apply_clicks(EMPTY, numbered(run), LIMITS) for run in (events, twice))
+    assert (once.history, once.seen, once.applied) == (doubled.history, doubled.seen, doubled.applied)
+
+
+@given(clicks)
+def test_survives_the_wire_and_leaves_its_input_alone(events: list[C]) -> None:
+    half = apply_clicks(EMPTY, numbered(events[:10]), LIMITS)
+    raw = encode_state(half)
+    assert decode_state(raw) == half
+    apply_clicks(half, numbered(events[10:], 10), LIMITS)
+    assert encode_state(half) == raw
+    assert apply_clicks(half, numbered(events[:10]), LIMITS) is half
+
+
+@given(clicks)
+def test_what_was_seen_before_is_a_prefix(events: list[C]) -> None:
+    """The live score depends on it: the seen set before a click is cut out of the one after."""
+    fold = Fold(EMPTY, LIMITS)
+    before = []
+    for click in numbered(events):
+        before.append(fold.num_seen)
+        fold.apply(click)
+    seen = split(fold.state().seen)
+    for at, number in enumerate(before):
+        known = split(apply_clicks(EMPTY, numbered(events[:at]), LIMITS).seen)
+        assert seen[:number] == known
+
+
+def test_late_events_take_their_place_in_time() -> None:
+    late = [C("a", "x", 30), C("b", "y", 10), C("c", "z", 30)]
+    state = apply_clicks(EMPTY, numbered(late), LIMITS)
+    assert [entry.item_id for entry in state.history] == ["y", "x", "z"]
+
+
+def test_digests_unpack_in_order() -> None:
+    packed = digest("a") + digest("b")
+    assert unpack(packed).tolist() == [int.from_bytes(digest(i), "little") for i in "ab"]
+    assert unpack(b"").dtype == np.uint64

@@ -1,0 +1,35 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import model.vector_cache
+from model.vector_cache import VectorCache
+
+WRITER = """
+import sys, numpy as np
+from pathlib import Path
+from model.vector_cache import VectorCache
+cache = VectorCache(Path(sys.argv[1]), 4)
+for i in range(200):
+    cache.put({f"{sys.argv[2]}{i}".encode(): np.full(4, i, np.float16), b"both": np.full(4, 7, np.float16)})
+"""
+
+
+def test_what_was_put_is_got(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.vector_cache, "_KEYS_AT_ONCE", 3)
+    vectors = {bytes([i]): np.arange(i, i + 4).astype(np.float16) for i in range(10)}
+    VectorCache(tmp_path / "new" / "vectors.sqlite", 4).put(vectors)
+    found = VectorCache(tmp_path / "new" / "vectors.sqlite", 4).get([*vectors, b"unknown"])
+    assert found.keys() == vectors.keys()
+    assert all((found[key] == vectors[key]).all() for key in vectors)
+
+
+def test_two_processes_write_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "vectors.sqlite"
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), name]) for name in "ab"]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    keys = [f"{name}{i}".encode() for name in "ab" for i in range(200)]
+    assert VectorCache(path, 4).get([*keys, b"both"]).keys() == {*keys, b"both"}

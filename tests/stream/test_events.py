@@ -1,0 +1,88 @@
+"""Wire types: round trips, and every way to be bad named by its field."""
+
+import math
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stream.events import (
+    EVENT_TYPES,
+    FUTURE_TOLERANCE_MS,
+    MAX_EVENT_BYTES,
+    BadEvent,
+    Click,
+    Item,
+    decode,
+    decode_click,
+    encode,
+)
+
+NOW_MS = 1_700_000_000_000
+GOOD = {"event_id": "e", "user_id": "u", "item_id": "i", "ts_ms": NOW_MS}
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+
+
+@given(texts, texts, texts, st.sampled_from(EVENT_TYPES), st.floats(allow_nan=False, allow_infinity=False) | st.none())
+def test_clicks_survive_the_wire(event_id: str, user_id: str, item_id: str, kind: str, value: float | None) -> None:
+    click = Click(
+        event_id=event_id,
+        user_id=user_id,
+        item_id=item_id,
+        event_type=kind,  # type: ignore[arg-type]
+        ts_ms=NOW_MS,
+        value=value,
+    )
+    assert decode_click(encode(click), NOW_MS) == click
+
+
+@pytest.mark.parametrize(
+    ("raw", "cause"),
+    [
+        (None, "null"),
+        (b"", "truncated"),
+        (b"{", "truncated"),
+        (b"not json", "malformed"),
+        (b"\xff\xfe\x00", "malformed"),
+        (b"[1]", "Expected `object`"),
+        (msgspec.json.encode(GOOD | {"item_id": 3}), "item_id: Expected `str`, got `int`"),
+        (msgspec.json.encode(GOOD | {"user_id": ""}), "user_id"),
+        (msgspec.json.encode(GOOD | {"user_id": "u" * 257}), "user_id"),
+        (msgspec.json.encode(GOOD | {"event_type": "stare"}), "event_type"),
+        (msgspec.json.encode(GOOD | {"version": 2}), "version"),
+        (msgspec.json.encode(GOOD | {"ts_ms": -1}), "ts_ms"),
+        (msgspec.json.encode(GOOD | {"ts_ms": NOW_MS + FUTURE_TOLERANCE_MS + 1}), "ts_ms: .* in the future"),
+        (msgspec.json.encode({k: v for k, v in GOOD.items() if k != "event_id"}), "event_id"),
+        (msgspec.json.encode(GOOD)[:-1] + b',"value":NaN}', "malformed"),
+        (msgspec.json.encode(GOOD)[:-1] + b',"value":1e999}', "value"),
+        (msgspec.json.encode(GOOD).replace(b'"u"', b'"\xff"'), "utf-8"),
+        (msgspec.json.encode(GOOD).replace(b'"u"', rb'"\ud800"'), "."),
+        (b" " * (MAX_EVENT_BYTES + 1), "size: 65537 bytes, at most 65536"),
+    ],
+)
+def test_bad_clicks_name_their_cause(raw: bytes | None, cause: str) -> None:
+    with pytest.raises(BadEvent, match=cause):
+        decode_click(raw, NOW_MS)
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_raise_anything_else(raw: bytes) -> None:
+    try:
+        click = decode_click(raw, NOW_MS)
+    except BadEvent:
+        return
+    assert click.value is None or math.isfinite(click.value)
+    click.user_id.encode(), click.item_id.encode(), click.event_id.encode()
+
+
+def test_a_field_of_a_later_minor_release_is_passed_over() -> None:
+    assert decode_click(msgspec.json.encode(GOOD | {"mood": "good"}), NOW_MS).user_id == "u"
+
+
+def test_items_have_their_own_bounds() -> None:
+    item = Item(item_id="i", title="t", text="x" * 100_000)
+    assert decode(encode(item), Item) == item
+    with pytest.raises(BadEvent, match="title"):
+        decode(encode(Item(item_id="i", title="t" * 1001)), Item)

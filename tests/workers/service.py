@@ -1,0 +1,88 @@
+"""What the tests of the running service share: a small catalogue, clicks that can be learned, and a client."""
+
+import json
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from stream.events import Click, Item
+from stream.producer import ClickProducer
+from workers.observe import scrape
+from workers.settings import Settings
+from workers.states import raw_states
+from workers.up import Roles
+
+THEMES = ("space opera", "baking bread", "sailing", "chess", "jazz piano", "alpine climbing")
+ITEMS = [
+    Item(item_id=f"i{number}", title=f"{THEMES[number % 6]}, part {number // 6}", categories=[THEMES[number % 6]])
+    for number in range(120)
+]
+PARTITIONS = 4
+DEADLINE_S = 60.0
+
+
+def clicks(count: int, users: int = 40, first: int = 0) -> list[Click]:
+    """Users who walk through one theme each: what comes next can be learned."""
+    now_ms = time.time_ns() // 1_000_000
+    return [
+        Click(
+            event_id=f"e{number}",
+            user_id=f"u{number % users}",
+            item_id=f"i{(number % users) % 6 + 6 * ((number // users) % 20)}",
+            ts_ms=now_ms + number,
+        )
+        for number in range(first, first + count)
+    ]
+
+
+def until(true: Callable[[], bool], what: str) -> None:
+    """Waits for something that another process does; fails by naming it."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not true():
+        assert time.monotonic() < deadline, f"not within {DEADLINE_S:.0f} s: {what}"
+        time.sleep(0.1)
+
+
+class Service:
+    def __init__(self, settings: Settings, roles: Roles, logs: Path) -> None:
+        self.settings, self.roles, self.logs = settings, roles, logs
+        self.url = f"http://127.0.0.1:{settings.serve.port}"
+
+    def call(self, path: str, body: Any = None) -> tuple[int, Any]:
+        """Status and JSON (or text) of a request; a body makes it a POST, bytes go as they are."""
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data=data, headers={"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=20) as answer:
+                status, raw = answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            status, raw = error.code, error.read()
+        try:
+            return status, json.loads(raw)
+        except ValueError:
+            return status, raw.decode()
+
+    def metric(self, name: str, role: str = "worker") -> float:
+        port = self.settings.serve.port if role == "serve" else self.settings.worker.metrics_port
+        return scrape(f"http://127.0.0.1:{port}/metrics").get(name, 0.0)
+
+    def send(self, events: list[Click]) -> None:
+        with ClickProducer(self.settings.connection, self.settings.topics) as producer:
+            for event in events:
+                producer.send(event)
+
+    def states(self) -> dict[str, bytes]:
+        return raw_states(self.settings)
+
+    def log(self, role: str) -> str:
+        return (self.logs / f"{role}.log").read_text()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,204 @@
+"""The pipeline on a real Kafka, every role a process: what a click does, and what no crash undoes."""
+
+import http.client
+import os
+import signal
+import subprocess
+import time
+from collections import Counter
+
+import msgspec
+import pytest
+
+from model.user_state import decode_state
+from stream.consumer import read_window
+from stream.events import Artifact, Click, Item, Recommendations, decode, encode
+from stream.producer import ClickProducer, Producer
+from tests.workers.service import ITEMS, Service, clicks, until
+from workers.check import count_applied, fold_offline
+from workers.dead_letters import read
+
+SENT = clicks(400)
+
+
+def lists(service: Service) -> list[Recommendations]:
+    batches = read_window(service.settings.connection, service.settings.topics.recommendations.name)
+    return [decode(record.value, Recommendations) for batch in batches for record in batch]
+
+
+def recommended(service: Service, user_id: str, k: int = 20) -> list[str]:
+    status, answer = service.call(f"/v1/users/{user_id}/recommendations?k={k}")
+    assert status == 200, answer
+    return [item["item_id"] for item in answer["items"]]
+
+
+def test_clicks_become_states_and_lists(service: Service) -> None:
+    service.send(SENT)
+    until(lambda: count_applied(SENT, service.states()) == len(SENT), "all clicks are applied")
+    assert service.states() == fold_offline(SENT, service.settings)
+    newest = {answer.user_id: answer for answer in lists(service)}
+    assert newest.keys() == {click.user_id for click in SENT}
+    for user_id, answer in newest.items():
+        seen = {click.item_id for click in SENT if click.user_id == user_id}
+        offered = [place.item_id for place in answer.items]
+        assert len(offered) == len(set(offered)) == 20
+        assert not seen & set(offered)
+        assert answer.offset == decode_state(service.states()[user_id]).offset
+        assert answer.clicked_ms <= answer.sent_ms
+        assert [place.score for place in answer.items] == sorted((p.score for p in answer.items), reverse=True)
+
+
+def test_the_api_answers_from_the_same_state(service: Service) -> None:
+    status, answer = service.call("/v1/users/u1/recommendations?k=7")
+    assert status == 200
+    assert len(answer["items"]) == 7
+    assert answer["source"] == "personal"
+    assert answer["as_of"]["offset"] == decode_state(service.states()["u1"]).offset
+    assert all(item["title"] for item in answer["items"])
+    status, stranger = service.call("/v1/users/nobody/recommendations")
+    assert (status, stranger["source"], len(stranger["items"])) == (200, "popular", 20)
+    assert service.call("/v1/users/u1/recommendations?k=0")[0] == 400
+
+
+def test_training_rounds_are_served_and_learn(service: Service) -> None:
+    """Users walk through one theme each; a trained generation recommends the theme."""
+    until(lambda: service.metric("upwell_swaps_total{served}") >= 2, "a trained generation serves in the worker")
+    until(lambda: service.metric("upwell_swaps_total{served}", "serve") >= 2, "and in the server")
+    own = Counter(int(item.removeprefix("i")) % 6 == 3 for item in recommended(service, "u3", 8))
+    assert own[True] >= 6
+
+
+def test_a_click_over_http_moves_the_list(service: Service) -> None:
+    before = recommended(service, "http-user")
+    status, answer = service.call("/v1/events", [{"user_id": "http-user", "item_id": before[0], "event_type": "like"}])
+    assert (status, answer) == (202, {"accepted": 1})
+    until(lambda: before[0] not in recommended(service, "http-user"), "the clicked item leaves the list")
+    assert len(recommended(service, "http-user", 100)) == 100
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "cause"),
+    [
+        ("/v1/events", b"{", "truncated"),
+        ("/v1/events", {"user_id": "u"}, "item_id"),
+        ("/v1/events", {"user_id": "u", "item_id": "i", "surprise": 1}, "surprise"),
+        ("/v1/events", {"user_id": "u", "item_id": "i", "ts_ms": 99_999_999_999_999}, "in the future"),
+        ("/v1/items", {"item_id": "x"}, "title"),
+    ],
+)
+def test_bad_requests_are_refused_by_name(service: Service, path: str, body: object, cause: str) -> None:
+    status, answer = service.call(path, body)
+    assert status == 400
+    assert cause in answer["detail"]
+
+
+def test_oversized_bodies_are_refused(service: Service) -> None:
+    """By the length that they announce: nothing of them is read."""
+    connection = http.client.HTTPConnection(service.url.removeprefix("http://"), timeout=10)
+    connection.putrequest("POST", "/v1/events")
+    connection.putheader("Content-Length", str(2 << 20))
+    connection.endheaders()
+    assert connection.getresponse().status == 413
+    connection.close()
+
+
+def test_bad_messages_become_dead_letters_and_stop_nothing(service: Service) -> None:
+    good = clicks(3, users=3, first=100_000)
+    bad = {
+        b"not json": "malformed",
+        b'{"event_id":"x","user_id":"u","item_id":7,"ts_ms":1}': "item_id",
+        b'{"event_id":"x","user_id":"u","item_id":"i","ts_ms":1,"value":NaN}': "malformed",
+        b'{"version":9,"event_id":"x","user_id":"u","item_id":"i","ts_ms":1}': "version",
+        b'{"event_id":"x","user_id":"u","item_id":"i","ts_ms":99999999999999}': "future",
+        b'{"event_id":"x","user_id":"someone else","item_id":"i","ts_ms":1}': "key",
+        b"x" * 900_000: "size",
+        b"\xff\xfe": "malformed",
+    }
+    topic = service.settings.topics.clicks.name
+    producer = Producer(service.settings.connection)
+    for raw in bad:
+        producer.send_raw(topic, b"u", raw)
+    producer.send_raw(topic, b"u", None)
+    producer.close()
+    service.send(good)
+    until(lambda: count_applied(good, service.states()) == 3, "good clicks behind bad ones are applied")
+    until(lambda: len(read(service.settings)) == len(bad) + 1, "every bad message has a dead letter")
+    letters = [letter for _, letter in read(service.settings)]
+    for raw, cause in bad.items():
+        (found,) = [letter for letter in letters if letter.payload is not None and raw.startswith(letter.payload)]
+        assert cause in found.cause
+        assert (found.topic, found.key) == (topic, b"u")
+    assert len({(letter.partition, letter.offset) for letter in letters}) == len(letters)
+    assert service.roles.restarts == 0
+
+
+def test_an_item_is_recommended_as_soon_as_it_is_encoded(service: Service) -> None:
+    """It is in no generation yet: the fresh segment has it. Once it is taken away, it is gone at once."""
+    new = Item(item_id="new-one", title=f"{ITEMS[2].categories[0]}, the newest part", categories=ITEMS[2].categories)
+    assert service.call("/v1/items", msgspec.to_builtins(new))[0] == 202
+    until(lambda: "new-one" in recommended(service, "u2", 150), "the new item can be recommended")
+    with ClickProducer(service.settings.connection, service.settings.topics) as producer:
+        producer.remove_item("new-one")
+    until(lambda: "new-one" not in recommended(service, "u2", 150), "the removed item is recommended no more")
+    hidden = msgspec.structs.replace(ITEMS[8], available=False)
+    assert service.call("/v1/items", msgspec.to_builtins(hidden))[0] == 202
+    until(lambda: ITEMS[8].item_id not in recommended(service, "nobody", 150), "an unavailable item is hidden")
+
+
+def test_a_click_on_an_item_not_seen_yet_is_kept(service: Service) -> None:
+    early = Click(event_id="early", user_id="early-user", item_id="not-yet", ts_ms=time.time_ns() // 1_000_000)
+    service.send([early])
+    until(lambda: "early-user" in service.states(), "its user has a state")
+    assert decode_state(service.states()["early-user"]).history[0].item_id == "not-yet"
+    assert len(recommended(service, "early-user")) == 20
+
+
+def test_a_bad_generation_is_refused_and_the_old_one_serves(service: Service) -> None:
+    serving = service.call("/v1/users/u1/recommendations")[1]["generation"]
+    refused = service.metric("upwell_swaps_total{refused}", "serve")
+    bad = Artifact(name="bad", url=str(service.logs / "nowhere"), manifest_sha256="0" * 64, created_ms=1)
+    producer = Producer(service.settings.connection)
+    producer.send_raw(service.settings.topics.generations.name, b"generation", encode(bad))
+    producer.close()
+    until(lambda: service.metric("upwell_swaps_total{refused}", "serve") > refused, "the generation is refused")
+    assert service.call("/v1/users/u1/recommendations")[1]["generation"] == serving
+    assert "nowhere" in service.log("serve")
+
+
+def test_a_search_process_that_dies_is_replaced(service: Service) -> None:
+    """Its death costs time, never an answer."""
+    status, before = service.call("/v1/users/u1/recommendations")
+    children = subprocess.run(
+        ["pgrep", "-f", "workers.search", "-P", str(service.roles.pids["serve"])], capture_output=True, text=True
+    )
+    for pid in children.stdout.split():
+        os.kill(int(pid), signal.SIGKILL)
+    status, after = service.call("/v1/users/u1/recommendations")
+    assert (status, after["items"]) == (200, before["items"])
+
+
+def test_the_worker_killed_amid_clicks_loses_and_doubles_nothing(service: Service) -> None:
+    """SIGKILL three times while 3,000 clicks flow: at-least-once delivery, idempotent state."""
+    mine = [
+        msgspec.structs.replace(click, event_id=f"kill-{click.event_id}", user_id=f"kill-{click.user_id}")
+        for click in clicks(3000)
+    ]
+    for part in range(0, 3000, 1000):
+        service.send(mine[part : part + 1000])
+        killed = service.roles.pids["worker"]
+        os.kill(killed, signal.SIGKILL)
+        until(lambda killed=killed: service.roles.pids["worker"] != killed, "the worker is started again")  # type: ignore[misc]
+    until(lambda: count_applied(mine, service.states()) == 3000, "every click is in its user's state once")
+    states = [decode_state(raw) for user_id, raw in service.states().items() if user_id.startswith("kill-")]
+    assert sum(state.applied for state in states) == 3000
+
+
+def test_metrics_and_page(service: Service) -> None:
+    assert service.call("/livez") == (200, "alive")
+    metrics = service.call("/metrics")[1]
+    assert 'upwell_requests_total{route="/v1/users/{user_id}/recommendations",status="200"}' in metrics
+    assert "http-user" not in metrics
+    assert "<title>Upwell</title>" in service.call("/")[1]
+    users = service.call("/v1/users")[1]
+    assert users[0]["history"]
+    assert service.metric("upwell_scored_clicks_total") > 0
