@@ -18,7 +18,7 @@ class ModelConfig:
 
     text_dim: int = 384  # E, width of the frozen text vectors
     tower_dim: int = 64  # d, item and user tower
-    covisitation_rank: int = 128  # R, truncated SVD
+    covisitation_rank: int = 64  # R, truncated SVD; 128 gained nothing on MovieLens-100k (.2020 against .2030 HR@10)
     projected_text_dim: int = 64  # P, text part of the vector
     history: int = 50  # newest events of a user that the model reads
     heads: int = 4  # recency heads of the user tower
@@ -36,7 +36,7 @@ class ModelConfig:
     full_softmax_items: int = 8192  # above it, the softmax runs over a sample of the seen items
     sampled_items: int = 4096
     window_events: int = 1_000_000  # replay window kept in memory
-    refresh_events: int = 2000  # between two factorisations
+    refresh_events: int = 1000  # between two factorisations; 2,000 cost .001 HR@10
     covisitation_half_life: float = 50_000.0
     covisitation_pairs: int = 20_000_000  # sparse counts kept at most
     popular_now_half_life: float = 2_000.0

@@ -5,6 +5,7 @@ Legend: n events, N items, W windows, L window length, C candidates, d tower, E 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.covisitation import Covisitation, Factors
 from model.mix import Mix, bucket
-from model.model import TEXT_GAIN, Catalogue, Model
+from model.model import Catalogue, Model
 from model.popularity import Popularity
 from model.sampling import EventLog, Events, Padded, shuffle_ties
 from model.tower import TowerTrainer
@@ -209,16 +210,14 @@ class Learner:
 
         Items never seen do not compete: the loss would teach the model that they are unwanted.
         """
-        seen, config = np.flatnonzero(self._counts > 0), self.config
-        if len(seen) <= config.full_softmax_items:
-            rows = np.union1d(seen, needed)
-            return rows, torch.zeros(len(rows), device=self.device)
-        others = np.setdiff1d(seen, needed)
-        drawn = self._random.choice(others, min(config.sampled_items, len(others)), replace=False)
-        rows = np.concatenate([np.unique(needed), drawn])
-        expansion = np.zeros(len(rows), np.float32)
-        expansion[len(rows) - len(drawn) :] = np.log(len(others) / len(drawn)) if len(drawn) else 0.0
-        return rows, torch.from_numpy(expansion).to(self.device)
+        others, needed, config = np.setdiff1d(np.flatnonzero(self._counts > 0), needed), np.unique(needed), self.config
+        odds = 1.0
+        if len(needed) + len(others) > config.full_softmax_items and len(others) > config.sampled_items:
+            odds = len(others) / config.sampled_items
+            others = self._random.choice(others, config.sampled_items, replace=False)
+        expansion = torch.zeros(len(needed) + len(others), device=self.device)
+        expansion[len(needed) :] = math.log(odds)
+        return np.concatenate([needed, others]), expansion
 
     def _columns(self, candidates: Rows) -> Rows:
         """(N,) each item's place among the candidates (C,), -1 for the others."""
@@ -249,7 +248,7 @@ class Learner:
             "tower.bias": self._tower.table.values[:, -1] * counts / (counts + self.config.id_prior),
             "covisitation.left": torch.from_numpy(self._factors.left).to(self.device),
             "covisitation.right": torch.from_numpy(self._factors.right).to(self.device),
-            "text.items": TEXT_GAIN * (catalogue.unit[: len(counts)] @ catalogue.projection),
+            "text.items": catalogue.projected[: len(counts)],
             "text.mean": catalogue.mean,
             "text.projection": catalogue.projection,
             "popularity": torch.from_numpy(self._popularity.log()[:, :2]).to(self.device),

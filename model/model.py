@@ -69,8 +69,9 @@ class Catalogue:
         self.text = torch.zeros(0, config.text_dim, device=device)  # (capacity, E)
         self.unit, self.mean = self.text.clone(), torch.zeros(config.text_dim, device=device)
         self._centred_at = self._projected_at = 0  # texts known when mean and projection were last made
-        self.texts = 0
+        self._num_texts = 0
         self.projection = self._random_directions()  # (E, P) orthonormal columns
+        self.projected = self._project(self.unit)  # (capacity, P)
 
     def add(self, ids: Sequence[str], text: Floats) -> Tensor:
         """Rows (M,) of the ids, known or new, with their new text (M, E)."""
@@ -85,19 +86,24 @@ class Catalogue:
         rows = torch.tensor([self.rows[item] for item in ids], dtype=torch.int64, device=self._device)
         self.text[rows] = torch.as_tensor(text, dtype=torch.float32, device=self._device)
         self.unit[rows] = centred(self.text[rows], self.mean)
-        self.texts += int((np.abs(text).sum(axis=1) > 0).sum())
-        if self.texts > _MEAN_GROWTH * self._centred_at:
+        self._num_texts += int((np.abs(text).sum(axis=1) > 0).sum())
+        self.projected[rows] = self._project(self.unit[rows])
+        if self._num_texts > _MEAN_GROWTH * self._centred_at:
             self._centre()
         return rows
 
     def _centre(self) -> None:
         present = self.text[self.text.abs().sum(dim=1) > 0]
-        self.mean, self._centred_at = present.mean(dim=0), self.texts
+        self.mean, self._centred_at = present.mean(dim=0), self._num_texts
         self.unit = centred(self.text, self.mean)
         if len(present) >= max(_PCA_ITEMS, 2 * self._projected_at):
             self._projected_at = len(present)
             spread = torch.linalg.eigh(self.unit.T @ self.unit)[1].flip(1)  # principal directions first
             self.projection = spread[:, : self._config.projected_text_dim].contiguous()
+        self.projected = self._project(self.unit)
+
+    def _project(self, unit: Tensor) -> Tensor:
+        return TEXT_GAIN * (unit @ self.projection)
 
     def _random_directions(self) -> Tensor:
         width = self._config.text_dim
@@ -108,8 +114,9 @@ class Catalogue:
     def _reserve(self, size: int) -> None:
         if size > len(self.text):
             added = max(size, 2 * len(self.text)) - len(self.text)
-            empty = self.text.new_zeros(added, self.text.shape[1])
-            self.text, self.unit = torch.cat([self.text, empty]), torch.cat([self.unit, empty])
+            self.text, self.unit, self.projected = (
+                F.pad(rows, (0, 0, 0, added)) for rows in (self.text, self.unit, self.projected)
+            )
 
 
 class Model:

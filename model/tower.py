@@ -164,7 +164,7 @@ class TowerTrainer:
         expansion: Tensor,
         rate: float,
     ) -> tuple[float, Tensor]:
-        """One AdamW step; the loss before it and the candidates' vectors (C, d) as trained on.
+        """One AdamW step; the loss before it and the candidates' vectors (C, d) after it.
 
         windows (W, L); columns (W, L) the candidate of each event; candidates: rows (C,), unit text (C, E)
         and counts (C,); excluded (W, C) and expansion (C,) as in softmax_loss. Raises FloatingPointError on a
@@ -173,7 +173,8 @@ class TowerTrainer:
         self.steps += 1
         rows, unit_text, counts = candidates
         leaf = self.table.values[rows].requires_grad_()  # (C, d + 1)
-        vectors, bias = self._drawn_items(leaf, unit_text, counts)
+        projected = self.text(unit_text)  # (C, d)
+        vectors, bias = self._drawn_items(leaf, projected, counts)
         held = torch.from_numpy(columns).to(rows.device)
         goals = torch.from_numpy(windows.goals[:, 1:]).to(rows.device)  # (W, L - 1)
         chosen = goals > 0
@@ -182,13 +183,14 @@ class TowerTrainer:
         barred = torch.from_numpy(excluded).to(rows.device)[chosen.nonzero()[:, 0]]
         loss = softmax_loss(scores, held[:, 1:][chosen], barred, goals[chosen], expansion)
         self._descend(loss, rows, leaf, rate)
-        return loss.item(), vectors.detach()
+        ids, config = self.table.values[rows, :-1], self._config
+        return loss.item(), item_vectors(projected.detach(), ids, counts, config.text_scale, config.id_prior)
 
-    def _drawn_items(self, leaf: Tensor, unit_text: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    def _drawn_items(self, leaf: Tensor, projected: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         config = self._config
         draw = torch.rand(len(leaf), generator=self._generator, device=leaf.device)
         counts = counts * (draw >= config.id_dropout)  # the others are their text in this step
-        vectors = item_vectors(self.text(unit_text), leaf[:, :-1], counts, config.text_scale, config.id_prior)
+        vectors = item_vectors(projected, leaf[:, :-1], counts, config.text_scale, config.id_prior)
         return vectors, leaf[:, -1] * counts / (counts + config.id_prior)
 
     def _drawn_users(self, windows: Padded, items: Tensor) -> Tensor:

@@ -101,6 +101,7 @@ class Artifact(Event, frozen=True, kw_only=True):
     url: str
     manifest_sha256: str
     created_ms: Milliseconds
+    encoder: str  # of the text vectors that it stands on: those of another one mean nothing to it
     metrics: dict[str, float] = {}
     offsets: dict[int, int] = {}  # partition of the clicks -> first offset that it was not trained on
     parent: str | None = None

@@ -34,11 +34,8 @@ def configure(folder: Path, port: int | None) -> Identity:
     Raises BrokerError when another program has it.
     """
     kept = folder / "broker.json"
-    identity = Identity(**json.loads(kept.read_text())) if kept.exists() else None
-    identity = Identity(
-        port or (identity.port if identity else _free_port()),
-        identity.cluster if identity else _cluster_id(),
-    )
+    last = json.loads(kept.read_text()) if kept.exists() else {}
+    identity = Identity(port or last.get("port") or _free_port(), last.get("cluster") or _cluster_id())
     _require_free(identity.port)
     kept.write_text(json.dumps(asdict(identity)))
     (folder / "log4j2.yaml").write_text(LOG4J)

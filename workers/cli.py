@@ -33,41 +33,45 @@ def settings_for(role: str) -> Settings:
 @app.command()
 def worker() -> None:
     """Fold clicks into user states and send fresh recommendations (Faust)."""
+    settings = settings_for("worker")
     from workers.user_worker import run_worker
 
-    raise typer.Exit(run_worker(settings_for("worker")))
+    raise typer.Exit(run_worker(settings))
 
 
 @app.command()
 def trainer() -> None:
     """Fine-tune on the newest clicks, again and again; publish what wins."""
+    settings = settings_for("trainer")
     from workers.trainer import run_trainer
 
-    raise typer.Exit(run_trainer(settings_for("trainer")))
+    raise typer.Exit(run_trainer(settings))
 
 
 @app.command()
 def indexer() -> None:
     """Encode item texts and build generations."""
+    settings = settings_for("indexer")
     from workers.indexer import run_indexer
 
-    raise typer.Exit(run_indexer(settings_for("indexer")))
+    raise typer.Exit(run_indexer(settings))
 
 
 @app.command()
 def serve() -> None:
     """HTTP: recommendations, events in, health, metrics, the page."""
+    settings = settings_for("serve")
     from workers.server import run_server
 
-    raise typer.Exit(run_server(settings_for("serve")))
+    raise typer.Exit(run_server(settings))
 
 
 @app.command()
 def topics() -> None:
     """Create the topics that are missing; say what each is for."""
+    settings = settings_for("topics")
     from stream.topics import ensure
 
-    settings = settings_for("topics")
     ensure(settings.topics, settings.connection)
     for topic in settings.topics.all():
         kept = "compacted" if topic.compacted else f"{(topic.retention_ms or 0) // 86_400_000} days"
@@ -77,12 +81,12 @@ def topics() -> None:
 @app.command()
 def up(broker: Broker = None) -> None:
     """All roles on this machine, until Ctrl-C. Without --broker: on a local Kafka under data/kafka."""
+    settings_for("up")
     from stream.broker import LocalBroker
     from stream.topics import ensure
     from workers.processes import stop_on_signal
     from workers.up import Roles
 
-    settings = settings_for("up")
     stop = stop_on_signal()
     with ExitStack() as stack:
         if broker is None:

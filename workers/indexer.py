@@ -67,7 +67,7 @@ class Indexer:
     def _take(self, record: Any) -> None:
         try:
             if record.topic == self._topics.models.name:
-                self._announced = decode(record.value, Artifact)
+                self._take_model(decode(record.value, Artifact))
             elif record.topic == self._topics.items.name:
                 self._take_item(record)
             elif record.value is not None:
@@ -77,6 +77,12 @@ class Indexer:
                     self._vectors[vector.item_id] = np.frombuffer(vector.vector, "<f2").astype(np.float32)
         except BadEvent as error:
             log.warning("record passed over", topic=record.topic, offset=record.offset, cause=str(error))
+
+    def _take_model(self, announced: Artifact) -> None:
+        if announced.encoder == self._encoder.name:
+            self._announced = announced
+        else:
+            log.warning("model of another encoder passed over", model=announced.name, encoder=announced.encoder)
 
     def _take_item(self, record: Any) -> None:
         item_id = record.key.decode()
@@ -174,9 +180,15 @@ class Indexer:
             digest = manifest_sha256(folder)
             url = publish(folder, root)
         return Artifact(
-            name=name, url=url, manifest_sha256=digest, created_ms=created_ms, metrics=manifest.metrics,
-            offsets=manifest.offsets, parent=manifest.parent,
-        )  # fmt: skip
+            name=name,
+            url=url,
+            manifest_sha256=digest,
+            created_ms=created_ms,
+            encoder=manifest.encoder,
+            metrics=manifest.metrics,
+            offsets=manifest.offsets,
+            parent=manifest.parent,
+        )
 
 
 def run_indexer(settings: Settings) -> int:

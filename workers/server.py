@@ -27,8 +27,9 @@ from stream.consumer import tail
 from stream.events import BadEvent, Click, EventType, Id, Item, Milliseconds
 from stream.producer import BufferFull, ClickProducer, DeliveryError
 from workers import metrics
-from workers.live import Live, NotReady, Query
+from workers.live import Live, NotReady
 from workers.settings import Settings
+from workers.snapshot import Query
 from workers.states import States, keep_newest, user_of
 
 PAGE = Path(__file__).with_name("page.html")
@@ -140,7 +141,7 @@ class Service:
         return self._producer
 
     def title(self, item_id: str) -> str:
-        item = self.live.items.get(item_id)
+        item = self.live.catalogue.items.get(item_id)
         return item.title if item else ""
 
     def recommend(self, user_id: str, k: int) -> RecommendationsOut:

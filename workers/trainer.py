@@ -78,14 +78,19 @@ class Window:
         return new
 
 
+class EncoderChanged(RuntimeError):
+    """The items have got vectors of another encoder: this process ends, its successor trains anew on them."""
+
+
 class Texts(threading.Thread):
-    """Follows the text vectors."""
+    """Follows the text vectors of the newest encoder."""
 
     def __init__(self, settings: Settings, stop: threading.Event) -> None:
         super().__init__(name="texts", daemon=True)
         self.caught_up = threading.Event()
         self._settings, self._stop_event = settings, stop
-        self._new: dict[str, NDArray[np.float32]] = {}
+        self._newest = (0, "")  # Kafka's stamp and encoder of the newest vector
+        self._new: dict[str, ItemVector] = {}
         self._lock = threading.Lock()
 
     def run(self) -> None:
@@ -95,13 +100,24 @@ class Texts(threading.Thread):
                 if record.value is not None:
                     vector = decode(record.value, ItemVector)
                     with self._lock:
-                        self._new[vector.item_id] = np.frombuffer(vector.vector, "<f2").astype(np.float32)
+                        self._newest = max(self._newest, (record.timestamp, vector.encoder))
+                        self._new[vector.item_id] = vector
 
-    def take(self) -> dict[str, NDArray[np.float32]]:
-        """Vectors (E,) that have come since the last call."""
+    @property
+    def encoder(self) -> str:
+        return self._newest[1]
+
+    def take(self) -> tuple[str, dict[str, NDArray[np.float32]]]:
+        """The encoder, and the vectors (E,) that have come since the last call."""
         with self._lock:
             new, self._new = self._new, {}
-        return new
+            encoder = self.encoder
+        texts = {
+            item_id: np.frombuffer(vector.vector, "<f2").astype(np.float32)
+            for item_id, vector in new.items()
+            if vector.encoder == encoder
+        }
+        return encoder, texts
 
 
 class Trainer:
@@ -112,6 +128,7 @@ class Trainer:
         self._texts, self._window = Texts(settings, stop), Window(settings)
         self._producer = Producer(settings.connection)
         self._text: dict[str, NDArray[np.float32]] = {}
+        self._encoder = ""
         self._learner: Learner | None = None
         self._serving: Model | None = None
         self._serving_name: str | None = None
@@ -134,14 +151,14 @@ class Trainer:
             if self._stop.is_set():
                 return []
         reads = self._window.read()
-        if announced is None:
+        if announced is None or announced.encoder != self._texts.encoder:
             return reads
         try:
             model = fetch_model(announced.url, announced.manifest_sha256)
         except (DamagedGeneration, ValueError, OSError) as error:
             log.error("training starts anew", model=announced.name, reason=str(error))
             return reads
-        self._text |= self._texts.take()
+        self._take_texts()
         self._serving, self._serving_name = model, announced.name
         empty = np.zeros(model.config.text_dim, np.float32)
         text = np.stack([self._text.get(item_id, empty) for item_id in model.ids])  # (N, E)
@@ -175,8 +192,7 @@ class Trainer:
 
     def _grown(self) -> Learner | None:
         """The learner, with the items that have come since; None while there are none at all."""
-        new = self._texts.take()
-        self._text |= new
+        new = self._take_texts()
         if not self._text:
             return None
         if self._learner is None:
@@ -186,6 +202,15 @@ class Trainer:
         if new:
             self._learner.add_items(list(new), np.stack(list(new.values())))
         return self._learner
+
+    def _take_texts(self) -> dict[str, NDArray[np.float32]]:
+        """The text vectors that have come since the last call. Raises EncoderChanged."""
+        encoder, new = self._texts.take()
+        if self._text and encoder != self._encoder:
+            raise EncoderChanged(f"from {self._encoder} to {encoder}")
+        self._encoder = encoder
+        self._text |= new
+        return new
 
     def _events(self, reads: Sequence[Read]) -> Events:
         """Clicks on items that are in the catalogue; the others stay in the users' histories, as ids."""
@@ -211,6 +236,7 @@ class Trainer:
             url=f"{root}/{name}",
             manifest_sha256=publish_model(candidate, f"{root}/{name}", verdict.reason),
             created_ms=created_ms,
+            encoder=self._encoder,
             metrics=verdict.metrics,
             offsets=dict(trained_to),
             parent=self._serving_name,

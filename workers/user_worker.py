@@ -16,10 +16,11 @@ from model.user_state import DIGEST_BYTES, EMPTY, Applied, Entry, Fold, Limits, 
 from stream.events import BadEvent, Click, DeadLetter, Ranked, Recommendations, decode_click, encode
 from workers import metrics
 from workers.faust_batches import batch_app, die, execute
-from workers.live import Live, NotReady, Query
+from workers.live import Live, NotReady
 from workers.prequential import K, LiveScore
 from workers.sender import BatchSender
 from workers.settings import Settings
+from workers.snapshot import Query
 from workers.states import OwnedStates, States
 
 RATIO_WINDOW = 1000  # messages over which the share of bad ones is taken

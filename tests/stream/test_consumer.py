@@ -1,6 +1,8 @@
 """Reading windows and tails on the real broker, with every kind of hole a log can have."""
 
+import secrets
 import threading
+import time
 from collections.abc import Iterator
 
 import kafka
@@ -79,6 +81,25 @@ def test_a_log_that_ends_without_a_record(connection: Connection, topics: Topics
     writer.abort_transaction()
     writer.close()
     assert values(read_window(connection, topic)) == [0, 1, 2]
+
+
+def test_a_compacted_log(connection: Connection, producer: kafka.KafkaProducer) -> None:
+    """Offsets 0-99 are gone; both readers still find their way to the end."""
+    topic = f"compacted-{secrets.token_hex(4)}"
+    config = {"cleanup.policy": "compact", "segment.ms": "100", "delete.retention.ms": "0"}
+    config |= {"min.cleanable.dirty.ratio": "0.01", "max.compaction.lag.ms": "100"}
+    with kafka.KafkaAdminClient(**connection.kafka_python()) as admin:
+        admin.create_topics({topic: {"num_partitions": 1, "configs": config}}, wait_for_metadata=True)
+    send(producer, topic, range(100))
+    producer.send(topic, None, b"k", partition=0)  # a tombstone, the last of its key
+    deadline, seen = time.monotonic() + 60, list(range(100))
+    while 0 in seen and time.monotonic() < deadline:
+        last = producer.send(topic, b"100", b"other").get(5)
+        seen = values(read_window(connection, topic))
+    assert set(seen) <= {-1, 100}
+    assert last.offset > 100
+    stop = threading.Event()
+    assert {r.offset for batch in tail(connection, [topic], stop, stop.set) for r in batch} >= {last.offset}
 
 
 def test_a_window_ends_where_it_ended_at_its_start(

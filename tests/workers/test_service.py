@@ -156,7 +156,7 @@ def test_a_click_on_an_item_not_seen_yet_is_kept(service: Service) -> None:
 def test_a_bad_generation_is_refused_and_the_old_one_serves(service: Service) -> None:
     serving = service.call("/v1/users/u1/recommendations")[1]["generation"]
     refused = service.metric("upwell_swaps_total{refused}", "serve")
-    bad = Artifact(name="bad", url=str(service.logs / "nowhere"), manifest_sha256="0" * 64, created_ms=1)
+    bad = Artifact(name="bad", url=str(service.logs / "nowhere"), manifest_sha256="0" * 64, created_ms=1, encoder="?")
     producer = Producer(service.settings.connection)
     producer.send_raw(service.settings.topics.generations.name, b"generation", encode(bad))
     producer.close()

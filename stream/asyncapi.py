@@ -1,0 +1,82 @@
+"""The topics and what is said on them, as documents for other languages: AsyncAPI 3 and JSON Schema.
+
+python -m stream.asyncapi docs/api       writes asyncapi.json and one schema a wire type
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from stream.events import WIRE_TYPES, Artifact, Click, DeadLetter, Event, Item, ItemVector, Recommendations
+from stream.topics import Topic, Topics
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def messages(topics: Topics) -> list[tuple[Topic, type[Event] | None]]:
+    """Each topic and the type of its records; None: binary, private to Upwell."""
+    return [
+        (topics.clicks, Click),
+        (topics.items, Item),
+        (topics.vectors, ItemVector),
+        (topics.users, None),
+        (topics.recommendations, Recommendations),
+        (topics.models, Artifact),
+        (topics.generations, Artifact),
+        (topics.dead_letters, DeadLetter),
+    ]
+
+
+def schema(kind: type[Event]) -> dict[str, Any]:
+    """JSON Schema of one wire type, complete in itself."""
+    (reference,), definitions = msgspec.json.schema_components([kind], ref_template="#/$defs/{name}")
+    own = definitions.pop(reference["$ref"].rpartition("/")[2])
+    rest = {"$defs": definitions} if definitions else {}
+    return {"$schema": DIALECT, "$id": f"upwell/{kind.__name__}.json", **own, **rest}
+
+
+def asyncapi(topics: Topics) -> dict[str, Any]:
+    """The AsyncAPI 3.0 document of one installation."""
+    _, schemas = msgspec.json.schema_components(WIRE_TYPES, ref_template="#/components/schemas/{name}")
+    channels, operations = {}, {}
+    for topic, kind in messages(topics):
+        name = topic.name.removeprefix(f"{topics.prefix}.")
+        payload = {"$ref": f"#/components/schemas/{kind.__name__}"} if kind else {"type": "string", "format": "binary"}
+        content = "application/json" if kind else "application/msgpack"
+        channels[name] = {
+            "address": topic.name,
+            "description": topic.about,
+            "messages": {"record": {"contentType": content, "payload": payload}},
+            "bindings": {"kafka": {"topic": topic.name, "partitions": topic.partitions, "topicConfiguration": {
+                "cleanup.policy": ["compact" if topic.compacted else "delete"]}}},
+        }  # fmt: skip
+        action = "receive" if kind in (Click, Item) else "send"
+        operations[f"{action}-{name}"] = {"action": action, "channel": {"$ref": f"#/channels/{name}"}}
+    return {
+        "asyncapi": "3.0.0",
+        "info": {
+            "title": "Upwell",
+            "version": "1",
+            "description": "Clicks and items in, fresh recommendations out. Actions are seen from Upwell.",
+            "license": {"name": "Apache-2.0"},
+        },
+        "channels": channels,
+        "operations": operations,
+        "components": {"schemas": schemas},
+    }
+
+
+def documents() -> dict[str, str]:
+    """File name -> text."""
+    found = {f"{kind.__name__}.json": schema(kind) for kind in WIRE_TYPES} | {"asyncapi.json": asyncapi(Topics())}
+    return {name: json.dumps(document, indent=2) + "\n" for name, document in found.items()}
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in documents().items():
+        (folder / name).write_text(text)

@@ -1,0 +1,33 @@
+"""The live baseline against its definition."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.user_state import digest
+from workers.prequential import HALF_LIFE_EVENTS, DecayedPopularity
+
+items = st.integers(0, 12).map(str)
+
+
+@given(st.lists(items, max_size=60), items, st.sets(items, max_size=5), st.integers(1, 4))
+def test_a_hit_is_a_place_among_the_k_most_popular_unseen(past: list[str], target: str, seen: set[str], k: int) -> None:
+    popularity = DecayedPopularity()
+    for item in past:
+        popularity.learn(item)
+    scores: dict[str, float] = {}
+    for age, item in enumerate(reversed(past)):
+        scores[item] = scores.get(item, 0) + 2 ** (-age / HALF_LIFE_EVENTS)
+    seen = seen - {target}
+    above = sum(1 for item, score in scores.items() if item not in seen and score > scores.get(target, 0) * (1 - 1e-12))
+    expected = target in scores and above - 1 < k  # the target itself is among those above
+    assert popularity.is_hit(target, b"".join(map(digest, seen)), k) == expected
+
+
+def test_weights_are_rescaled_before_they_overflow() -> None:
+    popularity = DecayedPopularity()
+    popularity.learn("old")
+    popularity._weight = 1e100
+    for item in ("a", "b", "b"):
+        popularity.learn(item)
+    assert popularity.is_hit("b", b"", 1)
+    assert not popularity.is_hit("a", b"", 1)

@@ -1,0 +1,87 @@
+"""Bad configuration stops at the start and names its key."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from workers.settings import ConfigError, Settings, load_settings
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("UPWELL_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_environment_wins_over_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "upwell.toml").write_text(
+        'artifacts = "s3://bucket/x"\n[kafka]\nprefix = "file"\npartitions = 3\n[event_weights]\nview = 0.1\n'
+    )
+    monkeypatch.setenv("UPWELL_KAFKA__PREFIX", "variable")
+    settings = load_settings()
+    assert (settings.kafka.prefix, settings.kafka.partitions) == ("variable", 3)
+    assert settings.topics.clicks.name == "variable.clicks"
+    assert (settings.weight("view"), settings.weight("purchase")) == (0.1, 3.0)
+    assert settings.artifacts == "s3://bucket/x"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "cause"),
+    [
+        ("UPWELL_KAFKA__BOOTSTRAP", "no port", "kafka.bootstrap"),
+        ("UPWELL_KAFKA__PARTITIONS", "0", "kafka.partitions"),
+        ("UPWELL_KAFKA__BOOTSTRP", "127.0.0.1:9092", "UPWELL_KAFKA__BOOTSTRP: no setting bootstrp in kafka"),
+        ("UPWELL_ARTEFACTS", "x", "UPWELL_ARTEFACTS: no such setting"),
+        ("UPWELL_EVENT_WEIGHTS__STARE", "1", "no event type stare"),
+        ("UPWELL_EVENT_WEIGHTS__VIEW", "nan", "event_weights.view"),
+        ("UPWELL_WORKER__K", "many", "worker.k"),
+        ("UPWELL_LOG_LEVEL", "LOUD", "log_level"),
+        ("UPWELL_CONFIG", "/nowhere.toml", "UPWELL_CONFIG: no file /nowhere.toml"),
+        ("UPWELL_KAFKA__USERNAME", "me", "kafka"),
+    ],
+)
+def test_bad_variables_are_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, cause: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=cause):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("[kafka]\nbroker = 'x'\n", "kafka.broker"),
+        ("colour = 'red'\n", "colour"),
+        ("[trainer]\nround_s = -1\n", "trainer.round_s"),
+        ("not toml", "upwell.toml"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, text: str, cause: str) -> None:
+    (tmp_path / "upwell.toml").write_text(text)
+    with pytest.raises(ConfigError, match=cause):
+        load_settings()
+
+
+def test_settings_are_frozen_and_hide_the_password() -> None:
+    settings = Settings()
+    with pytest.raises(ValueError, match="frozen"):
+        settings.artifacts = "elsewhere"  # type: ignore[misc]
+    secret = settings.kafka.model_copy(update={"password": "hush"})
+    assert "hush" not in repr(secret)
+
+
+@pytest.mark.parametrize("role", ["worker", "trainer", "indexer", "serve", "topics", "up"])
+def test_every_role_stops_at_once_with_exit_code_2(role: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "workers.cli", role],
+        env=os.environ | {"UPWELL_KAFKA__PREFIX": "no spaces, please", "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert "kafka.prefix (UPWELL_KAFKA__PREFIX)" in done.stderr
+    assert "Traceback" not in done.stderr

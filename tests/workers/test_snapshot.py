@@ -1,0 +1,104 @@
+"""Lists against a scan of everything: exact exclusions, fresh items beside the index, hidden ones out."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from model.config import ModelConfig
+from model.generation import build_generation
+from model.learner import Learner
+from model.manifest import manifest_sha256
+from model.sampling import Events
+from model.user_state import Entry, digest
+from stream.events import Artifact, Item, ItemVector
+from workers.search import SearchProcess, SearchProcessDied
+from workers.snapshot import Catalogue, Query, Snapshot
+
+NUM_INDEXED, NUM_FRESH, WIDTH = 150, 12, 16
+IDS = [f"i{number}" for number in range(NUM_INDEXED + NUM_FRESH)]
+HIDDEN = {"i3", "i77", f"i{NUM_INDEXED + 1}"}
+
+
+def vector(item_id: str, encoder: str = "e") -> ItemVector:
+    values = np.random.default_rng(int(item_id[1:])).normal(size=WIDTH).astype("<f2")
+    return ItemVector(item_id=item_id, encoder=encoder, text_hash="", vector=values.tobytes())
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Snapshot]:
+    catalogue = Catalogue()
+    for item_id in IDS:
+        catalogue.take_item(item_id, Item(item_id=item_id, title=item_id, available=item_id not in HIDDEN))
+        catalogue.take_vector(item_id, vector(item_id))
+    catalogue.take_item("i999", Item(item_id="i999", title="of another encoder"))
+    catalogue.take_vector("i999", vector("i999", "another"))
+    learner = Learner(ModelConfig(text_dim=WIDTH, tower_dim=8, covisitation_rank=8, projected_text_dim=8, hidden=16))
+    known = IDS[:NUM_INDEXED]
+    text = np.stack([np.frombuffer(vector(item_id).vector, "<f2").astype(np.float32) for item_id in known])
+    learner.add_items(known, text)
+    draw = np.random.default_rng(0)
+    items = [known[number] for number in draw.integers(0, NUM_INDEXED, 400)]
+    users = [f"u{number}" for number in draw.integers(0, 20, 400)]
+    learner.learn(Events(users, items, np.ones(400, np.float32), np.arange(400) * 1000))
+    model, folder = learner.model(), Path(tmp_path_factory.mktemp("generations")) / "g1"
+    build_generation(folder, model, version="g1", encoder="e", offsets={})
+    sha = manifest_sha256(folder)
+    announced = Artifact(name="g1", url=str(folder), manifest_sha256=sha, created_ms=0, encoder="e")
+    with SearchProcess(folder, sha) as search:
+        yield Snapshot.of(announced, search, model, catalogue)
+
+
+entries = st.lists(st.sampled_from([*IDS, "unknown"]), max_size=12)
+
+
+def query(history: list[str], seen: set[str]) -> Query:
+    past = [Entry(item_id, 1.0, 1000 * at) for at, item_id in enumerate(history)]
+    return Query(past, b"".join(map(digest, sorted(seen))), 100_000)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(
+    st.lists(st.tuples(entries, st.sets(st.sampled_from([*IDS, "unknown"]))), min_size=1, max_size=4),
+    st.integers(1, 200),
+)
+def test_equals_a_scan_of_everything(snapshot: Snapshot, users: list[tuple[list[str], set[str]]], k: int) -> None:
+    queries = [query(history, seen) for history, seen in users]
+    vectors = snapshot.model.user_vectors([snapshot.history(q.history) for q in queries], [q.now_ms for q in queries])
+    scores = vectors @ snapshot.model.item_vectors().T  # (B, N)
+    for (_, seen), row, ranked in zip(users, scores, snapshot.recommend(queries, k), strict=True):
+        eligible = [number for number, item_id in enumerate(IDS) if item_id not in seen | HIDDEN]
+        offered = [place.item_id for place in ranked]
+        assert len(offered) == len(set(offered)) == min(k, len(eligible))
+        assert not set(offered) & (seen | HIDDEN)
+        best = np.sort(row[eligible])[::-1][: len(offered)]
+        np.testing.assert_allclose([place.score for place in ranked], best, atol=2e-4)
+
+
+def test_fresh_items_can_win(snapshot: Snapshot) -> None:
+    """Of all eligible items every one comes, the fresh ones among them, none of another encoder's."""
+    (ranked,) = snapshot.recommend([query(["i1"], set())], len(IDS))
+    assert {place.item_id for place in ranked} == set(IDS) - HIDDEN
+
+
+def test_what_changes_the_lists_is_told() -> None:
+    catalogue, item = Catalogue(), Item(item_id="i1", title="one")
+    assert catalogue.take_item("i1", item)
+    assert not catalogue.take_item("i1", msgspec.structs.replace(item, title="uno"))
+    assert catalogue.take_item("i1", msgspec.structs.replace(item, available=False))
+    assert not catalogue.take_item("i1", None)
+    assert catalogue.take_vector("i1", vector("i1"))
+    assert not catalogue.take_vector("i1", vector("i1"))
+
+
+def test_a_closed_search_says_so(snapshot: Snapshot) -> None:
+    """Live.recommend asks the next generation on this error: a swap costs no answer."""
+    folder, sha = Path(snapshot.announced.url), snapshot.announced.manifest_sha256
+    other = SearchProcess(folder, sha)
+    other.close()
+    with pytest.raises(SearchProcessDied):
+        other.search(np.zeros((1, snapshot.model.dim), np.float32), 1)
