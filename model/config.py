@@ -8,6 +8,10 @@ from typing import Any
 PARTS = ("tower", "covisitation", "text", "popular_now", "popular")  # columns of the mix, in order
 BUCKETS = (1, 5, 20)  # edges of the history-length buckets 0 / 1-4 / 5-19 / 20+
 
+PER_ITEM = (
+    "tower.items", "tower.ids", "tower.bias", "covisitation.left", "covisitation.right", "text.items", "popularity",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -23,7 +27,7 @@ class ModelConfig:
     history: int = 50  # newest events of a user that the model reads
     heads: int = 4  # recency heads of the user tower
     hidden: int = 128  # width of the user tower's MLP
-    dropout: float = 0.2  # of the user tower's inputs
+    dropout: float = 0.3  # of the user tower's inputs
     id_dropout: float = 0.1  # share of items that a step shows by text alone
     text_scale: float = 0.3  # text's share beside the id embedding
     id_prior: float = 3.0  # id embedding counts n / (n + id_prior)
@@ -66,3 +70,21 @@ class ModelConfig:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def array_shapes(config: ModelConfig, num_items: int) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every array beside the user tower's; all float32."""
+    n, d, rank, text = num_items, config.tower_dim, config.covisitation_rank, config.projected_text_dim
+    return {
+        "tower.items": (n, d),
+        "tower.ids": (n, d + 1),  # id embedding and bias, before the gate
+        "tower.text": (d, config.text_dim),
+        "tower.bias": (n,),
+        "covisitation.left": (n, rank),
+        "covisitation.right": (n, rank),
+        "text.items": (n, text),
+        "text.mean": (config.text_dim,),
+        "text.projection": (config.text_dim, text),
+        "popularity": (n, 2),
+        "mix": (len(BUCKETS) + 1, len(PARTS)),
+    }

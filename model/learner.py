@@ -147,7 +147,7 @@ class Learner:
         columns = self._columns(candidates)
         history = self.log.before(numbers, config.history, config.same_stamp_history)
         parts = self._scores(self._view(), history, ts_ms[chosen], candidates)
-        excluded = self._consumed(self.log.users(numbers), columns, len(candidates))
+        excluded = self.log.consumed_mask(self.log.users(numbers), columns, len(candidates))
         losses = self._mix.learn(parts, columns[targets], excluded, bucket(history.lengths))
         if not np.isfinite(self._mix.weights()).all():
             raise FloatingPointError(f"mix weights diverged at event {self.log.count}")
@@ -198,7 +198,7 @@ class Learner:
             windows,
             columns[np.maximum(windows.rows, 0)],
             (rows, self._catalogue.unit[rows], torch.from_numpy(self._counts[candidates]).to(self.device)),
-            self._consumed(users, columns, len(candidates)),
+            self.log.consumed_mask(users, columns, len(candidates)),
             expansion,
             rate,
         )
@@ -224,15 +224,6 @@ class Learner:
         columns = np.full(len(self._counts), -1, np.int64)
         columns[candidates] = np.arange(len(candidates))
         return columns
-
-    def _consumed(self, users: Rows, columns: Rows, num_candidates: int) -> NDArray[np.bool_]:
-        """(B, C) what each user has consumed and must not be recommended."""
-        mask = np.zeros((len(users), num_candidates + 1), np.bool_)  # the last column takes what competes not
-        if self.config.exclude_seen:
-            for line, user in enumerate(users.tolist()):
-                consumed = self.log.consumed[user]
-                mask[line, columns[np.fromiter(consumed, np.int64, len(consumed))]] = True
-        return mask[:, :-1]
 
     def model(self) -> Model:
         """A frozen model with everything learned so far; copies, so later learning leaves it alone."""

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from model.config import BUCKETS, PARTS, ModelConfig
+from model.config import PARTS, PER_ITEM, ModelConfig, array_shapes
 from model.mix import bucket
 from model.sampling import Events as Events
 from model.sampling import History as History
@@ -29,28 +29,7 @@ Floats = NDArray[np.float32]
 TEXT_GAIN = 5.0  # brings cosines of text to the spread of the other parts, for one Adagrad rate
 _PCA_ITEMS = 64  # below it the text projection is random: too few texts to find directions in
 _MEAN_GROWTH = 1.1  # the mean text moves when the catalogue has grown by this much: it re-centres every item
-PER_ITEM = (
-    "tower.items", "tower.ids", "tower.bias", "covisitation.left", "covisitation.right", "text.items", "popularity",
-)  # fmt: skip
 _RECENCY = 5.0  # events; weight of a click in the co-visitation and text parts is exp(-position / 5)
-
-
-def array_shapes(config: ModelConfig, num_items: int) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every array beside the user tower's; all float32."""
-    n, d, rank, text = num_items, config.tower_dim, config.covisitation_rank, config.projected_text_dim
-    return {
-        "tower.items": (n, d),
-        "tower.ids": (n, d + 1),  # id embedding and bias, before the gate
-        "tower.text": (d, config.text_dim),
-        "tower.bias": (n,),
-        "covisitation.left": (n, rank),
-        "covisitation.right": (n, rank),
-        "text.items": (n, text),
-        "text.mean": (config.text_dim,),
-        "text.projection": (config.text_dim, text),
-        "popularity": (n, 2),
-        "mix": (len(BUCKETS) + 1, len(PARTS)),
-    }
 
 
 def centred(text: Tensor, mean: Tensor) -> Tensor:

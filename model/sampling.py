@@ -174,6 +174,15 @@ class EventLog:
         rows = np.where(held, self._whole["row"][slots], -1)
         return Padded(rows, weights, self._whole["ts"][slots] * held, goals)
 
+    def consumed_mask(self, users: Rows, columns: Rows, num_candidates: int) -> NDArray[np.bool_]:
+        """(B, C) what each user has consumed and must not be recommended; columns (N,) are -1 for no candidate."""
+        mask = np.zeros((len(users), num_candidates + 1), np.bool_)  # the last column takes the -1
+        if self.exclude_seen:
+            for line, user in enumerate(users.tolist()):
+                consumed = self.consumed[user]
+                mask[line, columns[np.fromiter(consumed, np.int64, len(consumed))]] = True
+        return mask[:, :-1]
+
     def _reserve(self, size: int) -> None:
         held = len(self._real["weight"])
         if size > held:
