@@ -20,4 +20,6 @@ def configure(level: str, role: str) -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
     structlog.contextvars.bind_contextvars(role=role)
+    for noisy in ("kafka", "aiokafka"):  # every retry that succeeds is a warning to them
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")

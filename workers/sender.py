@@ -7,7 +7,8 @@ from aiokafka import AIOKafkaProducer
 
 from stream.connection import Connection
 
-MAX_BATCH_BYTES = 900_000  # under Kafka's 1 MiB message limit, before compression
+MAX_BATCH_BYTES = 900_000  # under the topics' limit, before compression
+MAX_RECORD_BYTES = MAX_BATCH_BYTES - 1_000  # key and framing on top
 
 
 class BatchSender:
@@ -33,18 +34,17 @@ class BatchSender:
             await self._producer.stop()
 
     async def send(self, topic: str, partition: int, records: Iterable[tuple[bytes | None, bytes | None]]) -> None:
-        """Raises ValueError for a record over MAX_BATCH_BYTES, KafkaError when Kafka refuses a batch."""
+        """Raises ValueError for a record over MAX_RECORD_BYTES, KafkaError when Kafka refuses a batch."""
         assert self._producer is not None, "send before start"
         producer, sent = self._producer, []
         batch = producer.create_batch()
         for key, value in records:
-            if batch.append(key=key, value=value, timestamp=None) is not None:
-                continue
-            if batch.record_count():
+            if len(value or b"") > MAX_RECORD_BYTES:  # the first record of a batch is taken at any size
+                raise ValueError(f"{topic}: a record of {len(value or b'')} bytes, at most {MAX_RECORD_BYTES}")
+            if batch.append(key=key, value=value, timestamp=None) is None:
                 sent.append(await producer.send_batch(batch, topic, partition=partition))
                 batch = producer.create_batch()
-            if batch.append(key=key, value=value, timestamp=None) is None:
-                raise ValueError(f"{topic}: a record of {len(value or b'')} bytes, at most {MAX_BATCH_BYTES}")
+                batch.append(key=key, value=value, timestamp=None)
         if batch.record_count():
             sent.append(await producer.send_batch(batch, topic, partition=partition))
         await asyncio.gather(*sent)

@@ -105,14 +105,20 @@ def test_a_compacted_log(connection: Connection, producer: kafka.KafkaProducer) 
 def test_a_window_ends_where_it_ended_at_its_start(
     connection: Connection, topics: Topics, producer: kafka.KafkaProducer
 ) -> None:
+    """10 MB, so that the last of several fetches brings what was sent meanwhile, too."""
     topic = topics.clicks.name
-    send(producer, topic, range(100))
+    for value in range(100):
+        producer.send(topic, str(value).zfill(100_000).encode(), b"k", partition=0)
+    producer.flush()
     seen: list[int] = []
+    batches = 0
     for batch in read_window(connection, topic):
         seen += [int(record.value or b"-1") for record in batch]
+        batches += 1
         send(producer, topic, range(100, 150))
         send(producer, topic, range(100, 150), partition=1)
     assert seen == list(range(100))
+    assert batches > 1
 
 
 def test_a_tail_catches_up_once_and_goes_on(

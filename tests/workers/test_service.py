@@ -4,19 +4,22 @@ import http.client
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 
 import msgspec
 import pytest
+from typer.testing import CliRunner
 
 from model.user_state import decode_state
 from stream.consumer import read_window
-from stream.events import Artifact, Click, Item, Recommendations, decode, encode
+from stream.events import Artifact, Click, DeadLetter, Item, Recommendations, decode, encode
 from stream.producer import ClickProducer, Producer
-from tests.workers.service import ITEMS, Service, clicks, until
+from tests.workers.service import ITEMS, Service, clicks, free_port, until
 from workers.check import count_applied, fold_offline
-from workers.dead_letters import read
+from workers.cli import app
+from workers.dead_letters import read, resend
 
 SENT = clicks(400)
 
@@ -202,3 +205,43 @@ def test_metrics_and_page(service: Service) -> None:
     users = service.call("/v1/users")[1]
     assert users[0]["history"]
     assert service.metric("upwell_scored_clicks_total") > 0
+
+
+def test_dead_letters_are_listed_and_replayed(service: Service) -> None:
+    """A message that this release can read was refused by the one before."""
+    (click,) = clicks(1, first=200_000)
+    topic = service.settings.topics.clicks.name
+    letter = DeadLetter(
+        topic=topic, partition=1, offset=5, cause="version: too new", key=b"u0", payload=encode(click), ts_ms=1
+    )
+    cut = msgspec.structs.replace(letter, truncated=True, cause="size: too big")
+    producer = Producer(service.settings.connection)
+    for one in (letter, cut):
+        producer.send_raw(service.settings.topics.dead_letters.name, one.key, encode(one))
+    producer.close()
+    listed = CliRunner().invoke(app, ["dead-letters", "list"]).stdout.splitlines()
+    assert f"{topic}[1]@5  version: too new" in listed[-2]
+    number = listed[-2].split()[0]
+    replayed = CliRunner().invoke(app, ["dead-letters", "replay", "--offset", number]).stdout
+    assert "1 sent again, 0 cannot be" in replayed
+    until(lambda: count_applied([click], service.states()) == 1, "the replayed click is applied")
+    assert resend(service.settings, [cut]) == (0, 1)
+
+
+def test_doctor_finds_what_is_there_and_what_is_not(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    well = CliRunner().invoke(app, ["doctor"])
+    assert well.exit_code == 0, well.stdout
+    assert "FAIL" not in well.stdout
+    monkeypatch.setenv("UPWELL_KAFKA__PARTITIONS", "7")
+    ill = CliRunner().invoke(app, ["doctor"])
+    assert ill.exit_code == 1
+    assert "FAIL topics:" in ill.stdout
+    ill_environment = os.environ | {
+        "UPWELL_KAFKA__BOOTSTRAP": f"127.0.0.1:{free_port()}",
+        "UPWELL_ARTIFACTS": "/proc/nowhere",
+    }
+    command = [sys.executable, "-m", "workers.cli", "doctor"]  # kafka-python leaves a socket open where it fails
+    nowhere = subprocess.run(command, env=ill_environment, capture_output=True, text=True, timeout=60)
+    assert nowhere.returncode == 1
+    assert "FAIL broker:" in nowhere.stdout
+    assert "FAIL artifacts:" in nowhere.stdout
