@@ -10,6 +10,11 @@ from stream.connection import Connection
 from stream.topics import Topics, ensure
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # kafka-python leaves its socket to the garbage collector when a connection is refused: a broker's restart.
+    config.addinivalue_line("filterwarnings", "ignore:unclosed <socket:ResourceWarning")
+
+
 @pytest.fixture(scope="session")
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalBroker]:
     with LocalBroker(tmp_path_factory.mktemp("kafka")) as broker:

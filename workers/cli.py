@@ -115,7 +115,7 @@ def demo(
         str, typer.Option(help="ml-100k, or a folder of events.jsonl.gz and items.jsonl.gz.")
     ] = "ml-100k",
     events: Annotated[int | None, typer.Option(min=1, help="How many; default: all, with --check 30,000.")] = None,
-    rate: Annotated[float, typer.Option(min=0.1, help="Events a second.")] = 120.0,
+    rate: Annotated[float, typer.Option(min=0.1, help="Events a second.")] = 100.0,
     port: Annotated[int, typer.Option(help="Of the API; 0: a free one.")] = 8080,
     broker: Broker = None,
 ) -> None:

@@ -24,8 +24,9 @@ from types import TracebackType
 
 import numpy as np
 
-from model.index import HnswIndex, Rows, Vectors, check_excluded, check_queries
+from model.index import HnswIndex
 from model.manifest import DamagedGeneration, load_index, verify
+from model.queries import Rows, Vectors, check_excluded, check_queries
 
 _READY = struct.Struct("<2q")  # N, D; or -1 and the length of the reason
 _CALL = struct.Struct("<4q")  # B, k, E, H

@@ -136,7 +136,7 @@ class Trainer:
     def run(self) -> None:
         self._texts.start()
         pending = self._resume()
-        began = time.monotonic()
+        began = float("-inf")  # the first round waits for events only
         while not self._stop.wait(POLL_S):
             pending += self._window.read()
             if len(pending) >= self._config.min_events and time.monotonic() - began > self._config.round_s:

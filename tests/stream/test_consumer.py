@@ -108,7 +108,7 @@ def test_a_window_ends_where_it_ended_at_its_start(
     """10 MB, so that the last of several fetches brings what was sent meanwhile, too."""
     topic = topics.clicks.name
     for value in range(100):
-        producer.send(topic, str(value).zfill(100_000).encode(), b"k", partition=0)
+        producer.send(topic, str(value).ljust(100_000).encode(), b"k", partition=0)
     producer.flush()
     seen: list[int] = []
     batches = 0
