@@ -5,7 +5,7 @@ BIN := .venv/bin
 SOURCES := stream model workers tests
 STAMP := .venv/.made
 
-.PHONY: help venv demo test lint fmt lock kafka-lock clean
+.PHONY: help venv demo test lint fmt schemas lock kafka-lock clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -27,6 +27,9 @@ lint: venv  ## ruff and mypy --strict
 fmt: venv  ## format, and mend what ruff can
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+schemas: venv  ## docs/api anew from the wire types
+	$(BIN)/python -m stream.asyncapi docs/api
 
 lock: $(STAMP)/uv  ## deploy/requirements.lock anew from pyproject.toml, with hashes and without addresses
 	$(BIN)/uv pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 \

@@ -50,26 +50,32 @@ class Mix:
         excluded: NDArray[np.bool_],
         buckets: NDArray[np.int64],
     ) -> NDArray[np.float64]:
-        """One step on the softmax over each event's own best candidates; returns the losses (B,).
+        """One step on the softmax over each event's own best candidates; losses (n <= B,) of those that count.
 
+        An event counts only if its target is among its best: adding the target to them would teach that whatever
+        lifts an item into the best speaks against it (popularity went to zero on online-retail). The likelihood
+        given that the target is among the best has no such bias.
         parts (F, B, C), targets (B,) columns, excluded (B, C) bool, buckets (B,).
         """
         lines = np.arange(len(targets))
         total = np.einsum("fbc,bf->bc", parts, self.weights()[buckets])  # (B, C)
-        total = np.where(excluded, -np.inf, total)
-        own = np.einsum("fb,bf->b", parts[:, lines, targets], self.weights()[buckets])
-        total[lines, targets] = np.inf  # always among the best
+        own = total[lines, targets]
+        total[excluded] = -np.inf
+        total[lines, targets] = own
         kept = min(self._candidates, total.shape[1])
         best = np.argpartition(-total, kept - 1, axis=1)[:, :kept]  # (B, K)
-        total[lines, targets] = own
+        counts = (best == targets[:, None]).any(axis=1)
+        if not counts.any():
+            return np.zeros(0)
         logits = np.take_along_axis(total, best, 1)
         chosen = np.stack([np.take_along_axis(part, best, 1) for part in parts], axis=2)  # (B, K, F)
         peak = logits.max(axis=1, keepdims=True)
         odds = np.exp(logits - peak)
         share = odds / odds.sum(axis=1, keepdims=True)  # (B, K)
         gradient = np.einsum("bk,bkf->bf", share, chosen) - parts[:, lines, targets].T  # (B, F)
-        self._step(gradient, buckets)
-        return np.asarray(peak[:, 0] + np.log(odds.sum(axis=1)) - own)
+        self._step(gradient[counts], buckets[counts])
+        losses = peak[:, 0] + np.log(odds.sum(axis=1)) - own
+        return np.asarray(losses[counts], np.float64)
 
     def _step(self, gradient: NDArray[np.float64], buckets: NDArray[np.int64]) -> None:
         slope = np.zeros_like(self._rows)

@@ -4,10 +4,8 @@ State is read from the compacted users topic, so every replica answers for every
 the request, from the newest state that Kafka has shown.
 """
 
-import threading
 import time
 import uuid
-from collections import OrderedDict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,24 +14,22 @@ import msgspec
 import torch
 import uvicorn
 from litestar import Litestar, MediaType, Response, get, post
+from litestar.di import Provide
 from litestar.exceptions import HTTPException
 from litestar.openapi import OpenAPIConfig
 from litestar.params import Parameter
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from model.user_state import EMPTY, UserState
-from stream.consumer import tail
+from model.user_state import EMPTY
 from stream.events import BadEvent, Click, EventType, Id, Item, Milliseconds
-from stream.producer import BufferFull, ClickProducer, DeliveryError
+from stream.producer import BufferFull, DeliveryError
 from workers import metrics
-from workers.live import Live, NotReady
+from workers.live import NotReady
+from workers.service import RecentUser, RecommendationsOut, Service
 from workers.settings import Settings
-from workers.snapshot import Query
-from workers.states import States, keep_newest, user_of
 
 PAGE = Path(__file__).with_name("page.html")
-RECENT_USERS = 50
 
 
 class EventIn(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -48,116 +44,8 @@ class EventIn(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     context: dict[str, str] = {}
 
 
-class RankedItem(msgspec.Struct):
-    item_id: str
-    score: float
-    title: str
-
-
-class AsOf(msgspec.Struct):
-    """The newest click behind an answer: its place in the clicks topic (offset -1: none)."""
-
-    partition: int
-    offset: int
-
-
-class RecommendationsOut(msgspec.Struct):
-    user_id: str
-    items: list[RankedItem]
-    generation: str
-    source: str
-    as_of: AsOf
-
-
-class RecentUser(msgspec.Struct):
-    user_id: str
-    clicks: int
-    history: list[RankedItem]  # newest first; score is the event's weight
-
-
 class Accepted(msgspec.Struct):
     accepted: int
-
-
-class UserStates:
-    """All users' states, followed from the compacted topic in a thread."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.states: States = {}
-        self.partitions: dict[str, int] = {}
-        self.recent: OrderedDict[str, None] = OrderedDict()  # newest last
-        self.caught_up = threading.Event()
-        self._stop = threading.Event()
-        self._settings = settings
-        self._thread = threading.Thread(target=self._follow, name="states", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _follow(self) -> None:
-        topic = self._settings.topics.users.name
-        for records in tail(self._settings.connection, [topic], self._stop, self.caught_up.set):
-            for record in records:
-                user_id = user_of(record)
-                keep_newest(self.states, user_id, record.value)
-                self.partitions[user_id] = record.partition
-                self.recent[user_id] = None
-                self.recent.move_to_end(user_id)
-            while len(self.recent) > RECENT_USERS:
-                self.recent.popitem(last=False)
-
-
-class Service:
-    """What the routes need; one a process."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.live, self.users = Live(settings), UserStates(settings)
-        self._producer: ClickProducer | None = None
-
-    def start(self) -> None:
-        self.live.start()
-        self.users.start()
-
-    def stop(self) -> None:
-        self.users.stop()
-        self.live.stop()
-        if self._producer is not None:
-            self._producer.close()
-
-    @property
-    def ready(self) -> bool:
-        return self.live.ready and self.users.caught_up.is_set()
-
-    @property
-    def producer(self) -> ClickProducer:
-        """Made at the first event: the server starts and answers while Kafka is away."""
-        if self._producer is None:
-            self._producer = ClickProducer(self.settings.connection, self.settings.topics, block_s=2.0, delivery_s=5.0)
-        return self._producer
-
-    def title(self, item_id: str) -> str:
-        item = self.live.catalogue.items.get(item_id)
-        return item.title if item else ""
-
-    def recommend(self, user_id: str, k: int) -> RecommendationsOut:
-        """Raises NotReady."""
-        state = self.users.states.get(user_id, EMPTY)
-        query = Query(state.history, state.seen, time.time_ns() // 1_000_000)
-        snapshot, lists = self.live.recommend([query], k)
-        items = [RankedItem(place.item_id, place.score, self.title(place.item_id)) for place in lists[0]]
-        source = "personal" if state.history else "popular"
-        fullness = "empty" if not items else "full" if len(items) == k else "short"
-        metrics.answers.labels(source, fullness).inc()
-        as_of = AsOf(self.users.partitions.get(user_id, -1), state.offset)
-        return RecommendationsOut(user_id, items, snapshot.name, source, as_of)
-
-    def history(self, state: UserState) -> list[RankedItem]:
-        return [RankedItem(e.item_id, e.weight, self.title(e.item_id)) for e in reversed(state.history)]
 
 
 def _many(raw: bytes, kind: Any) -> list[Any]:
@@ -288,8 +176,6 @@ def _measured(app: ASGIApp) -> ASGIApp:
 def build_app(service: Service) -> Litestar:
     async def provide() -> Service:
         return service
-
-    from litestar.di import Provide
 
     return Litestar(
         [recommendations, recent_users, post_events, post_items, livez, readyz, prometheus, page],

@@ -57,3 +57,15 @@ def test_restore_goes_on_from_the_weights() -> None:
     learn(mix, 2, 0, history=3)
     again.restore(mix.weights())
     np.testing.assert_allclose(again.weights(), mix.weights(), atol=1e-6)
+
+
+def test_a_part_that_fills_the_best_is_not_blamed_for_targets_outside_them() -> None:
+    """Popular items are taken more often, but most targets are not among the ten most popular."""
+    random, popularity = np.random.default_rng(0), -np.log(np.arange(1, 2001)).astype(np.float32)
+    mix, odds = Mix(rate=0.1, candidates=10), np.exp(popularity) / np.exp(popularity).sum()
+    for _ in range(300):
+        parts = np.zeros((len(PARTS), 32, 2000), np.float32)
+        parts[4] = popularity
+        targets = random.choice(2000, 32, p=odds)
+        mix.learn(parts, targets, np.zeros((32, 2000), np.bool_), np.zeros(32, np.int64))
+    assert 0.7 < mix.weights()[0, 4] < 1.3  # 1 is the truth; it starts at 0.5
