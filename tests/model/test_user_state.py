@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from model.user_state import (
     EMPTY,
     Applied,
+    Entry,
     Fold,
     Limits,
     UserState,
@@ -59,7 +60,7 @@ def slow_twin(events: Sequence[C]) -> UserState:
         history = sorted([*history, event], key=lambda other: other.ts_ms)[-LIMITS.history :]
     seen = dict.fromkeys(event.item_id for event in kept)
     return UserState(
-        history=tuple((e.item_id, 1.0, e.ts_ms) for e in history),  # type: ignore[arg-type]
+        history=tuple(Entry(e.item_id, 1.0, e.ts_ms) for e in history),
         seen=b"".join(map(digest, seen)),
         event_ids=b"".join(map(digest, ids[-LIMITS.event_ids :])),
         applied=len(kept),
