@@ -45,18 +45,17 @@ class LiveScore:
 
     def __init__(self) -> None:
         self.popularity = DecayedPopularity()
-        self._recent: deque[tuple[bool, bool]] = deque(maxlen=WINDOW)
+        self._recent: deque[tuple[bool, bool]] = deque()
+        self._served = self._popular = 0  # hits in _recent
 
     def add(self, item_id: str, seen: bytes, served: list[str]) -> None:
         """Score one click on an item that its user had not seen; `served` is the top K as it would have been."""
-        served_hit, popular_hit = item_id in served[:K], self.popularity.is_hit(item_id, seen)
-        self._recent.append((served_hit, popular_hit))
+        hits = item_id in served[:K], self.popularity.is_hit(item_id, seen)
+        old = self._recent.popleft() if len(self._recent) == WINDOW else (False, False)
+        self._recent.append(hits)
+        self._served += hits[0] - old[0]
+        self._popular += hits[1] - old[1]
         metrics.scored_clicks.inc()
-        metrics.hits.labels("served").inc(served_hit)
-        metrics.hits.labels("popularity").inc(popular_hit)
-
-    def publish(self) -> None:
-        if self._recent:
-            served, popular = np.mean(self._recent, axis=0)
-            metrics.hit_rate.labels("served").set(served)
-            metrics.hit_rate.labels("popularity").set(popular)
+        for ranking, hit, recent in (("served", hits[0], self._served), ("popularity", hits[1], self._popular)):
+            metrics.hits.labels(ranking).inc(hit)
+            metrics.hit_rate.labels(ranking).set(recent / len(self._recent))

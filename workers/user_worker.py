@@ -149,7 +149,6 @@ class UserWorker:
                 query, ranked = next(answers)
                 self._score.add(click.item_id, query.seen, [place.item_id for place in ranked])
             self._score.popularity.learn(click.item_id)
-        self._score.publish()
 
     async def _send(
         self,

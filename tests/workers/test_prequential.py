@@ -1,10 +1,12 @@
 """The live baseline against its definition."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from model.user_state import digest
-from workers.prequential import HALF_LIFE_EVENTS, DecayedPopularity
+from workers import metrics, prequential
+from workers.prequential import HALF_LIFE_EVENTS, DecayedPopularity, LiveScore
 
 items = st.integers(0, 12).map(str)
 
@@ -31,3 +33,12 @@ def test_weights_are_rescaled_before_they_overflow() -> None:
         popularity.learn(item)
     assert popularity.is_hit("b", b"", 1)
     assert not popularity.is_hit("a", b"", 1)
+
+
+def test_the_gauge_is_the_rate_of_the_newest_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prequential, "WINDOW", 4)
+    score = LiveScore()
+    for served in (["x"], ["x"], ["a"], ["x"], ["a"], ["a"]):
+        score.add("a", b"", served)
+    assert metrics.hit_rate.labels("served")._value.get() == 0.75  # of a x a a
+    assert metrics.hit_rate.labels("popularity")._value.get() == 0.0

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 
 from model.generation import build_generation
-from model.index import HnswIndex, Vectors
+from model.index import HnswIndex
 from model.manifest import Manifest, file_entry, load_index, manifest_sha256, model_sha256, verify
+from model.queries import Vectors
+from model.sampling import History
 from workers.search import GenerationRefused, SearchProcess, SearchProcessDied
 
-N, D, PAGE = 2000, 24, 4096
+N, D, PAGE = 4500, 8, 4096
 
 
 class Vectored:
@@ -32,6 +34,9 @@ class Vectored:
 
     def item_vectors(self) -> Vectors:
         return self._vectors
+
+    def user_vectors(self, histories: Sequence[History], now_ms: Sequence[int]) -> Vectors:
+        return np.stack([self._vectors[history.rows].sum(axis=0) for history in histories])
 
     def save(self, folder: Path) -> None:
         folder.mkdir()
