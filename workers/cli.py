@@ -99,7 +99,8 @@ def up(broker: Broker = None) -> None:
         typer.echo(f"Upwell on Kafka {broker}: http://{settings.serve.host}:{settings.serve.port}/")
         while not stop.wait(0.5):
             if roles.failed:
-                raise typer.Exit(EX_CONFIG)
+                typer.echo(f"{roles.failed} has ended for good: see its log", err=True)
+                raise typer.Exit(1)
 
 
 def kafka_home() -> Path | None:

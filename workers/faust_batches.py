@@ -3,11 +3,12 @@
 Faust's own path costs 0.1-0.2 ms an event whatever the codec, because `Consumer._drain_messages` makes two
 tasks for each (FACTS.md: 31 to 33 times the rate this way). Group, assignment and commits stay Faust's.
 
-Offsets stay right because the synthetic record carries the batch's last offset: Faust notes the skipped
-ones as a gap and counts a gap as done once a later offset is acked. That holds while acks come in order:
-one agent, concurrency 1. An agent that raises still acks its event, here a whole batch: so the agent ends
-the process instead (`die`). `_wait_next_records` and `_new_transport` are private names; pyproject.toml pins
-the minor version and tests/workers/test_faust_batches.py fails when they move.
+Offsets stay right because the synthetic record carries the batch's last offset: Faust notes the skipped ones as a
+gap and counts a gap as done once a later offset is acked. That holds while acks come in order: one agent,
+concurrency 1. An agent that raises still acks its event, here a whole batch: so the agent takes its events unacked,
+acks each when all of it is in Kafka, and ends the process where it cannot go on (`die`). `_wait_next_records` and
+`_new_transport` are private names; pyproject.toml pins the minor version and tests/workers/test_faust_batches.py
+fails when they move.
 """
 
 import os
@@ -24,7 +25,7 @@ from stream.connection import Connection
 
 log = structlog.get_logger()
 
-EX_SOFTWARE = 70  # sysexits.h: an internal error was met
+EX_DATA, EX_SOFTWARE = 65, 70  # sysexits.h: the input is bad; an internal error was met
 
 
 class PartitionBatchConsumer(Consumer):  # type: ignore[misc]
@@ -56,6 +57,7 @@ class PartitionBatchTransport(Transport):  # type: ignore[misc]
 
 class BatchApp(faust.App):  # type: ignore[misc]
     before: Callable[[], Awaitable[None]]  # runs before the first event is read
+    after: Callable[[], Awaitable[None]]  # runs when the agents have ended
 
     def _new_transport(self) -> PartitionBatchTransport:
         return PartitionBatchTransport(self.conf.broker_consumer, self)
@@ -64,8 +66,14 @@ class BatchApp(faust.App):  # type: ignore[misc]
         await super().on_start()
         await self.before()
 
+    async def on_shutdown(self) -> None:
+        await super().on_shutdown()
+        await self.after()
 
-def batch_app(group: str, connection: Connection, before: Callable[[], Awaitable[None]]) -> BatchApp:
+
+def batch_app(
+    group: str, connection: Connection, before: Callable[[], Awaitable[None]], after: Callable[[], Awaitable[None]]
+) -> BatchApp:
     """A Faust app without web server, tables, leader topic or topic creation."""
     brokers = [f"kafka://{address}" for address in connection.bootstrap.split(",")]
     app = BatchApp(
@@ -75,7 +83,7 @@ def batch_app(group: str, connection: Connection, before: Callable[[], Awaitable
         web_enabled=False,
         topic_disable_leader=True,
         topic_allow_declare=False,
-        stream_wait_empty=False,
+        stream_wait_empty=True,
         broker_commit_interval=1.0,
         broker_session_timeout=10.0,  # a killed worker's partitions move after it; Faust's default is a minute
         broker_heartbeat_interval=3.0,
@@ -83,7 +91,7 @@ def batch_app(group: str, connection: Connection, before: Callable[[], Awaitable
         consumer_auto_offset_reset="earliest",
         store="memory://",
     )
-    app.before = before
+    app.before, app.after = before, after
     return app
 
 
@@ -102,11 +110,11 @@ def _credentials(connection: Connection) -> Any:
     )
 
 
-def die(reason: str, error: BaseException | None = None) -> None:
+def die(reason: str, code: int, error: BaseException | None = None) -> None:
     """End the process now, before anything unfinished is acked: the broker gives the batch to the next one."""
     log.error("worker ends before the commit", reason=reason, exc_info=error)
     sys.stderr.flush()
-    os._exit(EX_SOFTWARE)
+    os._exit(code)
 
 
 def execute(app: BatchApp) -> int:

@@ -5,11 +5,9 @@ them in order, and a kill -9 of this process ends them too.
 """
 
 import os
-import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,7 @@ log = structlog.get_logger()
 ROLES = ("indexer", "trainer", "worker", "serve")
 BACKGROUND = ("indexer", "trainer")  # they give way to those that answer, where all share the cores
 BACKOFF_S = 1.0
-CONFIG_EXIT = 2  # bad configuration: a restart would not help
-
-
-class RoleFailed(RuntimeError):
-    """A role cannot run with this configuration."""
+HOPELESS = (2, 65)  # bad configuration, too many bad events: a restart would not help
 
 
 class Roles:
@@ -56,8 +50,8 @@ class Roles:
 
     @property
     def failed(self) -> str | None:
-        """The role that ended over its configuration, if one did."""
-        return next((r for r, p in self._running.items() if p.poll() == CONFIG_EXIT), None)
+        """The role that ended for good, if one did: its log says why."""
+        return next((role for role, process in self._running.items() if process.poll() in HOPELESS), None)
 
     def _start(self, role: str) -> None:
         role_command = [sys.executable, "-m", "workers.cli", role]
@@ -84,17 +78,8 @@ class Roles:
         while not self._stopping.wait(BACKOFF_S):
             for role, process in list(self._running.items()):
                 code = process.poll()
-                if code in (None, CONFIG_EXIT):
+                if code is None or code in HOPELESS:
                     continue
                 self.restarts += 1
                 log.error("role restarted", role=role, code=code)
                 self._start(role)
-
-
-def wait_for_signal() -> None:
-    """Until SIGINT or SIGTERM."""
-    stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
-    while not stopped.wait(1.0):
-        time.sleep(0)

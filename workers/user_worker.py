@@ -15,7 +15,7 @@ import torch
 from model.user_state import DIGEST_BYTES, EMPTY, Applied, Entry, Fold, Limits, encode_state
 from stream.events import BadEvent, Click, DeadLetter, Ranked, Recommendations, decode_click, encode
 from workers import metrics
-from workers.faust_batches import batch_app, die, execute
+from workers.faust_batches import EX_DATA, EX_SOFTWARE, batch_app, die, execute
 from workers.live import Live, NotReady
 from workers.prequential import K, LiveScore
 from workers.sender import BatchSender
@@ -216,25 +216,30 @@ def _answer(
 def run_worker(settings: Settings) -> int:
     """Run until SIGTERM or SIGINT; the exit code. Anything unexpected ends the process before the commit."""
     torch.set_num_threads(1)
-    sender = BatchSender(settings.connection)
-    app = batch_app(settings.worker.group, settings.connection, before=sender.start)
+    live, sender = Live(settings), BatchSender(settings.connection)
+
+    async def finish() -> None:
+        await sender.stop()
+        await asyncio.to_thread(live.stop)
+
+    app = batch_app(settings.worker.group, settings.connection, sender.start, finish)
     clicks = app.topic(settings.topics.clicks.name, value_type=bytes, value_serializer="raw")
-    live = Live(settings)
     owned = OwnedStates(settings.connection, settings.topics.users.name)
     worker = UserWorker(settings, live, owned, sender)
 
     @app.agent(clicks)  # type: ignore[untyped-decorator]
     async def update_users(stream: Any) -> None:
-        async for event in stream.events():
+        async for event in stream.noack().events():
             tp = event.message.tp
             if tp not in app.consumer.assignment():
                 continue  # taken away while it waited in the queue: its new owner reads it
             try:
                 await worker.process(tp.partition, event.value)
             except TooManyBadEvents as error:
-                die(str(error))
+                die(str(error), EX_DATA)
             except Exception as error:
-                die("unexpected", error)
+                die("unexpected", EX_SOFTWARE, error)
+            await stream.ack(event)
             high = app.consumer.highwater(tp)
             metrics.lag_clicks.labels(str(tp.partition)).set(max(0, (high or 0) - event.message.offset - 1))
 
@@ -242,11 +247,6 @@ def run_worker(settings: Settings) -> int:
     async def forget(_: Any, revoked: Any, **kwargs: Any) -> None:
         for tp in revoked:
             owned.forget(tp.partition)
-
-    @app.on_before_shutdown.connect  # type: ignore[untyped-decorator]
-    async def stop(*_: Any, **kwargs: Any) -> None:
-        await sender.stop()
-        live.stop()
 
     metrics.serve(settings.worker.metrics_port)
     live.start()

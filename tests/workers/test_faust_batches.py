@@ -19,7 +19,7 @@ def test_faust_still_calls_what_we_override() -> None:
 
 
 def test_the_app_opens_no_port_and_makes_no_topic() -> None:
-    app = batch_app("group", Connection("127.0.0.1:9092,127.0.0.1:9093"), nothing)
+    app = batch_app("group", Connection("127.0.0.1:9092,127.0.0.1:9093"), nothing, nothing)
     assert isinstance(app.transport, PartitionBatchTransport)
     assert app.conf.web_enabled is False
     assert app.conf.topic_allow_declare is False
@@ -29,6 +29,6 @@ def test_the_app_opens_no_port_and_makes_no_topic() -> None:
 def test_a_login_reaches_faust_with_tls() -> None:
     """FACTS.md: SASLCredentials without an SSL context would be plaintext in silence."""
     connection = Connection("127.0.0.1:9092", tls=True, username="me", password="hush")
-    credentials = batch_app("group", connection, nothing).conf.broker_credentials
+    credentials = batch_app("group", connection, nothing, nothing).conf.broker_credentials
     assert credentials.ssl_context is not None
     assert (credentials.protocol.value, credentials.username) == ("SASL_SSL", "me")

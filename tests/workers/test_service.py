@@ -2,24 +2,34 @@
 
 import http.client
 import os
+import secrets
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from itertools import islice
+from pathlib import Path
 
+import kafka
 import msgspec
 import pytest
 from typer.testing import CliRunner
 
 from model.user_state import decode_state
-from stream.consumer import read_window
+from stream.broker import LocalBroker
+from stream.consumer import end_offsets, read_window
 from stream.events import Artifact, Click, DeadLetter, Item, Recommendations, decode, encode
 from stream.producer import ClickProducer, Producer
+from stream.topics import ensure
 from tests.workers.service import ITEMS, Service, clicks, free_port, until
 from workers.check import count_applied, fold_offline
 from workers.cli import app
 from workers.dead_letters import read, resend
+from workers.observe import scrape
+from workers.settings import Kafka, Settings
+from workers.states import raw_states
+from workers.up import HOPELESS
 
 SENT = clicks(400)
 
@@ -196,7 +206,91 @@ def test_the_worker_killed_amid_clicks_loses_and_doubles_nothing(service: Servic
     assert sum(state.applied for state in states) == 3000
 
 
+def committed(service: Service) -> int:
+    """Clicks below the worker group's committed offsets."""
+    with kafka.KafkaAdminClient(**service.settings.connection.kafka_python()) as admin:
+        (group,) = admin.list_group_offsets([service.settings.worker.group]).values()
+    return sum(offset.offset for part, offset in group.items() if part.topic == service.settings.topics.clicks.name)
+
+
+def test_sigterm_ends_the_worker_in_order(service: Service) -> None:
+    """Exit code 0; what it has applied is committed, so its successor applies nothing again."""
+    sent = clicks(200, first=300_000)
+    service.send(sent)
+    until(lambda: count_applied(sent, service.states()) == 200, "all clicks are applied")
+    ends = sum(end_offsets(service.settings.connection, service.settings.topics.clicks.name).values())
+    old = service.roles.pids["worker"]
+    os.kill(old, signal.SIGTERM)
+    until(lambda: service.roles.pids["worker"] != old, "the worker is started again")
+    assert committed(service) == ends
+    until(lambda: service.metric("upwell_swaps_total{served}") > 0, "the new worker serves")
+    more = clicks(50, first=310_000)
+    service.send(more)
+    until(lambda: count_applied(more, service.states()) == 50, "it goes on")
+    assert service.metric("upwell_clicks_total{duplicate}") == 0
+
+
+def test_too_many_bad_messages_stop_the_worker_for_good(broker: LocalBroker, tmp_path: Path) -> None:
+    """With the reason, after the dead letters are sent, under an exit code that no supervisor restarts."""
+    environment = {
+        "UPWELL_KAFKA__BOOTSTRAP": broker.bootstrap,
+        "UPWELL_KAFKA__PREFIX": f"bad{secrets.token_hex(4)}",
+        "UPWELL_KAFKA__PARTITIONS": "1",
+        "UPWELL_ARTIFACTS": str(tmp_path),
+        "UPWELL_WORKER__DEAD_LETTER_RATIO": "0.3",
+    }
+    settings = Settings(
+        kafka=Kafka(bootstrap=broker.bootstrap, prefix=environment["UPWELL_KAFKA__PREFIX"], partitions=1)
+    )
+    ensure(settings.topics, settings.connection)
+    producer = ClickProducer(settings.connection, settings.topics)
+    for click in clicks(100):
+        producer.send(click)
+    for number in range(100):
+        producer.send_raw(settings.topics.clicks.name, b"u", b"rubbish %d" % number)
+    producer.close()
+    command = [sys.executable, "-m", "workers.cli", "worker"]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("UPWELL_")}
+    done = subprocess.run(command, env=kept | environment, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 65 and done.returncode in HOPELESS
+    assert "of the last 200 messages are bad" in done.stderr
+    assert len(read(settings)) == 100
+    assert count_applied(clicks(100), raw_states(settings)) == 100
+
+
+def test_partitions_move_to_a_second_worker_and_back(service: Service) -> None:
+    """While clicks flow, a worker joins the group and leaves it: every click is applied once."""
+    port, sent = free_port(), clicks(1200, first=400_000)
+    second = subprocess.Popen(
+        [sys.executable, "-m", "workers.cli", "worker"],
+        env=os.environ | {"UPWELL_WORKER__METRICS_PORT": str(port)},
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        with ClickProducer(service.settings.connection, service.settings.topics) as producer:
+            flow = iter(sent)
+            for click in islice(flow, 600):
+                producer.send(click)
+                if click.event_id.endswith("0"):
+                    time.sleep(0.1)  # 100 a second: the second worker needs a few to start
+            producer.flush()
+            url = f"http://127.0.0.1:{port}/metrics"
+            until(lambda: scrape(url).get("upwell_restored_users", 0) > 0, "the second worker owns partitions")
+            second.terminate()
+            for click in flow:
+                producer.send(click)
+        assert second.wait(30) == 0
+    finally:
+        second.kill()
+        second.wait()
+    until(lambda: count_applied(sent, service.states()) == len(sent), "every click is in its user's state once")
+
+
 def test_metrics_and_page(service: Service) -> None:
+    service.send([msgspec.structs.replace(clicks(1)[0], event_id="seen", user_id="http-user", item_id="i5")])
+    until(lambda: "http-user" in service.states(), "the click is applied")
+    until(lambda: service.metric("upwell_scored_clicks_total") > 0, "the click is scored")
+    recommended(service, "http-user")
     assert service.call("/livez") == (200, "alive")
     metrics = service.call("/metrics")[1]
     assert 'upwell_requests_total{route="/v1/users/{user_id}/recommendations",status="200"}' in metrics
@@ -204,7 +298,6 @@ def test_metrics_and_page(service: Service) -> None:
     assert "<title>Upwell</title>" in service.call("/")[1]
     users = service.call("/v1/users")[1]
     assert users[0]["history"]
-    assert service.metric("upwell_scored_clicks_total") > 0
 
 
 def test_dead_letters_are_listed_and_replayed(service: Service) -> None:
