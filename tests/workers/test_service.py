@@ -274,8 +274,16 @@ def test_partitions_move_to_a_second_worker_and_back(service: Service) -> None:
                 if click.event_id.endswith("0"):
                     time.sleep(0.1)  # 100 a second: the second worker needs a few to start
             producer.flush()
-            url = f"http://127.0.0.1:{port}/metrics"
-            until(lambda: scrape(url).get("upwell_restored_users", 0) > 0, "the second worker owns partitions")
+
+            def by_second(name: str) -> float:
+                return scrape(f"http://127.0.0.1:{port}/metrics").get(name, 0)
+
+            until(lambda: by_second("upwell_restored_users") > 0, "the second worker owns partitions")
+            for click in islice(flow, 300):
+                producer.send(click)
+            producer.flush()
+            until(lambda: count_applied(sent[:900], service.states()) == 900, "both workers apply clicks")
+            assert by_second("upwell_clicks_total{applied}") > 50
             second.terminate()
             for click in flow:
                 producer.send(click)
