@@ -26,12 +26,10 @@ class Copies:
     def __len__(self) -> int:
         return len(self.first)
 
-    def expand(
-        self, groups: NDArray[np.int64], scores: NDArray[np.float32]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Rows (B, F) and scores (B, F) of groups (B, F), best first: copies follow each other, the last ones drop."""
+    def expand(self, groups: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Rows (B, F) of groups (B, F), in their order: copies follow each other, the last ones drop out."""
         if len(self) == len(self.order):
-            return groups, scores
+            return groups
         wanted = np.arange(groups.shape[1])  # (F,)
         query = np.arange(len(groups))[:, None]  # (B, 1)
         ends = np.cumsum(self.sizes[groups], axis=1)  # (B, F)
@@ -39,4 +37,4 @@ class Copies:
         at = np.searchsorted((ends + far).ravel(), (wanted + far).ravel(), side="right").reshape(groups.shape)
         at -= query * groups.shape[1]  # (B, F) position of each wanted row's group
         member = wanted - (ends - self.sizes[groups])[query, at]
-        return self.order[self.starts[groups[query, at]] + member], scores[query, at]
+        return np.asarray(self.order[self.starts[groups[query, at]] + member], dtype=np.int64)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from model.index import Vectors
+from model.queries import Vectors
 from model.vector_cache import VectorCache
 
 Pooling = Literal["mean", "cls", "last"]

@@ -8,15 +8,16 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import fsspec
 import msgspec
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
+from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from model.index import HnswIndex, Vectors, recall
+from model.index import ExactIndex
 from model.manifest import (
     FORMAT,
     INDEX,
@@ -32,6 +33,7 @@ from model.manifest import (
     model_sha256,
     verify,
 )
+from model.probes import EF_SEARCH, PROBE_K, ModelLike, RecallTooLow, best_index, walk
 
 __all__ = [
     "DamagedGeneration",
@@ -45,23 +47,7 @@ __all__ = [
     "verify",
 ]
 
-NUM_PROBES, PROBE_K = 64, 20
-MIN_RECALL = 0.95  # under it a generation is refused
-GOOD_RECALL = 0.98  # the first ef that reaches it is taken
-EF_SEARCH = (64, 128, 256, 512)  # model/index.py has the recall and FACTS.md the time of each
-
-
-class RecallTooLow(ValueError):
-    """The graph misses too many of the exact top 20."""
-
-
-class ModelLike(Protocol):
-    """What a generation needs of a model."""
-
-    @property
-    def ids(self) -> Sequence[str]: ...
-    def item_vectors(self) -> Vectors: ...  # (N, D)
-    def save(self, folder: Path) -> None: ...
+NUM_WALKS, NUM_PROBES = 256, 64
 
 
 def build_generation(
@@ -80,7 +66,7 @@ def build_generation(
 ) -> Manifest:
     """Write a generation beside `folder`, check it, flush it, rename it last: `folder` is whole or absent.
 
-    The first `ef_search` with recall@20 of 0.98 is kept, else the last. Raises RecallTooLow under 0.95,
+    The first `ef_search` with recall@20 of 0.99 is kept, else the best. Raises RecallTooLow under 0.95,
     ValueError on vectors that are empty, not finite or do not match the ids, FileExistsError.
     """
     if folder.exists():
@@ -88,15 +74,21 @@ def build_generation(
     vectors = np.ascontiguousarray(model.item_vectors(), dtype=np.float32)  # (N, D)
     if vectors.ndim != 2 or len(vectors) != len(model.ids):
         raise ValueError(f"{len(model.ids)} ids for vectors {vectors.shape}")
-    index = HnswIndex.build(vectors, M=M, ef_construction=ef_construction, threads=threads)
-    probes, share = _probe(index, ef_search)
+    if not np.isfinite(vectors).all() or not vectors.size:
+        raise ValueError(f"vectors {vectors.shape} must be finite and not empty")
+    exact = ExactIndex(vectors)
+    walks = walk(model, exact, NUM_WALKS)  # (W, D)
+    rows, truth = exact.search(walks, PROBE_K)  # (W, 20)
+    index, share = best_index(vectors, walks, truth, ef_search, M, ef_construction, threads)
+    found = index.search_graph(walks, PROBE_K)[1]
+    probes: dict[str, NDArray[Any]] = {"queries": walks, "rows": rows, "scores": truth, "found": found}
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
     try:
         model.save(building / "model")
         np.save(building / ITEMS, vectors)
         index.save(building / INDEX)
-        save_file(probes, building / PROBES)
+        save_file({name: np.ascontiguousarray(array[:NUM_PROBES]) for name, array in probes.items()}, building / PROBES)
         files = {name: file_entry(building / name) for name in sorted(file_names(building))}
         manifest = Manifest(
             format=FORMAT,
@@ -119,25 +111,6 @@ def build_generation(
         shutil.rmtree(building, ignore_errors=True)
         raise
     return manifest
-
-
-def _probe(index: HnswIndex, ef_search: Sequence[int]) -> tuple[dict[str, Any], float]:
-    """Sets index.ef. Queries: sums of one to four items, unit length; user vectors are personal data."""
-    generator = np.random.default_rng(0)
-    picked = generator.integers(0, index.size, (NUM_PROBES, 4))
-    weights = generator.random((NUM_PROBES, 4), np.float32)
-    weights[np.arange(4) > np.arange(NUM_PROBES)[:, None] % 4] = 0
-    queries = np.einsum("pi,pid->pd", weights, index.exact.vectors[picked])  # (P, D)
-    queries /= np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-12)
-    rows, scores = index.exact.search(queries, PROBE_K)  # (P, 20)
-    share = 0.0
-    for index.ef in ef_search:
-        _, found = index.search(queries, PROBE_K)
-        if (share := recall(found, scores)) >= GOOD_RECALL:
-            break
-    if share < MIN_RECALL:
-        raise RecallTooLow(f"recall@{PROBE_K} is {share:.4f} at ef {index.ef}, under {MIN_RECALL}")
-    return {"queries": queries, "rows": rows, "scores": scores, "found": found}, share
 
 
 def _seal(building: Path, folder: Path) -> None:

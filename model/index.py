@@ -6,68 +6,20 @@ B queries, N items, D dimensions, K results. A row is an item's position in the 
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import hnswlib
 import numpy as np
-from numpy.typing import NDArray
 
+from model import hnsw_file
 from model.copies import Copies
+from model.queries import Excluded, Rows, Vectors, check_excluded, check_queries
 
-Vectors = NDArray[np.float32]
-Rows = NDArray[np.int64]
-
-# A fetch wider than N/32 is scanned exactly. Measured (N = 50,000, D = 130, one core): HNSW takes 0.46 ms a
-# query for 1,000 results, 2.3 ms for 5,000, 5.5 ms for 12,500; the scan 1.9 ms, or 0.4 ms in batches of 16.
-EXACT_SHARE = 32
+# A search wider than N/64 costs more than a scan. Measured for batches of 16 on one core: N = 50,000, D = 130: 0.46 ms
+# a query for 1,000 results, scan 0.4; N = 3,676, D = 195, ef 64: 0.08, scan 0.05; N = 10,506, ef 64: 0.05, scan 0.11.
+EXACT_SHARE = 64
 _SCORES_AT_ONCE = 16_000_000  # floats of one block of the scan: 64 MB
-_HEADER = struct.Struct("<6Q")  # the first fields of hnswlib 0.8.0's file
-
-
-def check_queries(queries: Vectors, dim: int, k: int) -> Vectors:
-    """(B, D) float32, contiguous; ValueError on another width, NaN or k < 1: hnswlib checks none of them."""
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-    if queries.ndim != 2 or queries.shape[1] != dim:
-        raise ValueError(f"queries must be (B, {dim}), got {queries.shape}")
-    if not np.isfinite(queries).all():
-        raise ValueError("queries must be finite")
-    return np.ascontiguousarray(queries, dtype=np.float32)
-
-
-class Excluded(NamedTuple):
-    """The rows that queries must not get."""
-
-    flat: Rows  # (E,) of all queries, one after the other
-    counts: Rows  # (B,) how many of them belong to each query
-    hidden: Rows  # (H,) excluded for every query
-
-    def of(self, chosen: NDArray[np.int64]) -> Excluded:
-        """Those of the chosen queries."""
-        wanted = np.repeat(np.isin(np.arange(len(self.counts)), chosen), self.counts)
-        return Excluded(self.flat[wanted], self.counts[chosen], self.hidden)
-
-    @property
-    def owner(self) -> Rows:
-        """(E,) the query of each row of `flat`."""
-        return np.repeat(np.arange(len(self.counts)), self.counts)
-
-
-def check_excluded(excluded: Sequence[Rows] | None, hidden: Rows | None, num_queries: int, num_items: int) -> Excluded:
-    """ValueError on a row that does not exist, or another number of sets than queries."""
-    none = np.zeros(0, np.int64)
-    sets = [none] * num_queries if excluded is None else excluded
-    if len(sets) != num_queries:
-        raise ValueError(f"{len(sets)} exclusion sets for {num_queries} queries")
-    hidden = none if hidden is None else hidden.astype(np.int64, copy=False)
-    flat = np.concatenate([none, *sets]).astype(np.int64, copy=False)
-    for rows in (flat, hidden):
-        if len(rows) and (rows.min() < 0 or rows.max() >= num_items):
-            raise ValueError(f"excluded rows must lie in 0..{num_items - 1}, got {rows.min()}..{rows.max()}")
-    return Excluded(flat, np.array([len(rows) for rows in sets], np.int64), hidden)
 
 
 def recall(found: Vectors, exact: Vectors) -> float:
@@ -115,19 +67,24 @@ def _top(scores: Vectors, k: int) -> tuple[Rows, Vectors]:
 
 
 class HnswIndex:
-    """A sealed HNSW graph over item vectors (Malkov and Yashunin, arXiv 1603.09320), in inner product space.
+    """A sealed HNSW graph over item vectors (Malkov and Yashunin, arXiv 1603.09320) that answers by inner product.
 
-    hnswlib's "ip" space beats the reduction to L2 by one more dimension (Bachrach et al. 2014) wherever norms
-    differ. Recall@20 at N = 20,000, D = 130, 200 clusters, M = 16, ef 128 / 512: norms lognormal(0.15)
-    ip .974/.998, L2 .855/.996; lognormal(0.4) ip .993/.998, L2 .511/.898; unit tower + factors of varying
-    norm + popularity ip .988/.999, L2 .847/.939. Only near-unit norms turn it round: .958/.996 to 1.0/1.0.
+    Either over the vectors lifted by one dimension to equal length, where L2 order is inner product order
+    (Bachrach et al. 2014), or in hnswlib's "ip" space. Neither is always better; recall@20 at M = 16, ef 64 / 256:
+
+    users of a model trained on 8,000 events   lifted       "ip"
+    MovieTweetings-100k, 10,506 items          .991 / .998  .985 / .990
+    Online Retail, 3,676 items                 .927 / .982  .849 / .898
+    20,000 clustered items, norms lognormal(.4)  .306 / .733  .972 / .996
     """
 
-    def __init__(self, graph: hnswlib.Index, vectors: Vectors, copies: Copies, ef: int, threads: int) -> None:
+    def __init__(
+        self, graph: hnswlib.Index, vectors: Vectors, copies: Copies, lifted: bool, ef: int, threads: int
+    ) -> None:
         self.exact = ExactIndex(vectors)
         self.size, self.dim = vectors.shape
         self.threads = threads
-        self._graph, self._copies = graph, copies
+        self._graph, self._copies, self._lifted = graph, copies, lifted
         self.ef = ef
 
     @property
@@ -144,6 +101,7 @@ class HnswIndex:
         cls,
         vectors: Vectors,
         *,
+        lifted: bool = True,
         M: int = 16,
         ef_construction: int = 200,
         ef: int = 128,
@@ -155,32 +113,35 @@ class HnswIndex:
             raise ValueError(f"vectors must be (N, D), not empty and finite, got {vectors.shape}")
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
         copies = Copies(vectors)
-        graph = hnswlib.Index(space="ip", dim=vectors.shape[1])
+        points = vectors[copies.first]  # (G, D)
+        if lifted:
+            points = _lift(points, _longest(vectors))  # (G, D + 1)
+        graph = hnswlib.Index(space="l2" if lifted else "ip", dim=points.shape[1])
         graph.init_index(len(copies), M=M, ef_construction=ef_construction, random_seed=seed)
-        graph.add_items(vectors[copies.first], np.arange(len(copies)), num_threads=threads)
-        return cls(graph, vectors, copies, ef, threads)
+        graph.add_items(points, np.arange(len(copies)), num_threads=threads)
+        return cls(graph, vectors, copies, lifted, ef, threads)
 
     def save(self, path: Path) -> None:
         self._graph.save_index(os.fspath(path))
 
     @classmethod
     def load(cls, path: Path, vectors: Vectors, ef: int = 128, threads: int = 1) -> HnswIndex:
-        """The graph saved for these vectors (N, D). ValueError where its header tells of another N or D.
+        """The graph saved for these vectors (N, D). ValueError where it is seen to hold anything else.
 
-        hnswlib crashes on a damaged file: check its hash first, and load in a process that may die.
+        A damaged file can still crash hnswlib: compare its hash first, and load in a process that may die.
         """
-        with path.open("rb") as file:
-            header = file.read(_HEADER.size)
-        if len(header) < _HEADER.size:
-            raise ValueError(f"{path.name}: {len(header)} bytes are no HNSW file")
-        _, _, count, _, label_at, vector_at = _HEADER.unpack(header)
-        copies = Copies(vectors)
-        expected, stored = (len(copies), vectors.shape[1]), (count, (label_at - vector_at) // vectors.itemsize)
-        if stored != expected:
-            raise ValueError(f"{path.name}: holds {stored} instead of {expected} distinct vectors")
-        graph = hnswlib.Index(space="ip", dim=vectors.shape[1])
+        copies, longest = Copies(vectors), _longest(vectors)
+        lifted = hnsw_file.width(path) == vectors.shape[1] + 1
+        shape = len(copies), vectors.shape[1] + lifted
+
+        def points(labels: Rows) -> Vectors:
+            some = vectors[copies.first[labels]]
+            return _lift(some, longest) if lifted else some
+
+        hnsw_file.check(path, shape, points)
+        graph = hnswlib.Index(space="l2" if lifted else "ip", dim=shape[1])
         graph.load_index(os.fspath(path), max_elements=len(copies))
-        return cls(graph, vectors, copies, ef, threads)
+        return cls(graph, vectors, copies, lifted, ef, threads)
 
     def search(
         self, queries: Vectors, k: int, excluded: Sequence[Rows] | None = None, hidden: Rows | None = None
@@ -204,6 +165,11 @@ class HnswIndex:
             rows[short], scores[short] = self.exact.scan(queries[short], k, out.of(short))
         return rows, scores
 
+    def search_graph(self, queries: Vectors, k: int) -> tuple[Rows, Vectors]:
+        """What the graph alone finds; all -1 where it is in parts, or k exceeds the distinct vectors."""
+        queries = check_queries(queries, self.dim, k)
+        return self._approximate(queries, k, k, check_excluded(None, None, len(queries), self.size))
+
     def _fetch(self, k: int, out: Excluded) -> Rows:
         """How many results (B,) to ask for, rounded up to few widths; 0 where the scan is cheaper.
 
@@ -214,20 +180,38 @@ class HnswIndex:
             visible = max(1, self.size - len(out.hidden))
             fetch = np.minimum(fetch + len(out.hidden), 2 * fetch * self.size // visible)
         rounded = np.exp2(np.ceil(2 * np.log2(fetch)) / 2).astype(np.int64) + 1  # steps of 1.41
-        scan = (fetch * EXACT_SHARE > self.size) | (rounded > len(self._copies))
+        scan = (np.maximum(fetch, self.ef) * EXACT_SHARE > self.size) | (rounded > len(self._copies))
         return np.where(scan, 0, rounded)
 
     def _approximate(self, queries: Vectors, k: int, fetch: int, out: Excluded) -> tuple[Rows, Vectors]:
         """One hnswlib call; a query with fewer than k eligible results ends in row -1."""
         try:
-            found, distance = self._graph.knn_query(queries, fetch, num_threads=self.threads)
+            points = np.pad(queries, ((0, 0), (0, 1))) if self._lifted else queries
+            found, _ = self._graph.knn_query(points, fetch, num_threads=self.threads)
         except RuntimeError:  # "Cannot return the results in a contiguous 2D array": a graph in parts
             return np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -np.inf, np.float32)
-        rows, scores = self._copies.expand(found.astype(np.int64), 1.0 - distance)  # (b, fetch)
+        rows = self._copies.expand(found.astype(np.int64))  # (b, fetch)
         if len(out.flat) or len(out.hidden):
             query = self.size * np.arange(len(rows))[:, None]
             banned = np.isin(rows + query, out.flat + self.size * out.owner) | np.isin(rows, out.hidden)
-            rows, scores = np.where(banned, -1, rows), np.where(banned, -np.inf, scores)
-            keep = np.argsort(banned, axis=1, kind="stable")  # best first still
-            rows, scores = np.take_along_axis(rows, keep, axis=1), np.take_along_axis(scores, keep, axis=1)
-        return rows[:, :k], scores[:, :k]
+            rows = np.where(banned, -1, rows)
+            rows = np.take_along_axis(rows, np.argsort(banned, axis=1, kind="stable"), axis=1)  # best first still
+        return self._scored(queries, rows[:, :k])
+
+    def _scored(self, queries: Vectors, rows: Rows) -> tuple[Rows, Vectors]:
+        """Rows (b, k) by their inner products, from the vectors themselves: distances have lost digits."""
+        scores = np.einsum("bkd,bd->bk", self.exact.vectors[rows], queries)
+        scores[rows < 0] = -np.inf
+        order = np.argsort(-scores, axis=1, kind="stable")
+        return np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
+
+
+def _longest(vectors: Vectors) -> float:
+    """The greatest squared length of vectors (N, D)."""
+    return float(np.einsum("nd,nd->n", vectors, vectors).max())
+
+
+def _lift(vectors: Vectors, longest: float) -> Vectors:
+    """(N, D) -> (N, D + 1), all of squared length `longest`."""
+    squares = np.einsum("nd,nd->n", vectors, vectors)
+    return np.column_stack([vectors, np.sqrt(np.maximum(longest - squares, 0))])

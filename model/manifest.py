@@ -21,7 +21,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from model.index import HnswIndex, Vectors
+from model.index import HnswIndex
+from model.queries import Vectors
 
 FORMAT = 1
 MANIFEST, ITEMS, INDEX, PROBES = "manifest.json", "items.npy", "index.hnsw", "probes.safetensors"
@@ -140,11 +141,11 @@ def load_index(folder: Path, manifest: Manifest, threads: int = 1) -> HnswIndex:
         index = HnswIndex.load(folder / INDEX, items, manifest.ef_search, threads)
         probes = load_file(folder / PROBES)
         queries, rows, scores, found = (probes[name] for name in ("queries", "rows", "scores", "found"))
-        rows_now, found_now = index.search(queries, scores.shape[1])  # (P, 20)
-        exact_now, rescored = (np.einsum("pkd,pd->pk", items[r], queries) for r in (rows, rows_now))  # (P, 20)
+        _, found_now = index.search_graph(queries, scores.shape[1])  # (P, 20)
+        exact_now = np.einsum("pkd,pd->pk", items[rows], queries)  # (P, 20)
     except (ValueError, RuntimeError, KeyError, IndexError, SafetensorError) as error:
         raise DamagedGeneration(f"{INDEX} or {PROBES}: {error}") from error
-    for name, now, then in ((ITEMS, exact_now, scores), (INDEX, rescored, found_now), (INDEX, found_now, found)):
+    for name, now, then in ((ITEMS, exact_now, scores), (INDEX, found_now, found)):
         known = np.isfinite(then)  # else a catalogue of fewer than 20
         differ = ~np.isclose(now, then, rtol=0, atol=PROBE_SLACK * np.abs(then[known]).max(initial=1e-6)) & known
         if wrong := int(differ.any(axis=1).sum()):

@@ -2,6 +2,7 @@ import os
 import select
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -217,6 +218,23 @@ def test_what_is_not_as_announced_is_refused(built: Path, tmp_path: Path) -> Non
         SearchProcess(folder, manifest_sha256(built))
 
 
+def test_a_crash_while_loading_is_a_refusal(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "manifest.json")
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(SearchProcess, tmp_path, "0" * 64)
+        with (tmp_path / "manifest.json").open("wb"):  # opens when the child does
+            os.kill(child_of(os.getpid()), signal.SIGSEGV)
+            with pytest.raises(GenerationRefused, match="ended by SIGSEGV"):
+                future.result()
+
+
+def child_of(parent: int) -> int:
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True).stdout
+    rows = [line.split(maxsplit=2) for line in listed.splitlines()]
+    (pid,) = (int(pid) for pid, ppid, args in rows if int(ppid) == parent and "workers.search" in args)
+    return pid
+
+
 def forged(built: Path, folder: Path, damage: Callable[[bytearray], Any], name: str) -> str:
     """A copy with one file damaged and a manifest that agrees with it: all checksums hold."""
     shutil.copytree(built, folder)
@@ -238,11 +256,19 @@ def page(number: int, content: bytes) -> Callable[[bytearray], Any]:
     return damage
 
 
+def unlink(data: bytearray) -> None:
+    """No point leads to another: a file that is right in form."""
+    (size,) = struct.unpack_from("<Q", data, 24)
+    for start in range(96, 96 + N * size, size):
+        data[start : start + 4] = bytes(4)
+
+
 DAMAGES: list[tuple[str, Callable[[bytearray], Any]]] = [
     *(("index.hnsw", page(number, bytes(PAGE))) for number in (0, 20, 60)),
     *(("index.hnsw", page(number, np.random.default_rng(number).bytes(PAGE))) for number in (0, 20, 60)),
     *(("index.hnsw", lambda data, at=at: data.__delitem__(slice(at, None))) for at in (40, 9999, 200_000)),
     *(("index.hnsw", lambda data, at=at: data.__setitem__(at, data[at] ^ 64)) for at in (1, 16, 25, 33, 41, 50)),
+    ("index.hnsw", unlink),
     ("items.npy", page(2, bytes(PAGE))),
     ("probes.safetensors", page(2, bytes(PAGE))),
     ("probes.safetensors", lambda data: data.__setitem__(slice(0, 8), b"\xff" * 8)),
@@ -262,5 +288,5 @@ def test_files_of_another_generation_are_refused(built: Path, tmp_path: Path) ->
     build_generation(tmp_path / "g2", Vectored(1), version="g2", encoder="none", offsets={})
     other = (tmp_path / "g2" / "index.hnsw").read_bytes()
     announced = forged(built, tmp_path / "mixed", lambda data: data.__setitem__(slice(None), other), "index.hnsw")
-    with pytest.raises(GenerationRefused, match="probes are answered otherwise"):
+    with pytest.raises(GenerationRefused, match="other points"):
         SearchProcess(tmp_path / "mixed", announced)
