@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +189,8 @@ def _download(store: Any, root: str, copy: Path, sha256: str) -> None:
         raise DamagedGeneration(f"{error}: missing in the store") from error
 
 
-def prune(url: str, keep: int) -> list[str]:
-    """Delete all but the `keep` newest generations of a store (or cache); the deleted ones' folder names.
+def prune(url: str, keep: int, spare: Set[str] = frozenset()) -> list[str]:
+    """Delete all but the `keep` newest generations of a store (or cache) and those to spare; the names of the deleted.
 
     What has no readable manifest is left alone: it may be on its way in, or kept for inspection.
     """
@@ -205,7 +205,7 @@ def prune(url: str, keep: int) -> list[str]:
             continue
         if not Path(path).name.startswith("."):
             found.append((manifest.created_ms, manifest.version, path))
-    old = [path for _, _, path in sorted(found)[:-keep]]
+    old = [path for _, _, path in sorted(found)[:-keep] if Path(path).name not in spare]
     for path in old:
         store.rm_file(f"{path}/{MANIFEST}")  # first: a half deleted generation must not look whole
         store.rm(path, recursive=True)

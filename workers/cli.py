@@ -14,7 +14,9 @@ EX_CONFIG = 2
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Streaming online-learning recommendations.")
 dead_letters = typer.Typer(no_args_is_help=True, help="Messages that could not be applied.")
+generations = typer.Typer(no_args_is_help=True, help="What serves, and the way back.")
 app.add_typer(dead_letters, name="dead-letters")
+app.add_typer(generations, name="generations")
 
 Broker = Annotated[str | None, typer.Option(help="HOST:PORT of your own Kafka; default: a local one.")]
 
@@ -187,6 +189,65 @@ def replay_dead_letters(
     letters = [letter for at, letter in read(settings) if offset is None or at in offset]
     sent, kept = resend(settings, letters)
     typer.echo(f"{sent} sent again, {kept} cannot be (only a part of an oversized message is kept)")
+
+
+@generations.command("list")
+def list_generations() -> None:
+    """What is announced and kept, oldest first, and which of them serves."""
+    settings = settings_for("generations")
+    from workers.generations import listed
+
+    for artifact, mark in listed(settings):
+        metrics = "  ".join(f"{name} {value:.4g}" for name, value in sorted(artifact.metrics.items()))
+        typer.echo(f"{artifact.name}  {mark:6}  trained as {artifact.parent or '-'}  {metrics}")
+
+
+@generations.command("show")
+def show_generation(name: str) -> None:
+    """Its manifest, after its files have been verified."""
+    settings = settings_for("generations")
+    import msgspec
+
+    from model.manifest import DamagedGeneration
+    from workers.generations import UnknownGeneration, find, manifest
+
+    try:
+        shown = manifest(settings, find(settings, name))
+    except (UnknownGeneration, DamagedGeneration) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
+    typer.echo(msgspec.json.format(msgspec.json.encode(shown)).decode())
+
+
+@generations.command("rollback")
+def rollback_generation(
+    name: Annotated[str | None, typer.Argument(help="Default: the one before the newest.")] = None,
+) -> None:
+    """Serve an earlier one; the next that wins at the gate comes after it."""
+    settings = settings_for("generations")
+    from workers.generations import UnknownGeneration, roll_back
+
+    try:
+        typer.echo(f"{roll_back(settings, name).name} is announced again")
+    except UnknownGeneration as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
+
+
+@generations.command("pin")
+def pin_generation(
+    name: Annotated[str | None, typer.Argument(help="Left out: nothing is pinned any more.")] = None,
+) -> None:
+    """Serve this one, whatever comes after it."""
+    settings = settings_for("generations")
+    from workers.generations import UnknownGeneration, pin
+
+    try:
+        pin(settings, name)
+    except UnknownGeneration as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
+    typer.echo(f"{name} is pinned" if name else "nothing is pinned")
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ from stream.events import Artifact, BadEvent, Item, ItemVector, decode, encode
 from stream.producer import Producer
 from stream.text import item_text
 from workers import metrics
+from workers.announcements import read_announcements
 from workers.processes import stop_on_signal
 from workers.settings import Settings
 
@@ -143,7 +144,8 @@ class Indexer:
         self._built_model = announced.name if announced else None
         self._indexed = set(model.ids)
         self._producer.send_raw(self._topics.generations.name, artifact.name.encode(), encode(artifact))
-        for pruned in prune(f"{self._settings.artifacts}/generations", self._settings.indexer.keep):
+        serving = {wanted.name for wanted in read_announcements(self._settings).wanted()[:1]}
+        for pruned in prune(f"{self._settings.artifacts}/generations", self._settings.indexer.keep, serving):
             self._producer.send_raw(self._topics.generations.name, pruned.encode(), None)
         self._producer.flush()
         metrics.build_s.observe(time.monotonic() - began)

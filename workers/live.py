@@ -16,6 +16,7 @@ from model.model import Model
 from stream.consumer import tail
 from stream.events import Artifact, BadEvent, Item, ItemVector, Ranked, decode
 from workers import metrics
+from workers.announcements import Announcements
 from workers.search import GenerationRefused, SearchProcess, SearchProcessDied
 from workers.settings import Settings
 from workers.snapshot import Catalogue, Query, Snapshot
@@ -23,6 +24,7 @@ from workers.snapshot import Catalogue, Query, Snapshot
 log = structlog.get_logger()
 
 FRESH_INTERVAL_S = 0.5  # new items join in groups: each joining copies the item arrays
+RETRY_S = 5.0
 RESTART_S = 15.0  # a search process starts within a second or two; a large index takes longer
 
 
@@ -33,11 +35,15 @@ class NotReady(RuntimeError):
 class Live:
     """Follows the announcements in a thread of its own; `snapshot` is the generation to use for one answer."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, keep_previous: bool = False) -> None:
         self.snapshot: Snapshot | None = None
         self.catalogue = Catalogue()
-        self._settings, self._topics = settings, settings.topics
-        self._announced: list[Artifact] = []  # not tried yet, oldest first
+        self._settings, self._topics, self._keep_previous = settings, settings.topics, keep_previous
+        self.previous: Snapshot | None = None  # kept beside for the trial of the new one
+        self._announcements = Announcements()
+        self._refused: set[str] = set()  # SHA-256 of manifests that could not be served
+        self._moved = False  # there has been an announcement since the last swap
+        self._not_before = 0.0  # monotonic time of the next try, after the store was out of reach
         self._restart = False  # the search process has died
         self._stale = False  # the fresh items or the hidden ones have changed since the snapshot
         self._stop, self.caught_up = threading.Event(), threading.Event()
@@ -49,8 +55,9 @@ class Live:
     def stop(self) -> None:
         self._stop.set()
         self._thread.join()
-        if self.snapshot is not None:
-            self.snapshot.search.close()
+        for snapshot in (self.snapshot, self.previous):
+            if snapshot is not None:
+                snapshot.search.close()
 
     @property
     def ready(self) -> bool:
@@ -74,14 +81,21 @@ class Live:
                     time.sleep(0.05)
         raise NotReady("no generation serves yet")
 
+    def release_previous(self) -> None:
+        """The generation before the serving one is needed no more."""
+        previous, self.previous = self.previous, None
+        if previous is not None:
+            previous.search.close()
+
     def _follow(self) -> None:
         topics, refreshed = self._topics, 0.0
         names = [topics.generations.name, topics.vectors.name, topics.items.name]
         for records in tail(self._settings.connection, names, self._stop, self.caught_up.set):
             for record in records:
                 self._take(record)
-            if self.caught_up.is_set():
-                self._swap_to_newest()
+            due = self._restart or (self._moved and time.monotonic() > self._not_before)
+            if self.caught_up.is_set() and due:
+                self._serve_wanted()
             if self._stale and self.snapshot and time.monotonic() - refreshed > FRESH_INTERVAL_S:
                 self._stale, refreshed = False, time.monotonic()
                 old = self.snapshot
@@ -92,7 +106,8 @@ class Live:
         key, value = record.key.decode(), record.value
         try:
             if record.topic == self._topics.generations.name:
-                self._announced += [decode(value, Artifact)] if value is not None else []
+                self._announcements.take(key, value)
+                self._moved = True
             elif record.topic == self._topics.vectors.name:
                 self._stale |= self.catalogue.take_vector(key, decode(value, ItemVector) if value is not None else None)
             else:
@@ -100,31 +115,39 @@ class Live:
         except BadEvent as error:
             log.warning("record passed over", topic=record.topic, offset=record.offset, cause=str(error))
 
-    def _swap_to_newest(self) -> None:
-        """The newest announced generation that can be served; at a start also the ones before it."""
-        if self._restart and self.snapshot and not self._announced:
-            self._announced = [self.snapshot.announced]
-        self._restart = False
-        while self._announced:
-            if self._swap(self._announced.pop()):
-                self._announced.clear()
+    def _serve_wanted(self) -> None:
+        """Swap to the first of the wanted generations that can be served: none that was refused, none twice."""
+        restart, self._moved, self._restart = self._restart, False, False
+        for announced in self._announcements.wanted():
+            serving = self.snapshot is not None and self.snapshot.announced == announced
+            if serving and not restart:
+                return
+            if announced.manifest_sha256 not in self._refused and self._swap(announced):
+                return
 
     def _swap(self, announced: Artifact) -> bool:
         """Verify and load beside the serving generation, then move one reference; a bad one changes nothing."""
         began = time.monotonic()
         try:
             new = self._load(announced)
-        except (DamagedGeneration, GenerationRefused, ValueError, OSError) as error:
+        except OSError as error:  # the store is out of reach: nothing is said about the generation
+            self._moved, self._not_before = True, time.monotonic() + RETRY_S
+            log.warning("generation not fetched", generation=announced.name, reason=str(error))
+            return False
+        except (DamagedGeneration, GenerationRefused, ValueError) as error:
+            self._refused.add(announced.manifest_sha256)
             metrics.swaps.labels("refused").inc()
             log.warning("generation refused", generation=announced.name, reason=str(error))
             return False
-        old, self.snapshot, self._stale = self.snapshot, new, False
+        older, self.previous, self.snapshot, self._stale = self.previous, self.snapshot, new, False
         metrics.swaps.labels("served").inc()
         metrics.swap_s.observe(time.monotonic() - began)
         self._gauge(new)
         log.info("generation serves", generation=announced.name, items=new.num_indexed, fresh=len(new.fresh))
-        if old is not None:
-            old.search.close()
+        if older is not None:
+            older.search.close()
+        if not self._keep_previous:
+            self.release_previous()
         return True
 
     def _load(self, announced: Artifact) -> Snapshot:

@@ -39,7 +39,12 @@ hits = Counter(
     "the model has gone stale, look at the trainer.",
     ["ranking"],
 )
-hit_rate = Gauge("upwell_live_hit_rate_at_10", "hits / scored clicks over the last 5,000, by ranking.", ["ranking"])
+hit_rate = Gauge(
+    "upwell_live_hit_rate_at_10",
+    "hits / scored clicks, by ranking: served and popularity over the last 5,000; previous, the generation before, "
+    "since the swap.",
+    ["ranking"],
+)
 generation = Gauge(
     "upwell_generation_info",
     "1 for the generation that serves here. Differing between roles: a fetch fails.",
@@ -51,6 +56,11 @@ swaps = Counter(
     "upwell_swaps_total",
     "Generations taken in, by result (served, refused). refused: read the log's reason.",
     ["result"],
+)
+rollbacks = Counter(
+    "upwell_rollbacks_total",
+    "Generations taken back after a swap: they did worse than the one before on the same clicks. Look at what the "
+    "trainer's gate said of them.",
 )
 swap_s = Histogram("upwell_swap_seconds", "Fetch, verify, load and probe of a generation, beside traffic.")
 rounds = Counter(

@@ -9,6 +9,9 @@ from workers import metrics
 
 K = 10
 WINDOW = 5000
+TRIAL_CLICKS = 2000  # after a swap, scored by both generations
+TRIAL_MIN = 200
+WORSE_Z = 3.0  # one false alarm in 700 looks, were all looks independent
 HALF_LIFE_EVENTS = 10_000  # MODEL.md: the best of 1,000 to 20,000 on MovieLens
 
 
@@ -59,3 +62,34 @@ class LiveScore:
         for ranking, hit, recent in (("served", hits[0], self._served), ("popularity", hits[1], self._popular)):
             metrics.hits.labels(ranking).inc(hit)
             metrics.hit_rate.labels(ranking).set(recent / len(self._recent))
+
+
+class Trial:
+    """The generation that serves against the one before it, on the same clicks, from the swap on.
+
+    Only clicks that one hit and the other missed tell them apart (McNemar's test): with b of them for the old one and
+    c for the new one, (b - c) / sqrt(b + c) is about standard normal while they are equally good.
+    """
+
+    def __init__(self, serving: str, previous: str) -> None:
+        self.serving, self.previous = serving, previous
+        self.clicks = self.only_serving = self.only_previous = self.previous_hits = 0
+
+    def add(self, item_id: str, served: list[str], before: list[str]) -> None:
+        """One click on an item that its user had not seen, with the list of either generation."""
+        hit, old = item_id in served[:K], item_id in before[:K]
+        self.clicks += 1
+        self.previous_hits += old
+        self.only_serving += hit and not old
+        self.only_previous += old and not hit
+        metrics.hit_rate.labels("previous").set(self.previous_hits / self.clicks)
+
+    @property
+    def over(self) -> bool:
+        return self.clicks >= TRIAL_CLICKS
+
+    @property
+    def worse(self) -> bool:
+        """Whether the new generation has done so much worse that the old one should serve."""
+        apart = self.only_serving + self.only_previous
+        return self.clicks >= TRIAL_MIN and self.only_previous - self.only_serving > WORSE_Z * apart**0.5

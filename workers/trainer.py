@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from model.checkpoint import fetch_model, prune_models, publish_model
 from model.config import ModelConfig
 from model.gate import Verdict, hold_out, judge
+from model.generation import fetch
 from model.learner import Learner
 from model.manifest import DamagedGeneration
 from model.model import Model
@@ -26,6 +27,7 @@ from stream.consumer import read_window, tail
 from stream.events import Artifact, BadEvent, Click, ItemVector, decode, decode_click, encode
 from stream.producer import Producer
 from workers import metrics
+from workers.announcements import read_announcements
 from workers.processes import stop_on_signal
 from workers.settings import Settings
 
@@ -130,8 +132,7 @@ class Trainer:
         self._text: dict[str, NDArray[np.float32]] = {}
         self._encoder = ""
         self._learner: Learner | None = None
-        self._serving: Model | None = None
-        self._serving_name: str | None = None
+        self._parent: str | None = None  # name of the newest accepted model
 
     def run(self) -> None:
         self._texts.start()
@@ -159,7 +160,7 @@ class Trainer:
             log.error("training starts anew", model=announced.name, reason=str(error))
             return reads
         self._take_texts()
-        self._serving, self._serving_name = model, announced.name
+        self._parent = announced.name
         empty = np.zeros(model.config.text_dim, np.float32)
         text = np.stack([self._text.get(item_id, empty) for item_id in model.ids])  # (N, E)
         self._learner = Learner.from_model(model, text, self._config.seed)
@@ -182,13 +183,23 @@ class Trainer:
             report = learner.learn(self._events(reads[:cut]))
         candidate = learner.model()
         held_out = hold_out(learner, self._events(reads[cut:]))
-        verdict = judge(candidate, self._serving, held_out, learner.text())
+        verdict = judge(candidate, self._serving(), held_out, learner.text())
         metrics.training_loss.set(report.tower_loss)
         trained_to = dict(self._window.offsets)
         for read in reversed(reads[cut:]):
             trained_to[read.partition] = read.offset
         self._conclude(candidate, verdict, trained_to)
         return reads[cut:]
+
+    def _serving(self) -> Model | None:
+        """The model of the generation that is to serve now, a rollback or a pin heeded; None if it cannot be read."""
+        for announced in read_announcements(self._settings).wanted()[:1]:
+            try:
+                folder = fetch(announced.url, self._settings.cache / "generations", announced.manifest_sha256)
+                return Model.load(folder / "model") if announced.encoder == self._encoder else None
+            except (DamagedGeneration, ValueError, OSError) as error:
+                log.warning("serving generation cannot be read", generation=announced.name, reason=str(error))
+        return None
 
     def _grown(self) -> Learner | None:
         """The learner, with the items that have come since; None while there are none at all."""
@@ -239,13 +250,13 @@ class Trainer:
             encoder=self._encoder,
             metrics=verdict.metrics,
             offsets=dict(trained_to),
-            parent=self._serving_name,
+            parent=self._parent,
         )
         prune_models(root, KEEP_MODELS)
         if verdict.accepted:
             self._producer.send_raw(self._settings.topics.models.name, b"model", encode(artifact))
             self._producer.flush()
-            self._serving, self._serving_name = candidate, name
+            self._parent = name
 
 
 def newest_model(settings: Settings) -> Artifact | None:

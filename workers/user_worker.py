@@ -10,18 +10,22 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import structlog
 import torch
 
 from model.user_state import DIGEST_BYTES, EMPTY, Applied, Entry, Fold, Limits, encode_state
-from stream.events import BadEvent, Click, DeadLetter, Ranked, Recommendations, decode_click, encode
+from stream.events import Artifact, BadEvent, Click, DeadLetter, Ranked, Recommendations, decode_click, encode
 from workers import metrics
 from workers.faust_batches import EX_DATA, EX_SOFTWARE, batch_app, die, execute
 from workers.live import Live, NotReady
-from workers.prequential import K, LiveScore
+from workers.prequential import K, LiveScore, Trial
+from workers.search import SearchProcessDied
 from workers.sender import BatchSender
 from workers.settings import Settings
-from workers.snapshot import Query
+from workers.snapshot import Query, Snapshot
 from workers.states import OwnedStates, States
+
+log = structlog.get_logger()
 
 RATIO_WINDOW = 1000  # messages over which the share of bad ones is taken
 RATIO_MIN = 100
@@ -63,6 +67,8 @@ class UserWorker:
         self._topics = settings.topics
         self._limits = Limits(settings.worker.history, settings.worker.event_ids)
         self._score = LiveScore()
+        self._trial: Trial | None = None
+        self._lost: Artifact | None = None  # the generation to go back to
         self._bad: deque[bool] = deque(maxlen=RATIO_WINDOW)
 
     async def process(self, partition: int, records: Sequence[Any]) -> None:
@@ -81,6 +87,7 @@ class UserWorker:
         generation, lists = await asyncio.to_thread(self._recommend, folded)
         recommended_at = time.perf_counter()
         await self._send(partition, folded, generation, lists, dead)
+        await self._go_back()
         sent_ms = time.time() * 1000
         for read in reads:
             metrics.click_to_recommendation_s.observe(max(0.0, sent_ms - read.kafka_ms) / 1000)
@@ -139,6 +146,7 @@ class UserWorker:
         except NotReady:
             return "", {}
         self._test(folded.applied, before, lists)
+        self._try(snapshot, before, folded.applied, lists)
         fresh = lists[len(before) :]
         return snapshot.name, {u: ranked[:k] for u, ranked in zip(folded.states, fresh, strict=True)}
 
@@ -149,6 +157,27 @@ class UserWorker:
                 query, ranked = next(answers)
                 self._score.add(click.item_id, query.seen, [place.item_id for place in ranked])
             self._score.popularity.learn(click.item_id)
+
+    def _try(
+        self, serving: Snapshot, before: Sequence[Query], applied: Sequence[Before], lists: Sequence[list[Ranked]]
+    ) -> None:
+        """After a swap: the same clicks by the generation before, until the trial is over or the new one has lost."""
+        previous = self._live.previous
+        if previous is None or not before:
+            return
+        if self._trial is None or (self._trial.serving, self._trial.previous) != (serving.name, previous.name):
+            self._trial = Trial(serving.name, previous.name)
+        try:
+            old_lists = previous.recommend(before, K)
+        except SearchProcessDied:
+            return  # released, or replaced by the next swap
+        scored = [item.click.item_id for item in applied if item.history is not None]
+        for item_id, new, old in zip(scored, lists, old_lists, strict=False):
+            self._trial.add(item_id, [place.item_id for place in new], [place.item_id for place in old])
+        if self._trial.worse:
+            self._lost = previous.announced
+        if self._trial.worse or self._trial.over:
+            self._live.release_previous()
 
     async def _send(
         self,
@@ -171,6 +200,15 @@ class UserWorker:
             self._sender.send(topics.recommendations.name, partition, answers),
             self._sender.send(topics.dead_letters.name, 0, letters),
         )
+
+    async def _go_back(self) -> None:
+        """Announce the generation before again where the new one has lost its trial: it is the newest then."""
+        if self._lost is not None:
+            back, self._lost = self._lost, None
+            metrics.rollbacks.inc()
+            log.warning("rolled back", to=back.name, trial=vars(self._trial))
+            record = (back.name.encode(), encode(back))
+            await self._sender.send(self._topics.generations.name, 0, [record])
 
     def _check_ratio(self, good: int, bad: int) -> None:
         metrics.clicks.labels("bad").inc(bad)
@@ -216,7 +254,7 @@ def _answer(
 def run_worker(settings: Settings) -> int:
     """Run until SIGTERM or SIGINT; the exit code. Anything unexpected ends the process before the commit."""
     torch.set_num_threads(1)
-    live, sender = Live(settings), BatchSender(settings.connection)
+    live, sender = Live(settings, keep_previous=True), BatchSender(settings.connection)
 
     async def finish() -> None:
         await sender.stop()

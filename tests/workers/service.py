@@ -1,7 +1,10 @@
 """What the tests of the running service share: a small catalogue, clicks that can be learned, and a client."""
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -26,13 +29,13 @@ DEADLINE_S = 60.0
 
 
 def clicks(count: int, users: int = 40, first: int = 0) -> list[Click]:
-    """Users who walk through one theme each: what comes next can be learned."""
+    """Users who walk through one shelf of 20 items each, which no text tells: what comes next has to be learned."""
     now_ms = time.time_ns() // 1_000_000
     return [
         Click(
             event_id=f"e{number}",
             user_id=f"u{number % users}",
-            item_id=f"i{(number % users) % 6 + 6 * ((number // users) % 20)}",
+            item_id=f"i{20 * ((number % users) % 6) + (number // users + 3 * (number % users)) % 20}",
             ts_ms=now_ms + number,
         )
         for number in range(first, first + count)
@@ -80,6 +83,12 @@ class Service:
 
     def log(self, role: str) -> str:
         return (self.logs / f"{role}.log").read_text()
+
+
+def upwell(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command line with the service's settings. A process of its own: it sets up logging for good."""
+    command = [sys.executable, "-m", "workers.cli", *arguments]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=60)
 
 
 def free_port() -> int:

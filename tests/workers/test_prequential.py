@@ -1,12 +1,13 @@
 """The live baseline against its definition."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from model.user_state import digest
 from workers import metrics, prequential
-from workers.prequential import HALF_LIFE_EVENTS, DecayedPopularity, LiveScore
+from workers.prequential import HALF_LIFE_EVENTS, TRIAL_CLICKS, TRIAL_MIN, DecayedPopularity, LiveScore, Trial
 
 items = st.integers(0, 12).map(str)
 
@@ -42,3 +43,29 @@ def test_the_gauge_is_the_rate_of_the_newest_window(monkeypatch: pytest.MonkeyPa
         score.add("a", b"", served)
     assert metrics.hit_rate.labels("served")._value.get() == 0.75  # of a x a a
     assert metrics.hit_rate.labels("popularity")._value.get() == 0.0
+
+
+def test_a_trial_tells_worse_from_equal() -> None:
+    """Equal rankings of chance never lose; one that has lost half of its hits does, and soon."""
+    draw = np.random.default_rng(0)
+    lost = 0
+    for _ in range(200):
+        trial = Trial("new", "old")
+        for new, old in draw.random((TRIAL_MIN, 2)) < 0.2:
+            trial.add("a", ["a"] if new else [], ["a"] if old else [])
+        lost += trial.worse
+    assert lost <= 2
+    trial = Trial("new", "old")
+    while not trial.worse and not trial.over:
+        new, old = draw.random(2) < (0.1, 0.2)
+        trial.add("a", ["a"] if new else [], ["a"] if old else [])
+    assert trial.worse
+    assert TRIAL_MIN <= trial.clicks < TRIAL_CLICKS
+
+
+def test_a_trial_of_twins_ends_undecided() -> None:
+    trial = Trial("new", "old")
+    while not trial.over:
+        trial.add("a", ["a"], ["a"])
+        assert not trial.worse
+    assert trial.clicks == TRIAL_CLICKS

@@ -1,0 +1,61 @@
+"""`upwell generations`: what has been announced, and the way back."""
+
+from model.generation import fetch
+from model.manifest import Manifest, verify
+from stream.events import Artifact, encode
+from stream.producer import Producer
+from workers.announcements import PIN, read_announcements
+from workers.settings import Settings
+
+
+class UnknownGeneration(ValueError):
+    """No generation of that name is announced and kept."""
+
+
+def listed(settings: Settings) -> list[tuple[Artifact, str]]:
+    """All that are kept, the newest announced last, each with its mark: serves, pinned or nothing."""
+    announcements = read_announcements(settings)
+    wanted = announcements.wanted()
+    marks = {wanted[0].name: "pinned" if announcements.pinned else "serves"} if wanted else {}
+    return [(artifact, marks.get(name, "")) for name, artifact in announcements.generations.items()]
+
+
+def find(settings: Settings, name: str) -> Artifact:
+    """Raises UnknownGeneration."""
+    generations = read_announcements(settings).generations
+    if name not in generations:
+        raise UnknownGeneration(f"no generation {name}; there are: {', '.join(generations) or 'none'}")
+    return generations[name]
+
+
+def manifest(settings: Settings, artifact: Artifact) -> Manifest:
+    """Fetched and verified. Raises DamagedGeneration."""
+    folder = fetch(artifact.url, settings.cache / "generations", artifact.manifest_sha256)
+    return verify(folder, artifact.manifest_sha256)
+
+
+def roll_back(settings: Settings, name: str | None) -> Artifact:
+    """Announce a generation again, which makes it the newest; by default the one before the newest.
+
+    The next one that wins at the gate serves after it: pin, to stay. Raises UnknownGeneration.
+    """
+    if name is None:
+        names = list(read_announcements(settings).generations)
+        if len(names) < 2:
+            raise UnknownGeneration("there is none before the newest")
+        name = names[-2]
+    artifact = find(settings, name)
+    _announce(settings, artifact.name, artifact)
+    return artifact
+
+
+def pin(settings: Settings, name: str | None) -> None:
+    """Serve this one whatever comes after it; None ends that. Raises UnknownGeneration."""
+    _announce(settings, PIN, find(settings, name) if name else None)
+
+
+def _announce(settings: Settings, key: str, artifact: Artifact | None) -> None:
+    producer = Producer(settings.connection)
+    raw = None if artifact is None else encode(artifact)
+    producer.send_raw(settings.topics.generations.name, key.encode(), raw)
+    producer.close()
