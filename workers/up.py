@@ -56,7 +56,7 @@ class Roles:
     def _start(self, role: str) -> None:
         role_command = [sys.executable, "-m", "workers.cli", role]
         if role in BACKGROUND:
-            role_command = ["nice", "-n", "10", *role_command]
+            role_command = ["nice", "-n", "5", *role_command]
         command = [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), *role_command]
         out: Any = (self._logs / f"{role}.log").open("ab") if self._logs else None
         process = subprocess.Popen(
