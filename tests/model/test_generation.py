@@ -1,5 +1,6 @@
 import json
 import shutil
+import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,18 @@ def test_files_of_two_generations_do_not_mix(folder: Path, model: Model, tmp_pat
         rewrite(mixed, files=manifest.files | {name: other.files[name]})
         with pytest.raises(DamagedGeneration, match=r"probes are answered otherwise|other points"):
             load_index(mixed, verify(mixed))
+
+
+def test_a_graph_without_links_is_seen_by_the_probes(folder: Path) -> None:
+    """Right in form, in every point and label; and probed though so few items are served by the scan."""
+    data = bytearray((folder / "index.hnsw").read_bytes())
+    (size,) = struct.unpack_from("<Q", data, 24)
+    for start in range(96, 96 + N * size, size):
+        data[start : start + 4] = bytes(4)
+    (folder / "index.hnsw").write_bytes(data)
+    rewrite(folder, files=verify_files(folder))
+    with pytest.raises(DamagedGeneration, match="probes are answered otherwise"):
+        load_index(folder, verify(folder))
 
 
 def rewrite(folder: Path, **changes: Any) -> None:

@@ -183,7 +183,7 @@ def test_a_file_of_other_vectors_is_refused(lifted: bool, tmp_path: Path) -> Non
         HnswIndex.load(tmp_path / "index", VECTORS[::-1])
 
 
-@given(st.integers(0, 2**32 - 1), st.sampled_from(["cut", "zeros", "noise"]))
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["cut", "zeros", "noise", "vector"]))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damage_below_the_upper_layers_is_seen(tmp_path: Path, seed: int, kind: str) -> None:
     """Without any checksum, and before hnswlib reads a byte."""
@@ -192,6 +192,8 @@ def test_damage_below_the_upper_layers_is_seen(tmp_path: Path, seed: int, kind: 
     start = int(generator.integers(96 + N * 200))  # of a record's 4 + 128 + 68 + 8 bytes
     if kind == "cut":
         del data[start:]
+    elif kind == "vector":
+        data[96 + 208 * (seed % N) + 132 + 4 * (seed % D) + 3] ^= 1  # one exponent
     else:
         data[start : start + 4096] = bytes(4096) if kind == "zeros" else generator.bytes(4096)
     (tmp_path / "index").write_bytes(data)

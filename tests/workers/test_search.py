@@ -2,7 +2,6 @@ import os
 import select
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -256,19 +255,11 @@ def page(number: int, content: bytes) -> Callable[[bytearray], Any]:
     return damage
 
 
-def unlink(data: bytearray) -> None:
-    """No point leads to another: a file that is right in form."""
-    (size,) = struct.unpack_from("<Q", data, 24)
-    for start in range(96, 96 + N * size, size):
-        data[start : start + 4] = bytes(4)
-
-
 DAMAGES: list[tuple[str, Callable[[bytearray], Any]]] = [
     *(("index.hnsw", page(number, bytes(PAGE))) for number in (0, 20, 60)),
     *(("index.hnsw", page(number, np.random.default_rng(number).bytes(PAGE))) for number in (0, 20, 60)),
     *(("index.hnsw", lambda data, at=at: data.__delitem__(slice(at, None))) for at in (40, 9999, 200_000)),
     *(("index.hnsw", lambda data, at=at: data.__setitem__(at, data[at] ^ 64)) for at in (1, 16, 25, 33, 41, 50)),
-    ("index.hnsw", unlink),
     ("items.npy", page(2, bytes(PAGE))),
     ("probes.safetensors", page(2, bytes(PAGE))),
     ("probes.safetensors", lambda data: data.__setitem__(slice(0, 8), b"\xff" * 8)),
