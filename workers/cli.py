@@ -118,7 +118,7 @@ def demo(
         str, typer.Option(help="ml-100k, or a folder of events.jsonl.gz and items.jsonl.gz.")
     ] = "ml-100k",
     events: Annotated[int | None, typer.Option(min=1, help="How many; default: all, with --check 30,000.")] = None,
-    rate: Annotated[float, typer.Option(min=0.1, help="Events a second.")] = 100.0,
+    rate: Annotated[float, typer.Option(min=0.1, help="Events a second.")] = 80.0,
     port: Annotated[int, typer.Option(help="Of the API; 0: a free one.")] = 8080,
     broker: Broker = None,
 ) -> None:
@@ -132,7 +132,7 @@ def demo(
 @app.command()
 def replay(
     stream: Annotated[str, typer.Argument(help="ml-100k, or a folder of events.jsonl.gz and items.jsonl.gz.")],
-    rate: Annotated[float, typer.Option(min=0.1, help="Events a second.")] = 100.0,
+    rate: Annotated[float, typer.Option(min=0.1, help="Events a second.")] = 80.0,
     limit: Annotated[int | None, typer.Option(min=1)] = None,
 ) -> None:
     """Send a recorded catalogue and its events to the topics, in time order, as if they happened now."""
@@ -154,6 +154,22 @@ def replay(
             producer.send_item(item)
         sent = sum(1 for _ in track(send(producer, events, rate, stop), dataset.name, total=len(events)))
     typer.echo(f"{sent} events and {len(dataset.items)} items sent")
+
+
+@app.command()
+def evaluate(
+    stream: Annotated[str, typer.Argument(help="ml-100k, a folder of events.jsonl.gz and items.jsonl.gz, or a CSV.")],
+    arms: Annotated[str, typer.Option(help="Comma-separated; default: the product and all cheap ones.")] = "",
+    mode: Annotated[str, typer.Option(help="strict, line or both.")] = "both",
+    limit: Annotated[int | None, typer.Option(min=10, help="Only the first so many events.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    out: Annotated[Path | None, typer.Option(help="Default: out/evaluate/STREAM; what it holds is kept.")] = None,
+    columns: Annotated[str | None, typer.Option(help="Of a CSV: user=…,item=…,ts=…[,type=…,value=…,title=…].")] = None,
+) -> None:
+    """Test, then learn: the product and what could stand in its place, on a recorded stream, in process."""
+    from workers.evaluate import main as evaluate_stream
+
+    raise typer.Exit(evaluate_stream(stream, arms, mode, limit, seed, out, columns))
 
 
 @app.command()

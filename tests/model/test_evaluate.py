@@ -6,16 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from model.evaluate import (
-    Arm,
-    CovisitationArm,
-    Mode,
-    PopularityArm,
-    Ranks,
-    bootstrap,
-    expected_ranks,
-    prequential,
-)
+from model.arms.counts import CovisitationArm, PopularityArm
+from model.evaluate import Arm, Mode, Ranks, bootstrap, expected_ranks, prequential, replayed
+from model.outcome import spread
 from model.sampling import Events, History
 
 ITEMS = [f"item {row}" for row in range(12)]
@@ -62,7 +55,9 @@ class Spy:
         self.batch, self.learned = batch, 0
         self.shown: list[tuple[int, list[int], int]] = []  # events learned before, history, time
 
-    def score(self, histories: Sequence[History], now_ms: Sequence[int]) -> NDArray[np.float64]:
+    def score(
+        self, users: NDArray[np.int64], histories: Sequence[History], now_ms: Sequence[int]
+    ) -> NDArray[np.float64]:
         for history, now in zip(histories, now_ms, strict=True):
             self.shown.append((self.learned, history.rows.tolist(), now))
         return np.zeros((len(histories), len(ITEMS)))
@@ -98,7 +93,7 @@ def baskets(count: int) -> Events:
 def test_strict_mode_does_not_leak_within_a_basket() -> None:
     found = {}
     for mode in ("line", "strict"):
-        ranks = prequential(CovisitationArm(12, batch=2), baskets(400), ITEMS, mode)
+        ranks = prequential(CovisitationArm(12), baskets(400), ITEMS, mode)
         partners = ranks.after(100).position % 2 == 1
         found[mode] = float((ranks.after(100).ranks[partners] == 1).mean())
     assert found["line"] > 0.95 and found["strict"] < 0.3
@@ -125,3 +120,37 @@ def test_repeats_are_scored_only_when_seen_items_may_be_recommended(exclude_seen
     arm: Arm = PopularityArm(12)
     ranks = prequential(arm, stream([0, 0, 1, 2], [1, 1, 1, 2], [1, 1, 1, -1]), ITEMS, "line", exclude_seen)
     assert len(ranks.ranks) == scored
+
+
+def test_repeats_have_a_figure_of_their_own() -> None:
+    outcome = replayed(PopularityArm(12), stream([0, 1, 0, 0, 2], [1, 1, 2, 1, 2]), ITEMS, "line")
+    assert outcome.repeat.tolist() == [False, False, False, True, False]
+    assert outcome.new().position.tolist() == [0, 1, 2, 4]
+    assert outcome.ranks[3] == np.inf and outcome.open_ranks[3] == 1.0  # item 0 is the most popular
+
+
+def test_a_cold_item_is_ranked_among_items_as_cold() -> None:
+    class ByRow(Spy):
+        def score(
+            self, users: NDArray[np.int64], histories: Sequence[History], now_ms: Sequence[int]
+        ) -> NDArray[np.float64]:
+            return np.broadcast_to(np.arange(12.0), (len(histories), 12))
+
+    outcome = replayed(ByRow(1), stream([3, 5, 3, *[5] * 6], list(range(9))), ITEMS, "line")
+    assert outcome.auc[0] == 3 / 11  # of 11 untouched items three stand below item 3
+    assert outcome.auc[1] == 4 / 10
+    assert outcome.auc[2] == 0.0  # among touched ones: item 5 alone, above it
+    assert np.isnan(outcome.auc[8]) and outcome.earlier.tolist() == [0, 0, 1, 1, 2, 3, 4, 5, 6]
+
+
+def test_what_is_shown_leaves_out_what_was_consumed() -> None:
+    outcome = replayed(PopularityArm(12), stream([0, 1, 2, 3], [1, 2, 1, 1]), ITEMS, "line")
+    assert [sorted(top[top >= 0]) for top in outcome.top] == [[], [0], [1], [1]]
+
+
+def test_spread_of_what_is_shown() -> None:
+    touched = np.array([4, 2, 2, 0])
+    even = spread(np.array([[0, 1], [2, -1]]), touched)
+    assert even == pytest.approx({"coverage": 1.0, "gini": 0.0, "novelty": (1 + 2 + 2) / 3})
+    one = spread(np.array([[0, -1], [0, -1]]), touched)
+    assert one == pytest.approx({"coverage": 1 / 3, "gini": 2 / 3, "novelty": 1.0})

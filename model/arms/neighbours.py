@@ -1,0 +1,80 @@
+"""User-kNN in the manner of VSKNN (Ludewig & Jannach 2018). Legend: N items, U users."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.arms.counts import BACKOFF, PopularityArm
+from model.sampling import Events, History
+
+Rows = NDArray[np.int64]
+
+
+class _Rings:
+    """The newest `width` numbers of each of many owners, in no order; -1 where there are none yet."""
+
+    def __init__(self, owners: int, width: int) -> None:
+        self.values, self._used = np.full((owners, width), -1, np.int32), np.zeros(owners, np.int64)
+
+    def add(self, owner: int, value: int) -> None:
+        while owner >= len(self._used):
+            self.values = np.concatenate([self.values, np.full_like(self.values, -1)])
+            self._used = np.concatenate([self._used, np.zeros_like(self._used)])
+        self.values[owner, self._used[owner] % self.values.shape[1]] = value
+        self._used[owner] += 1
+
+
+class UserKnnArm:
+    """The `neighbours` users nearest to the newest `length` items, weighted by position; sum of what they did.
+
+    An item's newest `users_an_item` users can be neighbours, a user's newest `items_a_user` items count.
+    """
+
+    batch = 1
+
+    def __init__(
+        self,
+        num_items: int,
+        length: int = 20,
+        neighbours: int = 100,
+        users_an_item: int = 500,
+        items_a_user: int = 200,
+    ) -> None:
+        self._length, self._neighbours, self._num_items = length, neighbours, num_items
+        self._users, self._items = _Rings(num_items, users_an_item), _Rings(1024, items_a_user)
+        self._popularity = PopularityArm(num_items)
+        self._known: set[tuple[object, int]] = set()  # a user stands once with an item
+
+    def score(self, users: Rows, histories: Sequence[History], now_ms: Sequence[int]) -> NDArray[np.float64]:
+        popular = self._popularity.score(users, histories, now_ms)
+        out = BACKOFF * popular / max(float(popular.max(initial=1.0)), 1.0)
+        for line, (user, history) in enumerate(zip(users.tolist(), histories, strict=True)):
+            out[line] += self._vote(user, history.rows[history.weights > 0][-self._length :])
+        return out
+
+    def _vote(self, user: int, rows: Rows) -> NDArray[np.float64]:
+        """(N,) summed similarity of the neighbours that did each item."""
+        nearness = np.linspace(1 / max(len(rows), 1), 1.0, len(rows))  # the newest counts 1
+        met = self._users.values[rows]  # (T, W)
+        weights = np.broadcast_to(nearness[:, None], met.shape)
+        kept = (met >= 0) & (met != user)
+        alike = np.bincount(met[kept], weights[kept])  # (U,)
+        if len(alike) > self._neighbours:
+            nearest = np.argpartition(-alike, self._neighbours - 1)[: self._neighbours]
+        else:
+            nearest = np.arange(len(alike))
+        done = self._items.values[nearest]  # (K, W)
+        strength = np.broadcast_to(alike[nearest][:, None], done.shape)
+        kept = done >= 0
+        return np.asarray(np.bincount(done[kept], strength[kept], minlength=self._num_items), np.float64)
+
+    def learn(self, events: Events, rows: Rows) -> None:
+        self._popularity.learn(events, rows)
+        for user, row, weight in zip(events.users, rows.tolist(), events.weights.tolist(), strict=True):
+            if weight > 0 and (user, row) not in self._known:
+                self._known.add((user, row))
+                self._users.add(row, user)  # type: ignore[arg-type]  # numbers
+                self._items.add(user, row)  # type: ignore[arg-type]

@@ -1,0 +1,34 @@
+"""Text alone. Legend: B users, N items, E text width."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.sampling import Events, History
+
+Floats = NDArray[np.float32]
+
+
+class TextArm:
+    """Cosine of the centred texts with the recency-weighted mean of the user's; learns nothing."""
+
+    batch = 1024
+
+    def __init__(self, text: Floats) -> None:
+        """text (N, E): a zero row where there is none."""
+        present = np.abs(text).sum(axis=1, keepdims=True) > 0
+        centred = (text - text[present[:, 0]].mean(axis=0)) * present if present.any() else text
+        self._unit = (centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-9)).astype(np.float32)
+
+    def score(self, users: NDArray[np.int64], histories: Sequence[History], now_ms: Sequence[int]) -> Floats:
+        taste = np.zeros((len(histories), self._unit.shape[1]), np.float32)  # (B, E)
+        for line, history in enumerate(histories):
+            recency = np.exp(-np.arange(len(history.rows) - 1, -1, -1) / 5.0) * history.weights
+            taste[line] = recency.astype(np.float32) @ self._unit[history.rows]
+        return np.asarray(taste @ self._unit.T)
+
+    def learn(self, events: Events, rows: NDArray[np.int64]) -> None:
+        pass

@@ -1,0 +1,223 @@
+"""Every arm on a chain with a known answer, on noise, and the counting ones against slow twins."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from model.arms.catalogue import ARMS, Setting, check_names, make_arm
+from model.arms.counts import CovisitationArm
+from model.arms.factors import BprArm, IsgdArm
+from model.arms.neighbours import UserKnnArm
+from model.arms.neural import RetrainedArm
+from model.arms.text import TextArm
+from model.arms.variants import NEVER, Delayed
+from model.covisitation import Covisitation
+from model.evaluate import Arm, Mode, prequential, replayed
+from model.popularity import Popularity
+from model.sampling import Events, History, pad
+
+pytestmark = pytest.mark.slow
+
+N = 40
+ITEMS = [f"item {row}" for row in range(N)]
+Rows = NDArray[np.int64]
+
+
+def walk(events: int, noise: float, seed: int = 0) -> Events:
+    """20 users walk round a ring of the items, with probability `noise` they jump instead."""
+    random = np.random.default_rng(seed)
+    place, users, rows = random.integers(0, N, 20), random.integers(0, 20, events), []
+    for user, jump, target in zip(users, random.random(events) < noise, random.integers(0, N, events), strict=True):
+        place[user] = target if jump else (place[user] + 1) % N
+        rows.append(int(place[user]))
+    return log(users.tolist(), rows)
+
+
+def tastes(events: int, seed: int = 0) -> Events:
+    """100 users, each of one of four tastes: ten items each."""
+    random = np.random.default_rng(seed)
+    users = random.integers(0, 100, events)
+    return log(users.tolist(), (users % 4 * 10 + random.integers(0, 10, events)).tolist())
+
+
+def log(users: Sequence[int], rows: Sequence[int], stamps: Sequence[int] | None = None) -> Events:
+    times = np.array(stamps if stamps is not None else range(len(rows)), np.int64) * 1000
+    return Events(list(users), [ITEMS[row] for row in rows], np.ones(len(rows), np.float32), times)
+
+
+def hit_rate(arm: Arm, events: Events, exclude_seen: bool = False, mode: Mode = "line") -> float:
+    return prequential(arm, events, ITEMS, mode, exclude_seen).after(2 * len(events) // 3).metrics()["hr@10"]
+
+
+def sequential() -> dict[str, Arm]:
+    return {
+        "markov": make_arm("markov", setting(900)),
+        "covisitation": CovisitationArm(N),
+        "gru4rec": RetrainedArm("gru4rec", N, 150, steps=60, length=8),
+        "sasrec": RetrainedArm("sasrec", N, 150, steps=60, length=8),
+    }
+
+
+def personal() -> dict[str, Arm]:
+    return {"user-knn": UserKnnArm(N, neighbours=20), "isgd": IsgdArm(N), "bpr": BprArm(N)}
+
+
+def setting(events: int, mode: Mode = "line") -> Setting:
+    random = np.random.default_rng(3)
+    return Setting(ITEMS, random.normal(size=(N, 16)).astype(np.float32), mode, events, events // 5)
+
+
+@pytest.mark.parametrize("name", sequential())
+def test_a_chain_is_followed(name: str) -> None:
+    assert hit_rate(sequential()[name], walk(900, 0.0)) > 0.9
+
+
+@pytest.mark.parametrize("name", personal())
+def test_tastes_are_told_apart(name: str) -> None:
+    """A user who has seen n of the ten items of a taste meets one of the others: popularity would hit 10 of 40."""
+    assert hit_rate(personal()[name], tastes(2400), exclude_seen=False) > 0.6
+
+
+def test_text_finds_what_reads_alike() -> None:
+    random = np.random.default_rng(0)
+    text = np.repeat(random.normal(size=(4, 16)), 10, axis=0) + 0.1 * random.normal(size=(N, 16))
+    assert hit_rate(TextArm(text.astype(np.float32)), tastes(600)) > 0.9
+
+
+@pytest.mark.parametrize("name", [*sequential(), *personal(), "popularity", "popularity-decayed", "text"])
+def test_noise_stays_at_chance(name: str) -> None:
+    arm = (sequential() | personal()).get(name) or make_arm(name, setting(1800))
+    assert abs(hit_rate(arm, walk(1800, 1.0)) - 10 / N) < 0.06
+
+
+def test_exact_covisitation_is_the_sparse_one_of_the_model() -> None:
+    events = walk(200, 0.5)
+    rows = np.array([ITEMS.index(item) for item in events.items], np.int64)
+    arm, counts, touched = CovisitationArm(N, 100.0), Covisitation(100.0, 10_000), Popularity((100.0,))
+    counts.grow(N)
+    touched.grow(N)
+    past: dict[object, list[int]] = {}
+    for at in range(200):
+        arm.learn(events.slice(at, at + 1), rows[at : at + 1])
+        history = past.setdefault(events.users[at], [])
+        counts.add(rows[at : at + 1], np.ones(1, np.float32), pad([seen(history)], 50))
+        touched.add(rows[at : at + 1], np.ones(1, np.float32))
+        history.append(int(rows[at]))
+    damped = counts.damped(touched.values()[:, 0]).toarray()
+    asked = [past[user] for user in (3, 7)]
+    expected = [np.exp(-np.arange(len(rows))[::-1] / 5.0) @ damped[rows] for rows in asked]
+    found = arm.score(np.array([3, 7]), [seen(rows) for rows in asked], [0, 0])
+    np.testing.assert_allclose(found, expected, atol=3e-6, rtol=1e-4)
+
+
+def seen(rows: Sequence[int]) -> History:
+    return History(np.array(rows, np.int64), np.ones(len(rows), np.float32), np.zeros(len(rows), np.int64))
+
+
+def test_user_knn_is_the_sum_over_the_nearest_users() -> None:
+    events = tastes(150)
+    rows = [ITEMS.index(item) for item in events.items]
+    arm = UserKnnArm(N, length=5, neighbours=7)
+    arm.learn(events, np.array(rows, np.int64))
+    done: dict[int, set[int]] = {}
+    for user, row in zip(events.users, rows, strict=True):
+        done.setdefault(user, set()).add(row)  # type: ignore[arg-type]
+    query = [11, 14, 12, 17, 13]
+    alike = {user: sum((at + 1) / 5 for at, row in enumerate(query) if row in mine) for user, mine in done.items()}
+    alike.pop(99, None)
+    votes = arm._vote(99, np.array(query, np.int64))
+    edge = sorted(alike.values(), reverse=True)[:7]
+    firm = {user: value for user, value in alike.items() if value > edge[-1]}  # whatever the ties at the edge
+    floor: Counter[int] = Counter()
+    for user, value in firm.items():
+        floor.update(dict.fromkeys(done[user], value))
+    assert firm and all(votes[row] >= value - 1e-9 for row, value in floor.items())
+    assert votes.sum() >= sum(value * len(done[user]) for user, value in firm.items()) - 1e-9
+
+
+def test_isgd_moves_a_score_towards_one_by_the_rule() -> None:
+    arm = IsgdArm(3, width=4, rate=0.1, decay=0.05)
+    user, item = arm.user(0).copy(), arm.items[1].copy()
+    arm.learn(log([0], [1]), np.array([1]))
+    error = 1 - user @ item
+    np.testing.assert_allclose(arm.user(0), user + 0.1 * (error * item - 0.05 * user))
+    np.testing.assert_allclose(arm.items[1], item + 0.1 * (error * user - 0.05 * item))
+
+
+def baskets(count: int) -> Events:
+    """Every basket: a random item, then its partner (+ 20), at one stamp, each by a new user."""
+    random = np.random.default_rng(0)
+    rows = np.repeat(random.integers(0, 20, count), 2) + np.tile([0, 20], count)
+    return log(np.repeat(np.arange(count), 2).tolist(), rows.tolist(), np.repeat(np.arange(count), 2).tolist())
+
+
+@pytest.mark.parametrize("name", ["markov", "covisitation", "user-knn", "gru4rec", "upwell"])
+def test_strict_mode_does_not_leak_within_a_basket(name: str) -> None:
+    """The partner is obvious to whoever sees the first half; line by line they all do."""
+    found = {}
+    for mode in ("line", "strict"):
+        short = RetrainedArm("gru4rec", N, 100, mode == "line", steps=60, length=8)
+        arm = short if name == "gru4rec" else make_arm(name, setting(800, mode))
+        late = prequential(arm, baskets(400), ITEMS, mode).after(600)
+        found[mode] = float((late.ranks[late.position % 2 == 1] == 1).mean())
+    assert found["line"] > 0.8 and found["strict"] < 0.25
+
+
+@pytest.mark.parametrize("part", ["tower", "covisitation"])
+def test_a_removed_part_has_no_weight_and_the_rest_learns(part: str) -> None:
+    arm = make_arm(f"upwell-without-{part}", setting(600))
+    assert hit_rate(arm, walk(600, 0.0), exclude_seen=True) > 0.6
+    weights = arm._model.arrays["mix"].numpy()  # type: ignore[attr-defined]
+    assert (weights[:, ("tower", "covisitation").index(part)] == 0).all() and np.abs(weights).sum() > 0
+
+
+class Spy:
+    batch = 1
+
+    def __init__(self) -> None:
+        self.learned: list[int] = []
+        self.at: list[tuple[int, list[int]]] = []
+
+    def score(self, users: Rows, histories: Sequence[History], now_ms: Sequence[int]) -> NDArray[np.float64]:
+        self.at += [(len(self.learned), history.rows.tolist()) for history in histories]
+        return np.zeros((len(histories), N))
+
+    def learn(self, events: Events, rows: Rows) -> None:
+        self.learned += rows.tolist()
+
+
+@pytest.mark.parametrize(
+    ("state_ms", "weights_ms", "known", "told"),
+    [
+        (0, 0, [0, 1, 2, 3, 4], 5),
+        (2000, 0, [0, 1, 2, 3], 5),
+        (0, 2000, [0, 1, 2, 3, 4], 4),
+        (0, NEVER, [0, 1, 2, 3, 4], 2),
+    ],
+)
+def test_late_state_and_late_weights(state_ms: int, weights_ms: int, known: list[int], told: int) -> None:
+    spy = Spy()
+    replayed(Delayed(spy, state_ms, weights_ms, warmup=2), log([1] * 6, range(6)), ITEMS, "line")
+    assert spy.at[5] == (told, known)  # the sixth event, at second 5
+
+
+def test_names() -> None:
+    check_names([*ARMS, "upwell-state-minute-weights-hour", "upwell-weights-never"])
+    for name in ("nobody", "upwell-state-never", "upwell-"):
+        with pytest.raises(ValueError, match="no arm"):
+            make_arm(name, setting(10))
+
+
+@pytest.mark.parametrize("name", ["bpr", "sasrec", "upwell"])
+def test_a_seed_fixes_a_run(name: str) -> None:
+    events, found = walk(300, 0.3), list[NDArray[np.float64]]()
+    for _ in range(2):
+        short = RetrainedArm("sasrec", N, 100, steps=5, length=8)
+        arm = short if name == "sasrec" else make_arm(name, setting(300))
+        found.append(replayed(arm, events, ITEMS, "line").ranks)
+        torch.rand(3)  # the global generator plays no part
+    assert np.array_equal(found[0], found[1])

@@ -1,0 +1,134 @@
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from model.arms.catalogue import Setting, make_arm
+from model.evaluate import Arm, Mode
+from stream.csv_events import load_csv, parse_columns
+from workers import evaluate
+from workers.cli import app
+from workers.evaluate import Options
+from workers.figures import Figures
+
+SHARED = Path("../shared/data")
+COLUMNS = "user=who,item=what,ts=when,type=kind,value=stars"
+
+
+def write_csv(path: Path, events: int = 60) -> Path:
+    """Three users walk round five items, two events a minute."""
+    lines = [f"{number % 3},item {number % 5},{1_700_000_000 + number // 2 * 60},order,2" for number in range(events)]
+    path.write_text("who,what,when,kind,stars\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def upwell(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["evaluate", *arguments])
+    return result.exit_code, result.output
+
+
+def test_csv_is_read_by_its_column_map(tmp_path: Path) -> None:
+    path = tmp_path / "shop.csv"
+    path.write_text("who,what,when,kind\na,x,2024-01-01T00:00:01Z,order\nb,y,1704067200000,hum\n", encoding="utf-8")
+    dataset = load_csv(path, parse_columns("user=who,item=what,ts=when,type=kind"))
+    assert [(click.user_id, click.item_id, click.event_type, click.ts_ms) for click in dataset.events] == [
+        ("b", "y", "click", 1_704_067_200_000),
+        ("a", "x", "purchase", 1_704_067_201_000),
+    ]
+    assert [item.item_id for item in dataset.items] == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "line", "said"),
+    [
+        ("user=who,item=what", "a,x,1,order,2", "missing \\['ts'\\]"),
+        ("user=who,item=what,ts=when,color=kind", "a,x,1,order,2", "unknown \\['color'\\]"),
+        ("user=who,item=what,ts=day", "a,x,1,order,2", "no column day"),
+        ("user=who,item=what,ts=when", "a,x,yesterday,order,2", "line 2: .*yesterday"),
+    ],
+)
+def test_a_bad_csv_is_refused_by_what_is_wrong(tmp_path: Path, columns: str, line: str, said: str) -> None:
+    path = tmp_path / "shop.csv"
+    path.write_text(f"who,what,when,kind,stars\n{line}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=said):
+        load_csv(path, parse_columns(columns))
+
+
+def test_the_command_writes_results_report_and_plots(tmp_path: Path) -> None:
+    path, out = write_csv(tmp_path / "shop.csv"), tmp_path / "out"
+    code, said = upwell(str(path), "--columns", COLUMNS, "--arms", "upwell,popularity,markov", "--out", str(out))
+    assert code == 0, said
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert results["stream"] == "shop" and results["modes"].keys() == {"strict", "line"}
+    for mode in ("strict", "line"):
+        arms = results["modes"][mode]["arms"]
+        assert arms.keys() == {"upwell", "popularity", "markov"}
+        for name, arm in arms.items():
+            assert arm["repeats"]["events"] == 48 and arm["repeats"]["repeated"] == 48 - arm["events"]
+            assert {"hr@10", "hr@20", "ndcg@10", "mrr", "coverage", "gini", "novelty", "us_per_event"} <= arm.keys()
+            assert {"intervals", "by_history", "by_item_age", "cold_auc"} <= arm.keys() and f"{mode:6} {name}" in said
+        assert results["modes"][mode]["upwell_minus"].keys() == {"popularity", "markov"}
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == len(list(out.glob("*.png"))) == 8
+    assert "strict: events of one stamp" in page and "line by line" in page and "src=http" not in page
+
+
+def test_what_is_finished_is_kept_and_what_was_asked_otherwise_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, made = write_csv(tmp_path / "shop.csv"), list[str]()
+
+    def counted(name: str, setting: Setting) -> Arm:
+        made.append(name)
+        return make_arm(name, setting)
+
+    monkeypatch.setattr(evaluate, "make_arm", counted)
+
+    def run(*arms: str, limit: int | None = None, seed: int = 0) -> Figures:
+        return evaluate.evaluate(Options(str(path), arms, ("line",), limit, seed, tmp_path / "out", COLUMNS))
+
+    first = run("popularity", "bpr")
+    assert run("popularity", "bpr", "markov")["modes"]["line"]["arms"]["bpr"] == first["modes"]["line"]["arms"]["bpr"]
+    assert made == ["popularity", "bpr", "markov"]
+    run("bpr", seed=1)
+    assert run("bpr", limit=40)["modes"]["line"]["arms"].keys() == {"bpr"}  # the others are of another run
+    assert made == ["popularity", "bpr", "markov", "bpr", "bpr"]
+
+
+def test_a_broken_off_run_leaves_nothing_that_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_csv(tmp_path / "shop.csv")
+    options = Options(str(path), ("markov",), ("line",), None, 0, tmp_path / "out", COLUMNS)
+
+    def broken(file: object, **columns: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(np, "savez_compressed", broken)
+        evaluate.evaluate(options)
+    assert not list((tmp_path / "out").rglob("*.npz"))
+    assert evaluate.evaluate(options)["modes"]["line"]["arms"]["markov"]["repeats"]["events"] == 48
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nowhere"], ["x.csv"], ["ml-100k", "--arms", "nobody"], ["ml-100k", "--mode", "loose"]]
+)
+def test_what_does_not_exist_is_refused(arguments: list[str], tmp_path: Path) -> None:
+    code, said = upwell(*arguments, "--out", str(tmp_path))
+    assert code == 2 and "Traceback" not in said
+
+
+@pytest.mark.skipif(not (SHARED / "online-retail").exists(), reason="../shared/data/online-retail is absent")
+def test_a_folder_of_events_strictly(tmp_path: Path) -> None:
+    folder = tmp_path / "part"
+    folder.mkdir()
+    with gzip.open(SHARED / "online-retail" / "events.jsonl.gz", "rb") as file:
+        (folder / "events.jsonl.gz").write_bytes(gzip.compress(b"".join(file.readlines()[:2000])))
+    (folder / "items.jsonl.gz").write_bytes(gzip.compress(b""))
+    found, modes = {}, tuple[Mode, ...](("line", "strict"))
+    for mode in modes:
+        options = Options(str(folder), ("markov",), (mode,), None, 0, tmp_path / mode)
+        found[mode] = evaluate.evaluate(options)["modes"][mode]["arms"]["markov"]["hr@10"]
+    assert found["line"] > found["strict"]

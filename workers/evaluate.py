@@ -1,0 +1,192 @@
+"""`upwell evaluate`: every arm over a recorded stream, test-then-learn, into one folder.
+
+DIR/MODE/ARM.npz    what one arm did, event by event; kept, so that a run that was stopped goes on
+DIR/results.json    the figures          DIR/report.html, DIR/*.png    the same for the eye
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from model.arms.catalogue import CHEAP, PRODUCT, Setting, check_names, make_arm
+from model.config import ModelConfig
+from model.encoder import Encoder
+from model.evaluate import Arm, Mode, replayed
+from model.outcome import Outcome
+from model.sampling import Events, History
+from stream.csv_events import load_csv, parse_columns
+from stream.datasets import Dataset, load_dataset
+from stream.text import item_text
+from workers.figures import Figures, mode_figures
+from workers.report import write_report
+from workers.settings import DEFAULT_WEIGHTS
+
+WARMUP = 0.2  # share of the events that is learned from and not counted
+
+
+@dataclass(frozen=True)
+class Options:
+    stream: str
+    arms: tuple[str, ...]
+    modes: tuple[Mode, ...]
+    limit: int | None
+    seed: int
+    out: Path
+    columns: str | None = None
+    cache: Path = Path(".cache/upwell")
+
+
+class _Watched:
+    """An arm with its seconds counted; moves the progress bar."""
+
+    def __init__(self, arm: Arm, progress: Progress, total: int, label: str) -> None:
+        self.batch, self._arm, self._progress = arm.batch, arm, progress
+        self._task = progress.add_task(label, total=total)
+        self.seconds: list[
+            tuple[int, float]
+        ] = []  # events told, CPU seconds of scoring and learning them: a busy machine does not count
+
+    def score(
+        self, users: NDArray[np.int64], histories: Sequence[History], now_ms: Sequence[int]
+    ) -> NDArray[np.floating]:
+        began = time.process_time()
+        scores = self._arm.score(users, histories, now_ms)
+        self._spent = time.process_time() - began
+        return scores
+
+    _spent = 0.0
+
+    def learn(self, events: Events, rows: NDArray[np.int64]) -> None:
+        began = time.process_time()
+        self._arm.learn(events, rows)
+        self.seconds.append((len(events), self._spent + time.process_time() - began))
+        self._spent = 0.0
+        self._progress.advance(self._task, len(events))
+
+
+def load(options: Options) -> Dataset:
+    """The stream, cut to `limit` events. Raises ValueError for a stream that cannot be read."""
+    if options.stream.endswith(".csv"):
+        if options.columns is None:
+            raise ValueError(f"{options.stream}: a CSV needs --columns user=…,item=…,ts=…[,type=…,value=…,title=…]")
+        dataset = load_csv(Path(options.stream), parse_columns(options.columns))
+    else:
+        dataset = load_dataset(options.stream)
+    return Dataset(dataset.name, dataset.items, dataset.events[: options.limit])
+
+
+def evaluate(options: Options) -> Figures:
+    """Runs what DIR does not hold yet; results.json's content, which is written too."""
+    torch.set_num_threads(1)
+    dataset = load(options)
+    titles = {item.item_id: item_text(item) for item in dataset.items}
+    items = list(titles | dict.fromkeys((click.item_id for click in dataset.events), ""))
+    text = _texts([titles.get(item, "") for item in items], options.cache)
+    events = _events(dataset)
+    warmup = int(WARMUP * len(events))
+    bits: Figures = {
+        "stream": dataset.name, "events": len(events), "users": len(set(events.users)), "items": len(items),
+        "test_part": f"the last {1 - WARMUP:.0%} of the events, from event {warmup} on", "seed": options.seed,
+        "candidates": "items seen so far that the user has not consumed; `repeats`: consumed ones too",
+        "us_per_event": "CPU time on one thread, scoring all items and learning",
+        "modes": {},
+    }  # fmt: skip
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+        for mode in options.modes:
+            setting = Setting(items, text, mode, len(events), warmup, options.seed)
+            for name in options.arms:
+                _run(options, setting, events, name, bar)
+    touched = np.bincount(_rows(events, items), minlength=len(items))
+    for mode in ("strict", "line"):
+        kept = {path.stem: path for path in sorted((options.out / mode).glob("*.npz"))}
+        found = {name: _read(path, _key(options, events, mode, name)) for name, path in kept.items()}
+        current = {name: pair for name, pair in found.items() if pair is not None}
+        if current:
+            bits["modes"][mode] = mode_figures(current, warmup, touched)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "results.json").write_text(json.dumps(bits, indent=1, ensure_ascii=False), encoding="utf-8")
+    return bits
+
+
+def _texts(texts: list[str], cache: Path) -> NDArray[np.float32]:
+    if not any(text.strip() for text in texts):
+        return np.zeros((len(texts), 384), np.float32)
+    return Encoder("minilm", cache=cache / "vectors.sqlite").encode(texts)
+
+
+def _events(dataset: Dataset) -> Events:
+    clicks = dataset.events
+    weights = np.array([DEFAULT_WEIGHTS[click.event_type] for click in clicks], np.float32)
+    stamps = np.array([click.ts_ms for click in clicks], np.int64)
+    return Events([click.user_id for click in clicks], [click.item_id for click in clicks], weights, stamps)
+
+
+def _rows(events: Events, items: list[str]) -> NDArray[np.int64]:
+    row_of = {item: row for row, item in enumerate(items)}
+    return np.array([row_of[item] for item in events.items], np.int64)
+
+
+def _key(options: Options, events: Events, mode: str, name: str) -> str:
+    """What a kept result must have been made from to count as this run's; the learner's code is not in it."""
+    config = ModelConfig().as_dict() if name.startswith(PRODUCT) else {}
+    return json.dumps([options.stream, len(events), int(events.ts_ms.sum()), mode, name, options.seed, config])
+
+
+def _run(options: Options, setting: Setting, events: Events, name: str, bar: Progress) -> None:
+    path, key = options.out / setting.mode / f"{name}.npz", _key(options, events, setting.mode, name)
+    if path.exists() and _read(path, key) is not None:
+        return
+    arm = _Watched(make_arm(name, setting), bar, len(events), f"{setting.mode:6} {name}")
+    outcome = replayed(arm, events, setting.items, setting.mode)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = {field.name: getattr(outcome, field.name) for field in fields(outcome)}
+    with (scratch := path.with_suffix(".part")).open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, key=np.array(key), seconds=np.array(arm.seconds), **columns)
+    scratch.rename(path)
+
+
+def _read(path: Path, key: str) -> tuple[Outcome, NDArray[np.float64]] | None:
+    """The outcome and seconds (calls, 2) of a finished run; None when it was made from something else."""
+    with np.load(path) as kept:
+        if str(kept["key"]) != key:
+            return None
+        return Outcome(**{field.name: kept[field.name] for field in fields(Outcome)}), kept["seconds"]
+
+
+def main(stream: str, arms: str, mode: str, limit: int | None, seed: int, out: Path | None, columns: str | None) -> int:
+    """The command: prints one line an arm; 2 for a stream, an arm or a mode that does not exist."""
+    modes: dict[str, tuple[Mode, ...]] = {"strict": ("strict",), "line": ("line",), "both": ("strict", "line")}
+    names = tuple(arms.split(",")) if arms else CHEAP
+    try:
+        if mode not in modes:
+            raise ValueError(f"no mode {mode!r}: {', '.join(modes)}")
+        check_names(names)
+        folder = out or Path("out/evaluate") / Path(stream).stem
+        results = evaluate(Options(stream, names, modes[mode], limit, seed, folder, columns))
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    _say(results)
+    print(write_report(results, folder))
+    return 0
+
+
+def _say(results: Figures) -> None:
+    print(f"{results['stream']}: {results['events']} events; counted: {results['test_part']}")
+    for mode, found in results["modes"].items():
+        for name, arm in sorted(found["arms"].items(), key=lambda pair: -pair[1]["ndcg@10"]):
+            figures = " ".join(f"{key} {arm[key]:.4f}" for key in ("hr@10", "hr@20", "ndcg@10", "mrr"))
+            low, high = arm["intervals"]["ndcg@10"]
+            cold = " ".join(f"{k}: {v['auc']:.3f}" for k, v in arm["cold_auc"].items() if v["events"])
+            print(f"{mode:6} {name:28} {figures} [{low:.4f}, {high:.4f}] {arm['us_per_event']:6.0f} us  auc {cold}")
+        for name, pair in found.get("upwell_minus", {}).items():
+            mean, low, high = pair["ndcg@10"]
+            print(f"{mode:6} upwell - {name:28} ndcg@10 {mean:+.4f} [{low:+.4f}, {high:+.4f}]")
