@@ -14,15 +14,15 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u00ad\u200b\ufeff]+")
 
 
 def clean(text: str) -> str:
-    """One line of plain text: entities decoded; tags, addresses, control characters out; NFC, <= MAX_CHARS.
+    """One line of plain text: entities decoded; tags, addresses, control characters out; NFKC, <= MAX_CHARS.
 
     >>> clean("Caf&eacute; <b>noir</b>,\\n see https://example.org/x  2 < 3")
     'Café noir , see 2 < 3'
     """
-    text = html.unescape(text[: 4 * MAX_CHARS])
+    text = unicodedata.normalize("NFKC", html.unescape(text[: 4 * MAX_CHARS]))
     for pattern in (_TAG, _URL, _CONTROL):
         text = pattern.sub(" ", text)
-    return " ".join(unicodedata.normalize("NFC", text).split())[:MAX_CHARS]
+    return " ".join(text.split())[:MAX_CHARS]
 
 
 def item_text(item: Item) -> str:
