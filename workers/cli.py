@@ -36,7 +36,7 @@ def settings_for(role: str) -> Settings:
 def worker() -> None:
     """Fold clicks into user states and send fresh recommendations (Faust)."""
     settings = settings_for("worker")
-    from workers.user_worker import run_worker
+    from workers.worker_process import run_worker
 
     raise typer.Exit(run_worker(settings))
 

@@ -59,10 +59,6 @@ class Live:
             if snapshot is not None:
                 snapshot.search.close()
 
-    @property
-    def ready(self) -> bool:
-        return self.snapshot is not None and self.caught_up.is_set()
-
     def recommend(self, queries: Sequence[Query], k: int) -> tuple[Snapshot, list[list[Ranked]]]:
         """Lists and the one generation they come from. Raises NotReady before the first generation serves.
 

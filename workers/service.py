@@ -96,10 +96,6 @@ class Service:
             self._producer.close()
 
     @property
-    def ready(self) -> bool:
-        return self.live.ready and self.users.caught_up.is_set()
-
-    @property
     def producer(self) -> ClickProducer:
         """Made at the first event: the server starts and answers while Kafka is away."""
         if self._producer is None:

@@ -11,12 +11,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import structlog
-import torch
 
 from model.user_state import DIGEST_BYTES, EMPTY, Applied, Entry, Fold, Limits, encode_state
 from stream.events import Artifact, BadEvent, Click, DeadLetter, Ranked, Recommendations, decode_click, encode
 from workers import metrics
-from workers.faust_batches import EX_DATA, EX_SOFTWARE, batch_app, die, execute
 from workers.live import Live, NotReady
 from workers.prequential import K, LiveScore, Trial
 from workers.search import SearchProcessDied
@@ -60,7 +58,7 @@ class Folded(NamedTuple):
 
 
 class UserWorker:
-    """The work of one fetched partition batch; `run_worker` gives it Faust's events one after the other."""
+    """The work of one fetched partition batch; `workers/worker_process.py` hands on Faust's events in their order."""
 
     def __init__(self, settings: Settings, live: Live, owned: OwnedStates, sender: BatchSender) -> None:
         self._settings, self._live, self._owned, self._sender = settings, live, owned, sender
@@ -249,43 +247,3 @@ def _answer(
         clicked_ms=read.kafka_ms,
         sent_ms=now_ms,
     )
-
-
-def run_worker(settings: Settings) -> int:
-    """Run until SIGTERM or SIGINT; the exit code. Anything unexpected ends the process before the commit."""
-    torch.set_num_threads(1)
-    live, sender = Live(settings, keep_previous=True), BatchSender(settings.connection)
-
-    async def finish() -> None:
-        await sender.stop()
-        await asyncio.to_thread(live.stop)
-
-    app = batch_app(settings.worker.group, settings.connection, sender.start, finish)
-    clicks = app.topic(settings.topics.clicks.name, value_type=bytes, value_serializer="raw")
-    owned = OwnedStates(settings.connection, settings.topics.users.name)
-    worker = UserWorker(settings, live, owned, sender)
-
-    @app.agent(clicks)  # type: ignore[untyped-decorator]
-    async def update_users(stream: Any) -> None:
-        async for event in stream.noack().events():
-            tp = event.message.tp
-            if tp not in app.consumer.assignment():
-                continue  # taken away while it waited in the queue: its new owner reads it
-            try:
-                await worker.process(tp.partition, event.value)
-            except TooManyBadEvents as error:
-                die(str(error), EX_DATA)
-            except Exception as error:
-                die("unexpected", EX_SOFTWARE, error)
-            await stream.ack(event)
-            high = app.consumer.highwater(tp)
-            metrics.lag_clicks.labels(str(tp.partition)).set(max(0, (high or 0) - event.message.offset - 1))
-
-    @app.on_partitions_revoked.connect  # type: ignore[untyped-decorator]
-    async def forget(_: Any, revoked: Any, **kwargs: Any) -> None:
-        for tp in revoked:
-            owned.forget(tp.partition)
-
-    metrics.serve(settings.worker.metrics_port)
-    live.start()
-    return execute(app)

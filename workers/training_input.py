@@ -1,0 +1,99 @@
+"""What the trainer reads: the window of clicks, and the text vectors of the newest encoder."""
+
+import threading
+import time
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.user_state import digest
+from stream.consumer import read_window, tail
+from stream.events import BadEvent, Click, ItemVector, decode, decode_click
+from workers.settings import Settings
+
+REMEMBERED_IDS = 1_000_000
+DAY_MS = 24 * 60 * 60 * 1000
+
+
+class Read(NamedTuple):
+    click: Click
+    partition: int
+    offset: int
+
+
+class Window:
+    """The clicks since `trainer.window_days` ago, each once, in the order in which Kafka took them."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings, self._topic = settings, settings.topics.clicks.name
+        self._since_ms = int(time.time() * 1000 - settings.trainer.window_days * DAY_MS)
+        self.offsets: dict[int, int] = {}  # partition -> next offset to read
+        self._ids: dict[bytes, None] = {}
+
+    def read(self) -> list[Read]:
+        """What has come since the last call, up to now."""
+        since_ms = None if self.offsets else self._since_ms
+        batches = read_window(self._settings.connection, self._topic, since_ms=since_ms, offsets=self.offsets)
+        records = [record for batch in batches for record in batch if record.timestamp >= self._since_ms]
+        for record in records:
+            self.offsets[record.partition] = max(record.offset + 1, self.offsets.get(record.partition, 0))
+        records.sort(key=lambda record: (record.timestamp, record.partition, record.offset))
+        reads = []
+        for record in records:
+            try:
+                click = decode_click(record.value)
+            except BadEvent:
+                continue  # the worker sends it to the dead letters
+            if self._is_new(digest(click.event_id)):
+                reads.append(Read(click, record.partition, record.offset))
+        return reads
+
+    def _is_new(self, event: bytes) -> bool:
+        new = event not in self._ids
+        self._ids[event] = None
+        if len(self._ids) > REMEMBERED_IDS:
+            del self._ids[next(iter(self._ids))]
+        return new
+
+
+class EncoderChanged(RuntimeError):
+    """The items have got vectors of another encoder: this process ends, its successor trains anew on them."""
+
+
+class Texts(threading.Thread):
+    """Follows the text vectors of the newest encoder."""
+
+    def __init__(self, settings: Settings, stop: threading.Event) -> None:
+        super().__init__(name="texts", daemon=True)
+        self.caught_up = threading.Event()
+        self._settings, self._stop_event = settings, stop
+        self._newest = (0, "")  # Kafka's stamp and encoder of the newest vector
+        self._new: dict[str, ItemVector] = {}
+        self._lock = threading.Lock()
+
+    def run(self) -> None:
+        topic = self._settings.topics.vectors.name
+        for records in tail(self._settings.connection, [topic], self._stop_event, self.caught_up.set):
+            for record in records:
+                if record.value is not None:
+                    vector = decode(record.value, ItemVector)
+                    with self._lock:
+                        self._newest = max(self._newest, (record.timestamp, vector.encoder))
+                        self._new[vector.item_id] = vector
+
+    @property
+    def encoder(self) -> str:
+        return self._newest[1]
+
+    def take(self) -> tuple[str, dict[str, NDArray[np.float32]]]:
+        """The encoder, and the vectors (E,) that have come since the last call."""
+        with self._lock:
+            new, self._new = self._new, {}
+            encoder = self.encoder
+        texts = {
+            item_id: np.frombuffer(vector.vector, "<f2").astype(np.float32)
+            for item_id, vector in new.items()
+            if vector.encoder == encoder
+        }
+        return encoder, texts
