@@ -11,7 +11,6 @@ import time
 from itertools import islice
 from pathlib import Path
 
-import kafka
 import msgspec
 import numpy as np
 import pytest
@@ -31,7 +30,7 @@ from tests.workers.service import ITEMS, Service, clicks, free_port, until, upwe
 from workers.announcements import read_announcements
 from workers.check import count_applied, fold_offline
 from workers.dead_letters import read, resend
-from workers.observe import scrape
+from workers.observe import num_committed, scrape
 from workers.settings import Kafka, Settings
 from workers.up import HOPELESS
 
@@ -276,13 +275,6 @@ def test_the_worker_killed_amid_clicks_loses_and_doubles_nothing(service: Servic
     assert service.metric("upwell_clicks_total{duplicate}") > 0  # there was something to apply twice
 
 
-def committed(settings: Settings) -> int:
-    """Clicks below the worker group's committed offsets."""
-    with kafka.KafkaAdminClient(**settings.connection.kafka_python()) as admin:
-        (group,) = admin.list_group_offsets([settings.worker.group]).values()
-    return sum(offset.offset for part, offset in group.items() if part.topic == settings.topics.clicks.name)
-
-
 def test_sigterm_ends_the_worker_in_order(service: Service) -> None:
     """Exit code 0; what it has applied is committed, so its successor applies nothing again."""
     sent = clicks(200, first=300_000)
@@ -292,7 +284,7 @@ def test_sigterm_ends_the_worker_in_order(service: Service) -> None:
     old = service.roles.pids["worker"]
     os.kill(old, signal.SIGTERM)
     until(lambda: service.roles.pids["worker"] != old, "the worker is started again")
-    assert committed(service.settings) == ends
+    assert num_committed(service.settings) == ends
     until(lambda: service.metric("upwell_swaps_total{served}") > 0, "the new worker serves")
     more = clicks(50, first=310_000)
     service.send(more)
@@ -325,7 +317,7 @@ def test_too_many_bad_messages_stop_the_worker_for_good(broker: LocalBroker, tmp
     assert done.returncode == 65 and done.returncode in HOPELESS
     assert "of the last 200 messages are bad" in done.stderr
     assert len(read(settings)) == 100
-    assert committed(settings) == 0  # good and bad wait for a worker that reads them
+    assert num_committed(settings) == 0  # good and bad wait for a worker that reads them
 
 
 def test_partitions_move_to_a_second_worker_and_back(service: Service) -> None:
