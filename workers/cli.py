@@ -227,6 +227,16 @@ def list_generations() -> None:
         typer.echo(f"{artifact.name}  {mark:6}  trained as {artifact.parent or '-'}  {metrics}")
 
 
+@generations.command("refused")
+def list_refused() -> None:
+    """The candidates that the gate has turned down, oldest first, and why."""
+    settings = settings_for("generations")
+    from model.checkpoint import verdicts
+
+    for name, reason in verdicts(f"{settings.artifacts}/refused").items():
+        typer.echo(f"{name}  {reason}")
+
+
 @generations.command("show")
 def show_generation(name: str) -> None:
     """Its manifest, after its files have been verified."""
