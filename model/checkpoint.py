@@ -8,6 +8,8 @@ import fsspec
 from model.manifest import DamagedGeneration, file_entry, file_names, model_sha256
 from model.model import Model
 
+KEEP_VERDICTS = 1000  # a line each, where a model is megabytes
+
 
 def _digest(folder: Path) -> str:
     return model_sha256({f"model/{name}": file_entry(folder / name) for name in file_names(folder)})
@@ -42,8 +44,21 @@ def fetch_model(url: str, digest: str) -> Model:
         return Model.load(Path(scratch))
 
 
-def prune_models(url: str, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints under `url` with their verdicts; their names sort by time."""
+def verdicts(url: str) -> dict[str, str]:
+    """What the gate said of each checkpoint under `url`, oldest first, as far as it is kept."""
     store, root = fsspec.core.url_to_fs(url)
-    for path in sorted(store.ls(root, detail=False))[: -2 * keep]:
+    if not store.exists(root):
+        return {}
+    texts = sorted(path for path in store.ls(root, detail=False) if path.endswith(".txt"))
+    return {Path(path).stem: store.cat_file(path).decode() for path in texts}
+
+
+def prune_models(url: str, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints under `url`, and all but KEEP_VERDICTS of what the gate said of
+    them; their names sort by time."""
+    store, root = fsspec.core.url_to_fs(url)
+    paths = sorted(store.ls(root, detail=False))
+    texts = [path for path in paths if path.endswith(".txt")]
+    models = [path for path in paths if path not in texts]
+    for path in [*models[:-keep], *texts[:-KEEP_VERDICTS]]:
         store.rm(path, recursive=True)

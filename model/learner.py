@@ -43,8 +43,8 @@ class Learner:
     def __init__(self, config: ModelConfig, seed: int = 0, device: str = "cpu") -> None:
         self.config, self.device, self._seed = config, device, seed
         self.log = EventLog(config.window_events, config.exclude_seen)
-        half_lives = (config.popular_now_half_life, config.popular_half_life, config.covisitation_half_life)
-        self._popularity = Popularity(half_lives)
+        popular = (config.popular_now_half_life, config.popular_lately_half_life, config.popular_half_life)
+        self._popularity = Popularity((*popular, config.covisitation_half_life))
         self._covisitation = Covisitation(config.covisitation_half_life, config.covisitation_pairs)
         self._mix = Mix(config.mix_rate, config.mix_candidates)
         self._tower = TowerTrainer(config, seed, device)
@@ -132,7 +132,7 @@ class Learner:
 
     def _refresh(self, due: bool) -> None:
         if due:
-            touched = self._popularity.values()[:, 2]
+            touched = self._popularity.values()[:, -1]
             self._factors = self._covisitation.factorise(touched, self.config.covisitation_rank, self._seed)
             pause = min(max(self.log.count // 8, self.config.micro_batch), self.config.refresh_events)
             self._next_refresh = self.log.count + pause
@@ -163,7 +163,7 @@ class Learner:
             queries["covisitation"] @ arrays["covisitation.right"][chosen].T,
             queries["text"] @ arrays["text.items"][chosen].T,
         ]
-        popular = arrays["popularity"][chosen].T.unsqueeze(1).expand(2, len(learned[0]), -1)  # (2, B, C)
+        popular = arrays["popularity"][chosen].T.unsqueeze(1).expand(-1, len(learned[0]), -1)  # (3, B, C)
         return np.asarray(torch.cat([torch.stack(learned), popular]).detach().cpu().numpy())
 
     def _learn_tower(self, numbers: Rows) -> list[float]:
@@ -242,7 +242,7 @@ class Learner:
             "text.items": catalogue.projected[: len(counts)],
             "text.mean": catalogue.mean,
             "text.projection": catalogue.projection,
-            "popularity": torch.from_numpy(self._popularity.log()[:, :2]).to(self.device),
+            "popularity": torch.from_numpy(self._popularity.log()[:, :-1]).to(self.device),
             "mix": torch.from_numpy(self._mix.weights()).to(self.device),
         }
         return Model(self.config, catalogue.ids, arrays, self._tower.user)

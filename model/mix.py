@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from model.config import BUCKETS, PARTS
 
-_START = np.array([0.0, 0.0, 1.0, 0.0, 0.5])  # text and popularity, until events have spoken
+_START = np.array([0.0, 0.0, 1.0, 0.0, 0.0, 0.5])  # text and popularity, until events have spoken
 
 
 def bucket(lengths: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -5,6 +5,7 @@ Legend: B batch, T history length (newest last, padded on the left with row -1).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -151,6 +152,13 @@ class EventLog:
         window = self.ending_at(np.array([self._last[index]]), length)
         columns = zip(window.rows[0].tolist(), window.weights[0].tolist(), window.ts_ms[0].tolist(), strict=True)
         return [event for event in columns if event[0] >= 0], set(self.consumed[index])
+
+    def consumers(self, num_items: int) -> tuple[Rows, Rows]:
+        """(N,) users who have ever consumed each item, and (N,) those of them who have consumed another one too."""
+        counts = np.array([len(taken) for taken in self.consumed], np.int64)  # (users,)
+        rows = np.fromiter(itertools.chain.from_iterable(self.consumed), np.int64, counts.sum())
+        busy = np.repeat(counts > 1, counts)
+        return np.bincount(rows, minlength=num_items), np.bincount(rows[busy], minlength=num_items)
 
     def before(self, numbers: Rows, length: int, same_stamp: bool = True) -> Padded:
         """What each event's user did before it, (B, length); without its own stamp unless `same_stamp`."""

@@ -87,8 +87,10 @@ def tail(
     Yields at least every 0.2 s, an empty list where nothing has come, so that the caller can do other work.
     Calls `on_caught_up` once, when everything that was there at the start has been yielded and the caller
     has come back for more. Outlives a broker's restart. Order holds within a partition only.
+
+    Reads uncommitted records too: a user's state is followed as it is folded, not when its transaction ends.
     """
-    with closing(open_consumer(connection)) as consumer:
+    with closing(open_consumer(connection, isolation_level="read_uncommitted")) as consumer:
         partitions = partitions_of(consumer, topics)
         ends: dict[Any, int] | None = consumer.end_offsets(partitions)
         consumer.assign(partitions)
@@ -108,14 +110,14 @@ def end_offsets(connection: Connection, topic: str) -> dict[int, int]:
         return {part.partition: end for part, end in ends.items()}
 
 
-def open_consumer(connection: Connection) -> kafka.KafkaConsumer:
-    """A consumer without a group: assign and seek it. Aborted transactions are invisible to it."""
+def open_consumer(connection: Connection, isolation_level: str = "read_committed") -> kafka.KafkaConsumer:
+    """A consumer without a group: assign and seek it. By default aborted transactions are invisible to it."""
     return kafka.KafkaConsumer(
         **connection.kafka_python(),
         group_id=None,
         enable_auto_commit=False,
         auto_offset_reset="earliest",  # where retention has overtaken the reader
-        isolation_level="read_committed",
+        isolation_level=isolation_level,
         allow_auto_create_topics=False,
         max_poll_records=20_000,
         max_partition_fetch_bytes=4 * MIB,

@@ -143,10 +143,6 @@ def _rows(archive: zipfile.ZipFile, path: str) -> Iterator[list[str]]:
 
 
 def _film(item_id: str, title: str, year: str, genres: str) -> Item:
-    return Item(
-        item_id=item_id,
-        title=title,
-        text=f"{title}. {genres}",
-        categories=genres.split(),
-        attributes={"year": year} if year.isdigit() else {},
-    )
+    if year.isdigit():
+        title = f"{title} ({year})"  # as MovieLens has it; text alone ranks unseen films badly without
+    return Item(item_id=item_id, title=title, text=f"{title}. {genres}", categories=genres.split())

@@ -21,10 +21,17 @@ app.add_typer(generations, name="generations")
 Broker = Annotated[str | None, typer.Option(help="HOST:PORT of your own Kafka; default: a local one.")]
 
 
-def settings_for(role: str) -> Settings:
-    """Settings, with logs configured; bad configuration ends the process with one line a key."""
+def settings_for(role: str, reach_kafka: bool = True) -> Settings:
+    """Settings, with logs configured; bad configuration ends the process with one line a key.
+
+    So does a Kafka that answers and does not let us in; one that does not answer is waited for.
+    """
     try:
         settings = load_settings()
+        if reach_kafka:
+            from workers.preflight import check_access
+
+            check_access(settings.connection)
     except ConfigError as error:
         typer.echo(f"configuration:\n{error}", err=True)
         raise typer.Exit(EX_CONFIG) from error
@@ -83,7 +90,9 @@ def topics() -> None:
 @app.command()
 def up(broker: Broker = None) -> None:
     """All roles on this machine, until Ctrl-C. Without --broker: on a local Kafka under data/kafka."""
-    settings_for("up")
+    if broker is not None:
+        os.environ["UPWELL_KAFKA__BOOTSTRAP"] = broker
+    settings_for("up", reach_kafka=broker is not None)
     from stream.broker import LocalBroker
     from stream.topics import ensure
     from workers.processes import stop_on_signal
@@ -177,7 +186,7 @@ def doctor() -> None:
     """Look at what Upwell needs; exit code 1 when something is missing."""
     from workers.doctor import examine
 
-    settings = settings_for("doctor")
+    settings = settings_for("doctor", reach_kafka=False)
     findings = list(examine(settings))
     for good, what in findings:
         typer.echo(f"{'ok  ' if good else 'FAIL'} {what}")
@@ -216,6 +225,16 @@ def list_generations() -> None:
     for artifact, mark in listed(settings):
         metrics = "  ".join(f"{name} {value:.4g}" for name, value in sorted(artifact.metrics.items()))
         typer.echo(f"{artifact.name}  {mark:6}  trained as {artifact.parent or '-'}  {metrics}")
+
+
+@generations.command("refused")
+def list_refused() -> None:
+    """The candidates that the gate has turned down, oldest first, and why."""
+    settings = settings_for("generations")
+    from model.checkpoint import verdicts
+
+    for name, reason in verdicts(f"{settings.artifacts}/refused").items():
+        typer.echo(f"{name}  {reason}")
 
 
 @generations.command("show")

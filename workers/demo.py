@@ -27,7 +27,7 @@ from stream.replay import replay, shifted
 from stream.topics import ensure
 from workers.check import failures, summarise
 from workers.logs import configure
-from workers.observe import Observer
+from workers.observe import Observer, num_committed
 from workers.processes import stop_on_signal
 from workers.settings import Settings, load_settings
 from workers.states import raw_states
@@ -125,7 +125,7 @@ class Demo:
         self.sent = 0
 
     def run(self, console: Console) -> None:
-        """Send all events, with the table drawn beside; then wait until they are applied."""
+        """Send all events, with the table drawn beside; then wait until they are committed."""
         drawn = 0.0
         with Screen(self.table(), console=console, auto_refresh=False, transient=False) as screen:
             with ClickProducer(self.settings.connection, self.settings.topics) as producer:
@@ -136,7 +136,7 @@ class Demo:
                         drawn = time.monotonic()
                         screen.update(self.table(), refresh=True)
             deadline = time.monotonic() + DRAIN_S
-            while self.observer.num_read() < self.sent and time.monotonic() < deadline:
+            while num_committed(self.settings) < self.sent and time.monotonic() < deadline:
                 screen.update(self.table(), refresh=True)
                 if self.stop.wait(REDRAW_S):
                     return

@@ -12,7 +12,8 @@ import torch
 from kafka.errors import KafkaError
 
 from stream.topics import ensure
-from workers.settings import Settings
+from workers.preflight import check_access
+from workers.settings import ConfigError, Settings
 
 MIN_FREE_GB = 2.0
 PACKAGES = ("upwell", "torch", "transformers", "hnswlib", "faust-streaming", "aiokafka", "kafka-python")
@@ -33,6 +34,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
 def _broker(settings: Settings) -> Iterator[Finding]:
     address = settings.kafka.bootstrap
     try:
+        check_access(settings.connection)
         with kafka.KafkaAdminClient(**settings.connection.kafka_python(), bootstrap_timeout_ms=5000) as admin:
             brokers = admin.describe_cluster()["brokers"]
         yield True, f"broker: {address} answers, {len(brokers)} in the cluster"
@@ -40,6 +42,8 @@ def _broker(settings: Settings) -> Iterator[Finding]:
         yield True, f"topics: {settings.kafka.prefix}.* are there, as they should be"
     except (KafkaError, OSError) as error:
         yield False, f"broker: {address}: {error}"
+    except ConfigError as error:
+        yield False, f"broker: {error}"
     except ValueError as error:
         yield False, f"topics: {error}"
 

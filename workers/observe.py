@@ -8,6 +8,7 @@ import time
 import urllib.request
 from typing import Any, Self
 
+import kafka
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -29,6 +30,13 @@ def scrape(url: str) -> dict[str, float]:
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
+
+
+def num_committed(settings: Settings) -> int:
+    """Clicks below the worker group's committed offsets: applied, answered and in Kafka for good."""
+    with kafka.KafkaAdminClient(**settings.connection.kafka_python()) as admin:
+        (group,) = admin.list_group_offsets([settings.worker.group]).values()
+    return sum(at.offset for part, at in group.items() if part.topic == settings.topics.clicks.name)
 
 
 class Observer:
@@ -108,10 +116,6 @@ class Observer:
 
     def num_applied(self) -> int:
         return int(self._worker().get("upwell_clicks_total{applied}", 0))
-
-    def num_read(self) -> int:
-        """Clicks read with any outcome."""
-        return int(sum(value for name, value in self._worker().items() if name.startswith("upwell_clicks_total")))
 
     def clicks_a_second(self, sent: int) -> float:
         return sent / max(1e-3, time.monotonic() - self._began)

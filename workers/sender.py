@@ -12,10 +12,14 @@ MAX_RECORD_BYTES = MAX_BATCH_BYTES - 1_000  # key and framing on top
 
 
 class BatchSender:
-    """Idempotent, acknowledged by all replicas; `send` returns when Kafka has everything."""
+    """Idempotent, acknowledged by all replicas; `send` returns when Kafka has everything.
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    With a transactional_id its `start` fences the sender before it of that id, and sends stand between `begin` and
+    `commit`; Kafka aborts a transaction that is open for longer than timeout_ms.
+    """
+
+    def __init__(self, connection: Connection, transactional_id: str | None = None, timeout_ms: int = 60_000) -> None:
+        self._connection, self._transactional_id, self._timeout_ms = connection, transactional_id, timeout_ms
         self._producer: AIOKafkaProducer | None = None
 
     async def start(self) -> None:
@@ -23,6 +27,8 @@ class BatchSender:
             **self._connection.aiokafka(),
             acks="all",
             enable_idempotence=True,
+            transactional_id=self._transactional_id,
+            transaction_timeout_ms=self._timeout_ms,
             compression_type="lz4",
             max_batch_size=MAX_BATCH_BYTES,
             max_request_size=MAX_BATCH_BYTES + 100_000,
@@ -32,6 +38,14 @@ class BatchSender:
     async def stop(self) -> None:
         if self._producer is not None:
             await self._producer.stop()
+
+    async def begin(self) -> None:
+        assert self._producer is not None, "begin before start"
+        await self._producer.begin_transaction()
+
+    async def commit(self) -> None:
+        assert self._producer is not None, "commit before start"
+        await self._producer.commit_transaction()
 
     async def send(self, topic: str, partition: int, records: Iterable[tuple[bytes | None, bytes | None]]) -> None:
         """Raises ValueError for a record over MAX_RECORD_BYTES, KafkaError when Kafka refuses a batch."""

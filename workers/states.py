@@ -4,7 +4,10 @@ A partition's states are read to the end of the topic at its first batch after a
 when it is taken away, so that a second assignment reads what the owner in between has written.
 """
 
+import asyncio
 import time
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import structlog
 
@@ -13,6 +16,7 @@ from stream.connection import Connection
 from stream.consumer import Record, read_window
 from workers import metrics
 from workers.settings import Settings
+from workers.state_writer import StateWriter
 
 log = structlog.get_logger()
 
@@ -52,22 +56,43 @@ def keep_newest(states: States, user_id: str, value: bytes | None) -> None:
         states[user_id] = state
 
 
+class Owned(NamedTuple):
+    """A partition's states and the only way to write them."""
+
+    states: States
+    writer: StateWriter
+
+
 class OwnedStates:
-    """Pick `of(partition)` once a batch and use that object to the end: a rebalance runs at any await."""
+    """Pick `of(partition)` once a batch and use that object to the end: a rebalance runs at any await.
 
-    def __init__(self, connection: Connection, topic: str) -> None:
-        self._connection, self._topic = connection, topic
-        self._owned: dict[int, States] = {}
+    `failed` is told when a partition can be written no more: another worker has taken it over, or Kafka is gone.
+    """
 
-    def of(self, partition: int) -> States:
-        """Blocks while the partition is read (about 80,000 states a second)."""
+    def __init__(self, connection: Connection, topic: str, failed: Callable[[BaseException], None]) -> None:
+        self._connection, self._topic, self._failed = connection, topic, failed
+        self._owned: dict[int, Owned] = {}
+
+    async def of(self, partition: int) -> Owned:
+        """Waits while the partition is read (about 80,000 states a second): after the fence, so nothing follows."""
         if partition not in self._owned:
             began = time.monotonic()
-            self._owned[partition] = read_states(self._connection, self._topic, partition)
-            seconds = round(time.monotonic() - began, 2)
-            log.info("states restored", partition=partition, users=len(self._owned[partition]), seconds=seconds)
-        metrics.restored_users.set(sum(map(len, self._owned.values())))
+            writer = StateWriter(self._connection, self._topic, partition, self._failed)
+            await writer.start()
+            states = await asyncio.to_thread(read_states, self._connection, self._topic, partition)
+            self._owned[partition] = Owned(states, writer)
+            log.info(
+                "states restored",
+                partition=partition,
+                users=len(states),
+                seconds=round(time.monotonic() - began, 2),
+            )
+        metrics.restored_users.set(sum(len(owned.states) for owned in self._owned.values()))
         return self._owned[partition]
 
-    def forget(self, partition: int) -> None:
-        self._owned.pop(partition, None)
+    async def forget(self, partitions: Iterable[int]) -> None:
+        owned = [self._owned.pop(partition) for partition in partitions if partition in self._owned]
+        await asyncio.gather(*(one.writer.stop() for one in owned))
+
+    async def stop(self) -> None:
+        await self.forget(list(self._owned))

@@ -1,4 +1,4 @@
-"""One click's way: decode, fold, recommend, send, and only then acknowledge.
+"""One click's way: decode, fold, recommend, send, and only when all of it is in Kafka acknowledge.
 
 upwell.clicks -> decode_click -> Fold.apply -> Snapshot.recommend -> upwell.users, upwell.recommendations
                       bad -> upwell.dead-letters
@@ -21,7 +21,8 @@ from workers.search import SearchProcessDied
 from workers.sender import BatchSender
 from workers.settings import Settings
 from workers.snapshot import Query, Snapshot
-from workers.states import OwnedStates, States
+from workers.state_writer import Acknowledge
+from workers.states import Owned, OwnedStates, States
 
 log = structlog.get_logger()
 
@@ -69,18 +70,23 @@ class UserWorker:
         self._lost: Artifact | None = None  # the generation to go back to
         self._bad: deque[bool] = deque(maxlen=RATIO_WINDOW)
 
-    async def process(self, partition: int, records: Sequence[Any]) -> None:
-        """All of it is in Kafka when this returns. Raises TooManyBadEvents after the dead letters are sent."""
-        states = await asyncio.to_thread(self._owned.of, partition)
-        for at in range(0, len(records), self._settings.worker.batch_clicks):
-            await self._micro_batch(partition, records[at : at + self._settings.worker.batch_clicks], states)
+    async def process(self, partition: int, records: Sequence[Any], acknowledge: Acknowledge) -> None:
+        """Lists and dead letters are in Kafka when this returns; `acknowledge` is called when the states are too.
 
-    async def _micro_batch(self, partition: int, records: Sequence[Any], states: States) -> None:
+        Raises TooManyBadEvents after the dead letters are sent.
+        """
+        owned = await self._owned.of(partition)
+        for at in range(0, len(records), self._settings.worker.batch_clicks):
+            await self._micro_batch(partition, records[at : at + self._settings.worker.batch_clicks], owned)
+        await owned.writer.put({}, acknowledge)
+
+    async def _micro_batch(self, partition: int, records: Sequence[Any], owned: Owned) -> None:
         metrics.batch_clicks.observe(len(records))
         began = time.perf_counter()
         reads, dead = self._decode(records)
-        folded = self._fold(states, reads)
-        states.update(folded.states)
+        folded = self._fold(owned.states, reads)
+        owned.states.update(folded.states)
+        await owned.writer.put({u.encode(): encode_state(folded.states[u]) for u in folded.changed})
         folded_at = time.perf_counter()
         generation, lists = await asyncio.to_thread(self._recommend, folded)
         recommended_at = time.perf_counter()
@@ -185,16 +191,14 @@ class UserWorker:
         lists: dict[str, list[Ranked]],
         dead: list[DeadLetter],
     ) -> None:
-        """State, lists and dead letters together; the offset is committed after all of them."""
+        """Lists and dead letters together."""
         topics, now_ms = self._topics, time.time_ns() // 1_000_000
-        states = [(u.encode(), encode_state(folded.states[u])) for u in folded.changed]
         answers = [
             (u.encode(), encode(_answer(u, folded, partition, generation, ranked, now_ms)))
             for u, ranked in lists.items()
         ]
         letters = [(letter.key, encode(letter)) for letter in dead]
         await asyncio.gather(
-            self._sender.send(topics.users.name, partition, states),
             self._sender.send(topics.recommendations.name, partition, answers),
             self._sender.send(topics.dead_letters.name, 0, letters),
         )

@@ -1,13 +1,15 @@
 """The worker as a process: Faust's partition batches into `UserWorker`, acked when all of theirs is in Kafka."""
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import torch
 
 from workers import metrics
-from workers.faust_batches import EX_DATA, EX_SOFTWARE, batch_app, die, execute
+from workers.faust_batches import batch_app, execute
 from workers.live import Live
+from workers.processes import EX_DATA, EX_SOFTWARE, die, end_with_threads
 from workers.sender import BatchSender
 from workers.settings import Settings
 from workers.states import OwnedStates
@@ -17,15 +19,21 @@ from workers.user_worker import TooManyBadEvents, UserWorker
 def run_worker(settings: Settings) -> int:
     """Run until SIGTERM or SIGINT; the exit code. Anything unexpected ends the process before the commit."""
     torch.set_num_threads(1)
+    end_with_threads()
     live, sender = Live(settings, keep_previous=True), BatchSender(settings.connection)
 
     async def finish() -> None:
+        await owned.stop()
         await sender.stop()
         await asyncio.to_thread(live.stop)
 
     app = batch_app(settings.worker.group, settings.connection, sender.start, finish)
     clicks = app.topic(settings.topics.clicks.name, value_type=bytes, value_serializer="raw")
-    owned = OwnedStates(settings.connection, settings.topics.users.name)
+
+    def fenced(error: BaseException) -> None:
+        die("states can be written no more: another worker has taken over, or Kafka is gone", EX_SOFTWARE, error)
+
+    owned = OwnedStates(settings.connection, settings.topics.users.name, fenced)
     worker = UserWorker(settings, live, owned, sender)
 
     @app.agent(clicks)  # type: ignore[untyped-decorator]
@@ -35,19 +43,17 @@ def run_worker(settings: Settings) -> int:
             if tp not in app.consumer.assignment():
                 continue  # taken away while it waited in the queue: its new owner reads it
             try:
-                await worker.process(tp.partition, event.value)
+                await worker.process(tp.partition, event.value, partial(stream.ack, event))
             except TooManyBadEvents as error:
                 die(str(error), EX_DATA)
             except Exception as error:
                 die("unexpected", EX_SOFTWARE, error)
-            await stream.ack(event)
             high = app.consumer.highwater(tp)
             metrics.lag_clicks.labels(str(tp.partition)).set(max(0, (high or 0) - event.message.offset - 1))
 
     @app.on_partitions_revoked.connect  # type: ignore[untyped-decorator]
     async def forget(_: Any, revoked: Any, **kwargs: Any) -> None:
-        for tp in revoked:
-            owned.forget(tp.partition)
+        await owned.forget(tp.partition for tp in revoked)
 
     metrics.serve(settings.worker.metrics_port)
     live.start()

@@ -61,6 +61,7 @@ ARMS: dict[str, Callable[[Setting], Arm]] = {
     "popularity": lambda s: PopularityArm(len(s.items)),
     "popularity-decayed": lambda s: PopularityArm(len(s.items), 10_000.0),
     "popularity-recent": lambda s: PopularityArm(len(s.items), 1_000.0),
+    "popularity-now": lambda s: PopularityArm(len(s.items), 125.0),
     "markov": lambda s: markov_arm(len(s.items)),
     "covisitation": lambda s: CovisitationArm(len(s.items)),
     "user-knn": lambda s: UserKnnArm(len(s.items)),
@@ -75,8 +76,8 @@ ARMS: dict[str, Callable[[Setting], Arm]] = {
     "upwell-without-covisitation": _without("covisitation"),
 }
 CHEAP = (
-    "popularity", "popularity-decayed", "popularity-recent", "markov", "covisitation", "user-knn", "isgd", "bpr",
-    "text", PRODUCT,
+    "popularity", "popularity-decayed", "popularity-recent", "popularity-now", "markov", "covisitation", "user-knn",
+    "isgd", "bpr", "text", PRODUCT,
 )  # fmt: skip
 
 

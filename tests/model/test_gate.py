@@ -17,6 +17,7 @@ CONFIG = ModelConfig(
 ITEMS = [f"item {row}" for row in range(30)]
 TEXT = np.random.default_rng(7).normal(size=(30, 16)).astype(np.float32)
 ONES = np.ones(30, np.float32)
+MANY = np.full(30, 60)
 
 
 def learner(items: int = 30) -> Learner:
@@ -46,14 +47,14 @@ def held_out() -> Slice:
     """Strangers click an even item; the next one is its partner."""
     events = Events([f"new {row}" for row in range(15)], ITEMS[1::2], ONES[:15], np.full(15, 99_000))
     pasts = [History(np.array([row]), ONES[:1], np.array([98_000])) for row in range(0, 30, 2)]
-    return Slice(events, pasts, [np.array([row]) for row in range(0, 30, 2)])
+    return Slice(events, pasts, [np.array([row]) for row in range(0, 30, 2)], MANY, MANY)
 
 
 def test_a_better_candidate_is_accepted_and_a_worse_one_refused() -> None:
     blank = learner().model()
     accepted, refused = judge(good(), blank, held_out(), TEXT), judge(blank, good(), held_out(), TEXT)
     assert accepted.accepted and accepted.metrics["candidate_ndcg@10"] > 0.5
-    assert not refused.accepted and "not above" in refused.reason
+    assert not refused.accepted and "not better" in refused.reason
     assert refused.metrics["serving_ndcg@10"] == accepted.metrics["candidate_ndcg@10"]
 
 
@@ -87,6 +88,22 @@ def test_the_first_model_needs_only_finite_weights() -> None:
     assert judge(learner().model(), None, held_out(), TEXT).accepted
 
 
+def test_an_item_for_strangers_needs_users_who_do_something_else() -> None:
+    model, slice_ = good(), held_out()
+    blank = learner().model()
+    nobody = History(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64))
+    first = int((model.item_vectors() @ model.user_vectors([nobody], [0])[0]).argmax())
+    fakes = MANY.copy()
+    fakes[first] = 14  # of 60, where all users of the other items are busy
+    refused = judge(model, blank, replace(slice_, busy_users=fakes), TEXT)
+    assert not refused.accepted and f"{ITEMS[first]} is shown to users without history" in refused.reason
+    fakes[first] = 16  # just above a quarter of the usual share, 59 of 60 over all items
+    assert judge(model, blank, replace(slice_, busy_users=fakes), TEXT).accepted
+    few, none = MANY.copy(), MANY.copy()
+    few[first], none[first] = 19, 0  # too few users to tell
+    assert judge(model, blank, replace(slice_, users=few, busy_users=none), TEXT).accepted
+
+
 def test_a_slice_without_a_known_positive_event_compares_nothing() -> None:
     slice_ = held_out()
     dislikes = replace(slice_, events=replace(slice_.events, weights=-ONES[:15]))
@@ -112,7 +129,7 @@ def _in_rows_of(order: np.ndarray) -> Slice:
     place = np.argsort(order)
     plain = held_out()
     histories = [replace(history, rows=place[history.rows]) for history in plain.histories]
-    return Slice(plain.events, histories, [place[rows] for rows in plain.consumed])
+    return replace(plain, histories=histories, consumed=[place[rows] for rows in plain.consumed])
 
 
 def test_finite_means_every_array() -> None:
@@ -123,3 +140,10 @@ def test_finite_means_every_array() -> None:
         assert not model.finite(), name
         model.arrays[name].copy_(kept)
     assert model.finite()
+
+
+def test_an_event_on_a_consumed_item_tells_nothing() -> None:
+    """It could not be recommended: a user who repeats one click would vote again and again."""
+    slice_ = held_out()
+    consumed = [np.append(rows, rows[0] + 1) if line < 10 else rows for line, rows in enumerate(slice_.consumed)]
+    assert judge(good(), None, replace(slice_, consumed=consumed), TEXT).metrics["events"] == 5

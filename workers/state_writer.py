@@ -1,0 +1,85 @@
+"""The one writer of a partition of the users topic: Kafka's transactions fence the one before it.
+
+A worker frozen past its session and woken after a takeover would append old states behind its successor's, and
+compaction keeps the last record, not the highest offset. So each partition has its transactional id, and to start a
+writer is to fence the one before: the broker refuses whatever that one still has on its way (KIP-98).
+
+A transaction takes 30 ms: too long to wait for with each micro-batch. States go out at once in an open transaction,
+where the server reads them (a state is a fold of the clicks, committed or not); every COMMIT_S it is committed, and
+only then are its clicks acknowledged.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+
+from stream.connection import Connection
+from workers.sender import BatchSender
+
+COMMIT_S = 0.5  # a clean stop waits for it; 8 partitions make 16 transactions a second
+TIMEOUT_MS = 600_000  # broker outages up to here are outlived; a killed worker's open one ends with its successor
+WAITING = 64  # micro-batches ahead of Kafka before the worker waits
+
+Acknowledge = Callable[[], Awaitable[None]]
+
+
+class StateWriter:
+    """`put` states and acknowledgements in their order; `failed` is told once why no more can be written."""
+
+    def __init__(
+        self, connection: Connection, topic: str, partition: int, failed: Callable[[BaseException], None]
+    ) -> None:
+        self._topic, self._partition, self._failed = topic, partition, failed
+        self._sender = BatchSender(connection, transactional_id=f"{topic}-{partition}", timeout_ms=TIMEOUT_MS)
+        self._waiting: asyncio.Queue[tuple[Mapping[bytes, bytes], Acknowledge | None]] = asyncio.Queue(WAITING)
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """When this returns, no other writer of the partition can add anything, and nothing of theirs is open."""
+        await self._sender.start()
+        self._task = asyncio.create_task(self._run())
+
+    async def put(self, states: Mapping[bytes, bytes], acknowledge: Acknowledge | None = None) -> None:
+        """User id -> encoded state; `acknowledge` is called when these and all before them are committed."""
+        await self._waiting.put((states, acknowledge))
+
+    async def stop(self) -> None:
+        """Leaves what is not committed to the next writer, whose start aborts it."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self._sender.stop()
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                await self._transaction()
+        except Exception as error:
+            self._failed(error)
+
+    async def _transaction(self) -> None:
+        loop, ends, begun = asyncio.get_running_loop(), None, False
+        acknowledgements: list[Acknowledge] = []
+        while taken := await self._take(ends):
+            states, more = taken
+            ends = ends or loop.time() + COMMIT_S
+            acknowledgements += more
+            if states and not begun:
+                await self._sender.begin()
+                begun = True
+            await self._sender.send(self._topic, self._partition, states.items())
+        if begun:
+            await self._sender.commit()
+        for acknowledge in acknowledgements:
+            await acknowledge()
+
+    async def _take(self, ends: float | None) -> tuple[dict[bytes, bytes], list[Acknowledge]] | None:
+        """All that waits, at least one put, of each user the newest state; None where nothing comes until `ends`."""
+        try:
+            async with asyncio.timeout_at(ends):
+                puts = [await self._waiting.get()]
+        except TimeoutError:
+            return None
+        while not self._waiting.empty():
+            puts.append(self._waiting.get_nowait())
+        states = {user: state for put, _ in puts for user, state in put.items()}
+        return states, [acknowledge for _, acknowledge in puts if acknowledge is not None]
