@@ -1,5 +1,6 @@
 """What the chaos scenarios share: workers of one group on fresh topics, a paced stream of known clicks, the verdict."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -12,7 +13,7 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -112,6 +113,7 @@ class Fleet:
 
     session_s: None is the product's own, for which a dead worker's partitions wait; the rest are worker settings.
     exits: name and exit code of every worker that ended without being told to (a kill is that, too).
+    traps: of a worker's successors, by name.
     """
 
     def __init__(
@@ -133,7 +135,7 @@ class Fleet:
         self.exits: list[tuple[str, int]] = []
         self._duplicates = 0.0
         self._processes: dict[str, Any] = {}
-        self._traps: dict[str, Iterator[Trap]] = {}
+        self.traps: dict[str, Iterator[Trap]] = {}
         self._ports: dict[str, int] = {}
         self._lock = threading.RLock()
         self._stopping = threading.Event()
@@ -160,12 +162,12 @@ class Fleet:
     def start(self, name: str, traps: Iterable[Trap] = ()) -> None:
         """A worker with the first trap set in it, its successor with the second, and so on; then plain ones."""
         with self._lock:
-            self._traps[name] = iter(traps)
+            self.traps[name] = iter(traps)
             self._start(name)
 
     def _start(self, name: str) -> None:
         with self._lock:
-            trap = next(self._traps[name], None)
+            trap = next(self.traps[name], None)
             port = self._ports[name] = free_port()
             own = self.settings.worker.model_copy(update={"metrics_port": port})
             settings = self.settings.model_copy(update={"worker": own})
@@ -175,14 +177,14 @@ class Fleet:
         """SIGKILL, SIGSTOP, SIGCONT."""
         with self._lock:
             if number == signal.SIGKILL:
-                self._duplicates += self._metric(name, "upwell_clicks_total{duplicate}")
+                self._duplicates += self.metric_of(name, "upwell_clicks_total{duplicate}")
             os.kill(self._processes[name].pid, number)
 
     def stop(self, name: str) -> tuple[float, int | None]:
         """SIGTERM: seconds until it has ended, exit code."""
         with self._lock:
             process = self._processes.pop(name)
-            self._duplicates += self._metric(name, "upwell_clicks_total{duplicate}")
+            self._duplicates += self.metric_of(name, "upwell_clicks_total{duplicate}")
         began = time.monotonic()
         process.terminate()
         process.join(30)
@@ -197,12 +199,21 @@ class Fleet:
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()
 
-    def _metric(self, name: str, metric: str) -> float:
+    def json_log(self, name: str) -> list[str]:
+        """The lines of a worker's own log, without what the libraries print."""
+        return [line for line in self.log(name).splitlines() if line.startswith("{")]
+
+    def frozen(self, name: str) -> bool:
+        """Stopped by SIGSTOP, its own or ours."""
+        stat = Path(f"/proc/{self.pid(name)}/stat").read_text()
+        return stat.rpartition(")")[2].split()[0] == "T"
+
+    def metric_of(self, name: str, metric: str) -> float:
         return scrape(f"http://127.0.0.1:{self._ports[name]}/metrics").get(metric, 0.0)
 
     def metric(self, metric: str) -> float:
         """Sum over the workers that run."""
-        return sum(self._metric(name, metric) for name in list(self._processes))
+        return sum(self.metric_of(name, metric) for name in list(self._processes))
 
     @property
     def redelivered(self) -> int:
@@ -212,7 +223,7 @@ class Fleet:
     def await_ready(self) -> None:
         """Until every worker serves the generation and the group has taken up every partition."""
         names = list(self._processes)
-        until(lambda: all(self._metric(name, "upwell_swaps_total{served}") for name in names), "a generation serves")
+        until(lambda: all(self.metric_of(name, "upwell_swaps_total{served}") for name in names), "a generation serves")
 
     def committed(self) -> dict[int, int]:
         """Partition of the clicks -> offset that the group goes on from."""
@@ -233,6 +244,12 @@ class Fleet:
             assert time.monotonic() < deadline, f"not committed in {timeout_s:.0f} s: {lag}"
             time.sleep(0.2)
 
+    def caught_up(self, timeout_s: float = 90.0) -> None:
+        """Until everything that stands in the clicks topic now is committed, whatever comes after it."""
+        ends = end_offsets(self.settings.connection, self.settings.topics.clicks.name)
+        done = self.committed
+        until(lambda: all(done().get(p, 0) >= end for p, end in ends.items()), "committed up to now", timeout_s)
+
     def _restart_fallen(self) -> None:
         while not self._stopping.wait(0.1):
             with self._lock:
@@ -243,17 +260,20 @@ class Fleet:
                         self._start(name)
 
 
+def read_clicks(settings: Settings) -> Iterator[tuple[int, int, Click]]:
+    """Partition, offset and click of all good messages of the clicks topic."""
+    for records in read_window(settings.connection, settings.topics.clicks.name):
+        for record in records:
+            with contextlib.suppress(BadEvent):
+                yield record.partition, record.offset, decode_click(record.value)
+
+
 def fold_topic(settings: Settings) -> dict[str, bytes]:
     """The states of a clean run: the clicks topic folded one by one in its order."""
     limits, folds = Limits(settings.worker.history, settings.worker.event_ids), dict[str, Fold]()
-    for records in read_window(settings.connection, settings.topics.clicks.name):
-        for record in records:
-            try:
-                click = decode_click(record.value)
-            except BadEvent:
-                continue
-            fold = folds.setdefault(click.user_id, Fold(EMPTY, limits))
-            fold.apply(Applied(click, settings.weight(click.event_type), record.offset))
+    for _, offset, click in read_clicks(settings):
+        fold = folds.setdefault(click.user_id, Fold(EMPTY, limits))
+        fold.apply(Applied(click, settings.weight(click.event_type), offset))
     return {user_id: encode_state(fold.state()) for user_id, fold in folds.items()}
 
 
@@ -262,16 +282,28 @@ def judge(settings: Settings, clicks: Sequence[Click]) -> dict[str, Any]:
     raw = raw_states(settings)
     states = {user_id: decode_state(value) for user_id, value in raw.items()}
     ids = {user_id: Counter(split(state.event_ids)) for user_id, state in states.items()}
-    found = sum(ids.get(click.user_id, Counter())[digest(click.event_id)] for click in clicks)
+    missing = {c.event_id for c in clicks if not ids.get(c.user_id, Counter())[digest(c.event_id)]}
+    found = len(clicks) - len(missing)
     clean = fold_topic(settings)
     return {
         "clicks": len(clicks),
-        "lost": len(clicks) - found,
+        "lost": len(missing),
+        **({"lost_places": places(settings, missing)} if missing else {}),
         "applied_twice": sum(state.applied for state in states.values()) - found,
         "users": len(states),
         "users_not_identical": sum(raw.get(user) != clean.get(user) for user in raw.keys() | clean.keys()),
         "dead_letters": sum(end_offsets(settings.connection, settings.topics.dead_letters.name).values()),
     }
+
+
+def places(settings: Settings, event_ids: Collection[str]) -> dict[int, list[int]]:
+    """Where these events stand in the clicks topic: partition -> first and last offset, and how many."""
+    found: dict[int, list[int]] = {}
+    for partition, offset, click in read_clicks(settings):
+        if click.event_id in event_ids:
+            first, _, count = found.get(partition, [offset, 0, 0])
+            found[partition] = [first, offset, count + 1]
+    return found
 
 
 NOTHING_LOST = {"lost": 0, "applied_twice": 0, "users_not_identical": 0, "dead_letters": 0}

@@ -7,18 +7,16 @@ from pathlib import Path
 from stream.connection import Connection
 from stream.events import Artifact
 from tests.chaos.harness import SEED, SHORT_SESSION_S, Fleet, Load, holds, judge, make_clicks, report, until
-from tests.chaos.worker import Trap
-
-POINTS = ("decoded", "applied", "searched", "stored", "sent", "before commit", "after commit")
+from tests.chaos.worker import POINTS, Trap
 
 
 def test_killed_at_each_point(connection: Connection, generation: Artifact, tmp_path: Path, long: bool) -> None:
     """A worker a point, which kills itself at its so-manieth passing of it, its successors too; and a plain worker."""
     times, rate = 5 if long else 1, 200
     draw, began = random.Random(SEED), time.monotonic()
-    clicks = make_clicks(draw, 200 * rate, users=500)
+    clicks = make_clicks(draw, 200 * rate, users=1000)
     session_s = None if long else SHORT_SESSION_S
-    with Fleet(connection, tmp_path, generation, partitions=8, session_s=session_s) as fleet:
+    with Fleet(connection, tmp_path, generation, partitions=12, session_s=session_s) as fleet:
         fleet.start("plain")
         fleet.await_ready()
         with Load(fleet.settings, clicks, rate) as load:

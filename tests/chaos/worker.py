@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from tests.chaos.bugs import plant
 from workers import worker_process
@@ -42,14 +42,16 @@ class Place(NamedTuple):
     topic: str = ""  # only calls about this one
 
 
-# The loop of a click, in its order. `applied` is in memory; `stored` is the state in Kafka; `sent` is everything.
+# The way of a click, in its order; a state is stored beside the search and committed after it.
 POINTS = {
     "decoded": Place(UserWorker, "_decode"),
     "applied": Place(UserWorker, "_fold"),
     "searched": Place(UserWorker, "_recommend"),
+    "sent": Place(UserWorker, "_send"),
     "storing": Place(BatchSender, "send", before=True, topic="users"),
     "stored": Place(BatchSender, "send", topic="users"),
-    "sent": Place(UserWorker, "_send"),
+    "before state commit": Place(BatchSender, "commit", before=True),
+    "after state commit": Place(BatchSender, "commit"),
     "before commit": Place(PartitionBatchConsumer, "_commit", before=True),
     "after commit": Place(PartitionBatchConsumer, "_commit"),
 }
@@ -90,14 +92,15 @@ def _run(
 
 
 def _shorten_session(session_s: float) -> None:
-    original = worker_process.batch_app
+    module: Any = worker_process
+    original = module.batch_app
 
     def batch_app(*arguments: Any) -> BatchApp:
         app = original(*arguments)
         app.conf.broker_session_timeout, app.conf.broker_heartbeat_interval = session_s, session_s / 3
-        return app
+        return cast(BatchApp, app)
 
-    worker_process.batch_app = batch_app
+    module.batch_app = batch_app
 
 
 def _end_with_parent() -> None:
