@@ -126,9 +126,10 @@ class Fleet:
         session_s: float | None = None,
         **settings: Any,
     ) -> None:
+        name = f"c{secrets.token_hex(4)}"
         self.settings = Settings(
-            kafka=Kafka(bootstrap=connection.bootstrap, prefix=f"c{secrets.token_hex(4)}", partitions=partitions),
-            worker=Worker(**settings),
+            kafka=Kafka(bootstrap=connection.bootstrap, prefix=name, partitions=partitions),
+            worker=Worker(group=name, **settings),
             cache=folder / "cache",
         )
         self.folder, self._session_s = folder, session_s
