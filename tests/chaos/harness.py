@@ -179,7 +179,8 @@ class Fleet:
         with self._lock:
             if number == signal.SIGKILL:
                 self._duplicates += self.metric_of(name, "upwell_clicks_total{duplicate}")
-            os.kill(self._processes[name].pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended by itself a moment ago
+                os.kill(self._processes[name].pid, number)
 
     def stop(self, name: str) -> tuple[float, int | None]:
         """SIGTERM: seconds until it has ended, exit code."""
@@ -229,7 +230,10 @@ class Fleet:
     def committed(self) -> dict[int, int]:
         """Partition of the clicks -> offset that the group goes on from."""
         with kafka.KafkaAdminClient(**self.settings.connection.kafka_python()) as admin:
-            (group,) = admin.list_group_offsets([self.settings.worker.group]).values()
+            try:
+                (group,) = admin.list_group_offsets([self.settings.worker.group]).values()
+            except kafka.errors.CoordinatorNotAvailableError:  # the first group of a new broker
+                return {}
         return {part.partition: place.offset for part, place in group.items()}
 
     def lag(self) -> dict[int, int]:
