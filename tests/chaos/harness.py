@@ -207,8 +207,10 @@ class Fleet:
 
     def frozen(self, name: str) -> bool:
         """Stopped by SIGSTOP, its own or ours."""
-        stat = Path(f"/proc/{self.pid(name)}/stat").read_text()
-        return stat.rpartition(")")[2].split()[0] == "T"
+        with contextlib.suppress(OSError):  # ended, its successor not started yet
+            stat = Path(f"/proc/{self.pid(name)}/stat").read_text()
+            return stat.rpartition(")")[2].split()[0] == "T"
+        return False
 
     def metric_of(self, name: str, metric: str) -> float:
         return scrape(f"http://127.0.0.1:{self._ports[name]}/metrics").get(metric, 0.0)
