@@ -338,6 +338,7 @@ def report(name: str, long: bool, began: float, counts: Mapping[str, Any]) -> No
             "commit": commit.stdout.strip(),
             "versions": {"kafka": kafka_version and kafka_version[1], "python": platform.python_version(), **versions},
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            "load_average": os.getloadavg()[1],
         }
     )
     print(line)

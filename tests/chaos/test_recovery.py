@@ -13,6 +13,7 @@ from stream.events import Artifact, Click
 from stream.producer import ClickProducer, partition_of
 from tests.chaos.harness import SEED, Fleet, holds, make_clicks, report, until
 from tests.chaos.test_zombie import force_compaction, kept
+from tests.chaos.worker import warm_up
 from workers.sender import BatchSender
 from workers.settings import Settings
 from workers.states import raw_states
@@ -78,6 +79,7 @@ def test_states_are_restored(connection: Connection, generation: Artifact, tmp_p
         with ClickProducer(connection, fleet.settings.topics) as producer:
             for click in clicks:
                 producer.send(click)
+        warm_up()
         started = time.monotonic()
         fleet.start("a")
         fleet.drain(120)
