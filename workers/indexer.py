@@ -29,11 +29,12 @@ from stream.producer import Producer
 from stream.text import item_text
 from workers import metrics
 from workers.announcements import read_announcements
-from workers.processes import stop_on_signal
+from workers.processes import end_with_threads, stop_on_signal
 from workers.settings import Settings
 
 log = structlog.get_logger()
 
+RETRY_S = 5.0
 ENCODE_AT_ONCE = 256  # texts between two looks at the topics: 2 s on two cores
 
 
@@ -52,6 +53,7 @@ class Indexer:
         self._model: Model | None = None
         self._indexed: set[str] = set()
         self._built_model: str | None = None  # name of the model in the newest generation
+        self._not_before = 0.0  # monotonic time of the next build, after one that failed
 
     def run(self, stop: threading.Event) -> None:
         topics, caught_up = self._topics, threading.Event()
@@ -122,7 +124,7 @@ class Indexer:
 
     def _due(self) -> bool:
         """A model that no generation holds, or as many new items as `indexer.fresh_items`, or a first generation."""
-        if not self._vectors:
+        if not self._vectors or time.monotonic() < self._not_before:
             return False
         fresh = len(self._vectors.keys() - self._indexed)
         first = not self._indexed
@@ -137,20 +139,32 @@ class Indexer:
                 self._model = fetch_model(announced.url, announced.manifest_sha256)
             model = self._covering(self._model or self._untrained())
             artifact = self._publish(model, announced)
-        except (DamagedGeneration, RecallTooLow, ValueError, OSError) as error:
+        except OSError as error:  # the store is full or out of reach: nothing is said about the model
+            log.error("generation not stored", reason=str(error), retry_s=RETRY_S)
+            self._not_before = time.monotonic() + RETRY_S
+            return
+        except (DamagedGeneration, RecallTooLow, ValueError) as error:
             log.error("generation not built", model=announced.name if announced else None, reason=str(error))
             self._built_model = announced.name if announced else None
+            self._not_before = time.monotonic() + RETRY_S
             return
         self._built_model = announced.name if announced else None
         self._indexed = set(model.ids)
         self._producer.send_raw(self._topics.generations.name, artifact.name.encode(), encode(artifact))
         serving = {wanted.name for wanted in read_announcements(self._settings).wanted()[:1]}
-        for pruned in prune(f"{self._settings.artifacts}/generations", self._settings.indexer.keep, serving):
+        for pruned in self._prune(serving):
             self._producer.send_raw(self._topics.generations.name, pruned.encode(), None)
         self._producer.flush()
         metrics.build_s.observe(time.monotonic() - began)
         metrics.index_recall.set(artifact.metrics["recall@20"])
         log.info("generation published", generation=artifact.name, items=len(model.ids), **artifact.metrics)
+
+    def _prune(self, serving: set[str]) -> list[str]:
+        try:
+            return prune(f"{self._settings.artifacts}/generations", self._settings.indexer.keep, serving)
+        except OSError as error:
+            log.error("old generations not deleted", reason=str(error))
+            return []
 
     def _covering(self, model: Model) -> Model:
         """The model with rows for all items that have a vector."""
@@ -195,6 +209,7 @@ class Indexer:
 
 def run_indexer(settings: Settings) -> int:
     torch.set_num_threads(1)
+    end_with_threads()
     metrics.serve(settings.indexer.metrics_port)
     Indexer(settings).run(stop_on_signal())
     return 0

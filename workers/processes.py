@@ -1,7 +1,15 @@
-"""Ending a role in order."""
+"""Ending a role: in order, or at once where it cannot go on."""
 
+import os
 import signal
+import sys
 import threading
+
+import structlog
+
+log = structlog.get_logger()
+
+EX_DATA, EX_SOFTWARE = 65, 70  # sysexits.h: the input is bad; an internal error was met
 
 
 def stop_on_signal() -> threading.Event:
@@ -10,3 +18,17 @@ def stop_on_signal() -> threading.Event:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     return stop
+
+
+def die(reason: str, code: int, error: BaseException | None = None) -> None:
+    """End the process now, before anything unfinished is acked: the broker gives the batch to the next one."""
+    log.error("process ends at once", reason=reason, exc_info=error)
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def end_with_threads() -> None:
+    """A thread that ends by an error ends the process: what it follows would stand still, and nobody would see."""
+    threading.excepthook = lambda args: die(
+        f"thread {args.thread.name if args.thread else '?'}", EX_SOFTWARE, args.exc_value
+    )

@@ -26,7 +26,7 @@ from stream.events import Artifact, decode, encode
 from stream.producer import Producer
 from workers import metrics
 from workers.announcements import read_announcements
-from workers.processes import stop_on_signal
+from workers.processes import end_with_threads, stop_on_signal
 from workers.settings import Settings
 from workers.training_input import EncoderChanged, Read, Texts, Window
 
@@ -148,25 +148,34 @@ class Trainer:
         )
 
     def _conclude(self, candidate: Model, verdict: Verdict, trained_to: Mapping[int, int]) -> None:
-        """Announce an accepted candidate; keep a refused one, with the reason beside it."""
+        """Announce an accepted candidate; keep a refused one, with the reason beside it.
+
+        Where the store cannot be written, this candidate is lost, not what it has learned: the next one holds it.
+        """
         created_ms = time.time_ns() // 1_000_000
         name, place = f"m{created_ms}", "models" if verdict.accepted else "refused"
         for model in ("candidate", "serving"):
             metrics.gate_ndcg.labels(model).set(verdict.metrics.get(f"{model}_ndcg@10", float("nan")))
+        root = f"{self._settings.artifacts}/{place}"
+        try:
+            digest = publish_model(candidate, f"{root}/{name}", verdict.reason)
+            prune_models(root, KEEP_MODELS)
+        except OSError as error:
+            metrics.rounds.labels("failed").inc()
+            log.error("model not stored", model=name, accepted=verdict.accepted, reason=str(error))
+            return
         metrics.rounds.labels("published" if verdict.accepted else "refused").inc()
         log.info("round concluded", model=name, accepted=verdict.accepted, reason=verdict.reason)
-        root = f"{self._settings.artifacts}/{place}"
         artifact = Artifact(
             name=name,
             url=f"{root}/{name}",
-            manifest_sha256=publish_model(candidate, f"{root}/{name}", verdict.reason),
+            manifest_sha256=digest,
             created_ms=created_ms,
             encoder=self._encoder,
             metrics=verdict.metrics,
             offsets=dict(trained_to),
             parent=self._parent,
         )
-        prune_models(root, KEEP_MODELS)
         if verdict.accepted:
             self._producer.send_raw(self._settings.topics.models.name, b"model", encode(artifact))
             self._producer.flush()
@@ -183,6 +192,7 @@ def newest_model(settings: Settings) -> Artifact | None:
 def run_trainer(settings: Settings) -> int:
     """Until a signal; the exit code."""
     torch.set_num_threads(1)
+    end_with_threads()
     metrics.serve(settings.trainer.metrics_port)
     stop = stop_on_signal()
     Trainer(settings, stop).run()

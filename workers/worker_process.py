@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from workers import metrics
-from workers.faust_batches import EX_DATA, EX_SOFTWARE, batch_app, die, execute
+from workers.faust_batches import batch_app, execute
 from workers.live import Live
+from workers.processes import EX_DATA, EX_SOFTWARE, die, end_with_threads
 from workers.sender import BatchSender
 from workers.settings import Settings
 from workers.states import OwnedStates
@@ -18,6 +19,7 @@ from workers.user_worker import TooManyBadEvents, UserWorker
 def run_worker(settings: Settings) -> int:
     """Run until SIGTERM or SIGINT; the exit code. Anything unexpected ends the process before the commit."""
     torch.set_num_threads(1)
+    end_with_threads()
     live, sender = Live(settings, keep_previous=True), BatchSender(settings.connection)
 
     async def finish() -> None:

@@ -1,12 +1,14 @@
 """Faust's private names that the partition batches stand on, and its settings that would break them."""
 
 import inspect
+from collections import defaultdict
 
 import faust
 from faust.transport.drivers.aiokafka import Consumer
+from faust.types import TP
 
 from stream.connection import Connection
-from workers.faust_batches import PartitionBatchTransport, batch_app
+from workers.faust_batches import PartitionBatchConsumer, PartitionBatchTransport, batch_app
 
 
 async def nothing() -> None: ...
@@ -15,7 +17,23 @@ async def nothing() -> None: ...
 def test_faust_still_calls_what_we_override() -> None:
     assert list(inspect.signature(Consumer._wait_next_records).parameters) == ["self", "timeout"]
     assert "_wait_next_records" in inspect.getsource(Consumer.getmany)
+    assert list(inspect.signature(Consumer._add_gap).parameters) == ["self", "tp", "offset_from", "offset_to"]
+    assert "_add_gap" in inspect.getsource(Consumer._drain_messages)
+    assert "self._new_offset(tp)" in inspect.getsource(Consumer._filter_committable_offsets)
     assert "_new_transport" in inspect.getsource(faust.App.transport.fget)
+
+
+def test_all_up_to_the_last_acked_batch_is_committed() -> None:
+    """Offset 0 read alone, then a batch: Faust's own bookkeeping would never commit again."""
+    consumer, tp = object.__new__(PartitionBatchConsumer), TP("clicks", 3)
+    consumer._acked, consumer._acked_index = defaultdict(list), defaultdict(set)
+    consumer._committed_offset = defaultdict(lambda: None)
+    for last, committed in ((0, 1), (17, 18), (18, 19)):
+        consumer._acked[tp].append(last)
+        consumer._acked_index[tp].add(last)
+        assert consumer._filter_committable_offsets([tp]) == {tp: committed}
+        consumer._committed_offset[tp] = committed
+        assert consumer._filter_committable_offsets([tp]) == {}
 
 
 def test_the_app_opens_no_port_and_makes_no_topic() -> None:

@@ -244,6 +244,30 @@ def test_a_planted_drop_is_rolled_back_by_itself(service: Service, tmp_path: Pat
         os.kill(trainer, signal.SIGCONT)
 
 
+def test_a_store_that_cannot_be_written_stops_nothing(service: Service) -> None:
+    """A file where its folder was: writes and reads fail (root heeds no permissions). Nothing falls."""
+    store, restarts = service.logs / "artifacts", service.roles.restarts
+    serving = service.call("/v1/users/u1/recommendations")[1]["generation"]
+    published = service.log("indexer").count("generation published")
+    store.rename(service.logs / "away")
+    store.write_text("")
+    try:
+        users = [msgspec.structs.replace(click, event_id=f"full-{click.event_id}") for click in clicks(400)]
+        service.send([msgspec.structs.replace(click, user_id=f"full-{click.user_id}") for click in users])
+        until(lambda: "model not stored" in service.log("trainer"), "the trainer says so")
+        new = Item(item_id="while-full", title="Encoded all the same")
+        assert service.call("/v1/items", msgspec.to_builtins(new))[0] == 202
+        until(lambda: "while-full" in recommended(service, "u2", 150), "new items are still taken in")
+        answer = service.call("/v1/users/u1/recommendations")[1]
+        assert (answer["generation"], len(answer["items"])) == (serving, 20)
+    finally:
+        store.unlink()
+        (service.logs / "away").rename(store)
+    service.send([msgspec.structs.replace(click, event_id=f"space-{click.event_id}") for click in clicks(400)])
+    until(lambda: service.log("indexer").count("generation published") > published, "a generation is published again")
+    assert service.roles.restarts == restarts
+
+
 def test_a_search_process_that_dies_is_replaced(service: Service) -> None:
     """Its death costs time, never an answer."""
     status, before = service.call("/v1/users/u1/recommendations")
