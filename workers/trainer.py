@@ -143,7 +143,7 @@ class Trainer:
         return Events(
             [click.user_id for click in known],
             [click.item_id for click in known],
-            np.array([self._settings.weight(click.event_type) for click in known], np.float32),
+            np.array([self._settings.weight(click) for click in known], np.float32),
             np.array([click.ts_ms for click in known], np.int64),
         )
 

@@ -120,7 +120,7 @@ class UserWorker:
         for read in reads:
             user_id, click = read.click.user_id, read.click
             fold = folds.setdefault(user_id, Fold(states.get(user_id, EMPTY), self._limits))
-            weighed = Applied(click, self._settings.weight(click.event_type), read.offset)
+            weighed = Applied(click, self._settings.weight(click), read.offset)
             new = fold.is_new(weighed)
             if new:
                 scored = to_score > 0 and not fold.has_seen(click.item_id)
