@@ -5,7 +5,7 @@ BIN := .venv/bin
 SOURCES := stream model workers tests
 STAMP := .venv/.made
 
-.PHONY: help venv demo test test-slow lint fmt schemas lock kafka-lock clean
+.PHONY: help venv demo test lint fmt schemas lock kafka-lock clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -18,9 +18,6 @@ demo: venv  ## the whole system on this machine with a real event stream; ARGS="
 
 test: venv lint  ## lint, types and all tests; ARGS goes to pytest
 	$(BIN)/pytest $(ARGS)
-
-test-slow: venv  ## the tests that learn for minutes: the neural arms of `upwell evaluate`
-	nice -n 10 $(BIN)/pytest -m slow --timeout 1800 $(ARGS)
 
 lint: venv  ## ruff and mypy --strict
 	$(BIN)/ruff check $(SOURCES)
