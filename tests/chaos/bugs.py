@@ -1,0 +1,120 @@
+"""Bugs to plant: each scenario has been seen red on one, as `CHAOS_BUG=NAME pytest tests/chaos/...` shows again.
+
+They are patched into the processes under test alone; what judges them is whole.
+"""
+
+import secrets
+from collections.abc import Callable
+from typing import Any, cast
+
+from model.user_state import Applied, Fold
+from stream.producer import ClickProducer
+from workers import states as states_module
+from workers import worker_process
+from workers.faust_batches import BatchApp
+from workers.sender import BatchSender
+from workers.state_writer import StateWriter
+from workers.states import OwnedStates, States
+from workers.user_worker import UserWorker
+
+
+def acked_before_the_state_is_committed() -> None:
+    """A batch counts as done while its states are still in an open transaction."""
+    put = StateWriter.put
+
+    async def hasty(self: StateWriter, states: Any, acknowledge: Any = None) -> None:
+        await put(self, states)
+        if acknowledge is not None:
+            await acknowledge()
+
+    StateWriter.put = hasty  # type: ignore[method-assign]
+
+
+def no_fencing() -> None:
+    """Every writer has a transactional id of its own: a zombie's is as good as its successor's."""
+    init = BatchSender.__init__
+
+    def unfenced(self: BatchSender, connection: Any, transactional_id: str | None = None, **rest: Any) -> None:
+        init(self, connection, transactional_id and transactional_id + secrets.token_hex(4), **rest)
+
+    BatchSender.__init__ = unfenced  # type: ignore[method-assign, assignment]
+
+
+def redelivered_applied() -> None:
+    """A click read again is folded again."""
+    Fold.is_new = lambda self, click: True  # type: ignore[method-assign]
+
+
+def repeated_applied() -> None:
+    """An event sent twice is folded twice."""
+
+    def by_offset(self: Fold, click: Applied) -> bool:
+        return click.offset > self.offset
+
+    Fold.is_new = by_offset  # type: ignore[method-assign]
+
+
+def dead_letters_dropped() -> None:
+    """Bad messages vanish."""
+    decode = UserWorker._decode
+    UserWorker._decode = lambda self, records: (decode(self, records)[0], [])  # type: ignore[method-assign]
+
+
+def states_kept() -> None:
+    """A worker keeps the states of a partition that is taken away, and goes on from them when it comes back."""
+
+    async def keep(self: OwnedStates, partitions: Any) -> None: ...
+
+    OwnedStates.forget = keep  # type: ignore[method-assign]
+
+
+def ends_unfinished() -> None:
+    """SIGTERM does not wait for what is in work."""
+    module: Any = worker_process
+    original = module.batch_app
+
+    def hasty(*arguments: Any) -> BatchApp:
+        app = original(*arguments)
+        app.conf.stream_wait_empty = False
+        return cast(BatchApp, app)
+
+    module.batch_app = hasty
+
+
+def states_read_short() -> None:
+    """A restoring worker takes the first half of a partition for all of it."""
+    module: Any = states_module
+    original = module.read_states
+
+    def half(*arguments: Any) -> States:
+        found = original(*arguments)
+        return dict(list(found.items())[: len(found) // 2])
+
+    module.read_states = half
+
+
+def events_not_awaited() -> None:
+    """The API says 202 before Kafka has the event, and gives it up when Kafka does not answer."""
+    ClickProducer.flush = lambda self: None  # type: ignore[method-assign]
+
+
+BUGS: dict[str, Callable[[], None]] = {
+    bug.__name__: bug
+    for bug in (
+        acked_before_the_state_is_committed,
+        no_fencing,
+        redelivered_applied,
+        repeated_applied,
+        dead_letters_dropped,
+        states_kept,
+        ends_unfinished,
+        states_read_short,
+        events_not_awaited,
+    )
+}
+
+
+def plant(name: str) -> None:
+    """Nothing for an empty name."""
+    if name:
+        BUGS[name]()

@@ -1,0 +1,80 @@
+"""Scenario 3: workers 1 -> 3 -> 1 while clicks flow."""
+
+import random
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from stream.connection import Connection
+from stream.events import Artifact
+from tests.chaos.harness import SEED, SHORT_SESSION_S, Fleet, Load, holds, judge, make_clicks, report, until
+
+RATE, PARTITIONS = 150, 6
+
+
+class Watch:
+    """Each partition's lag and commits, about once a second; a context manager."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet, self._done = fleet, threading.Event()
+        self.samples: list[tuple[float, dict[int, int], dict[int, int]]] = []  # time, committed, lag
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._done.wait(1.0):
+            committed = self._fleet.committed()
+            self.samples.append((time.monotonic(), committed, self._fleet.lag()))
+
+    def longest_s(self, stands: bool) -> float:
+        """The longest time in which a partition with a lag was not committed, or in which its lag never fell."""
+        longest = 0.0
+        for partition in range(PARTITIONS):
+            since = before = None
+            for at, committed, lag in self.samples:
+                place = committed.get(partition, 0) if stands else -lag[partition]
+                moved = before is None or place > before or lag[partition] == 0
+                since = at if moved or since is None else since
+                longest, before = max(longest, at - since), place
+        return round(longest, 1)
+
+
+def test_one_three_one(connection: Connection, generation: Artifact, tmp_path: Path, long: bool) -> None:
+    times = 20 if long else 1
+    draw, began = random.Random(SEED), time.monotonic()
+    clicks = make_clicks(draw, 60 * RATE * times, users=60 * times)
+    session_s = None if long else SHORT_SESSION_S
+    with Fleet(connection, tmp_path, generation, partitions=PARTITIONS, session_s=session_s) as fleet:
+        fleet.start("a")
+        fleet.await_ready()
+        with Load(fleet.settings, clicks, RATE) as load, Watch(fleet) as watch:
+            for _ in range(times):
+                for name in ("b", "c"):
+                    fleet.start(name)
+                for name in ("a", "b", "c"):
+                    until(lambda name=name: fleet.metric_of(name, "upwell_restored_users") > 0, f"{name} owns some")  # type: ignore[misc]
+                time.sleep(draw.uniform(1, 4))
+                for name in ("b", "c"):
+                    fleet.stop(name)
+                time.sleep(draw.uniform(1, 4))
+            load.stop()
+        fleet.drain()
+        verdict = judge(fleet.settings, clicks[: load.sent]) | {
+            "times": times,
+            "standstill_s_max": watch.longest_s(stands=True),
+            "lag_grows_s_max": watch.longest_s(stands=False),
+            "redelivered": fleet.redelivered,
+            "unexpected_exits": len(fleet.exits),
+        }
+    report("scaling", long, began, verdict)
+    assert holds(verdict)
+    assert verdict["standstill_s_max"] < 30
+    assert verdict["lag_grows_s_max"] < 60

@@ -1,0 +1,138 @@
+"""A role as a process of the chaos tests: what `upwell ROLE` runs, if wanted with one deadly point in it.
+
+The processes are forked from one that has imported everything (multiprocessing's forkserver): an import costs 5 s of
+a core, and the scenarios start hundreds. Production code knows nothing of the points: they are patched in here.
+"""
+
+import inspect
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from tests.chaos.bugs import plant
+from workers import worker_process
+from workers.faust_batches import BatchApp, PartitionBatchConsumer
+from workers.logs import configure
+from workers.sender import BatchSender
+from workers.settings import Settings
+from workers.user_worker import UserWorker
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["__main__", "tests.chaos.worker"])
+
+
+class Trap(NamedTuple):
+    """The process sends itself a signal at the `nth` passing of the point."""
+
+    point: str
+    nth: int
+    number: signal.Signals = signal.SIGKILL
+
+
+class Place(NamedTuple):
+    owner: type[Any]
+    method: str
+    before: bool = False
+    topic: str = ""  # only calls about this one
+
+
+# The way of a click, in its order; a state is stored beside the search and committed after it.
+POINTS = {
+    "decoded": Place(UserWorker, "_decode"),
+    "applied": Place(UserWorker, "_fold"),
+    "searched": Place(UserWorker, "_recommend"),
+    "sent": Place(UserWorker, "_send"),
+    "storing": Place(BatchSender, "send", before=True, topic="users"),
+    "stored": Place(BatchSender, "send", topic="users"),
+    "before state commit": Place(BatchSender, "commit", before=True),
+    "after state commit": Place(BatchSender, "commit"),
+    "before commit": Place(PartitionBatchConsumer, "_commit", before=True),
+    "after commit": Place(PartitionBatchConsumer, "_commit"),
+}
+
+
+def start(
+    role: Callable[[Settings], int],
+    settings: Settings,
+    log: Path,
+    trap: Trap | None = None,
+    session_s: float | None = None,
+) -> ForkServerProcess:
+    """A started process; its log is appended to. `session_s`: another session than the worker's own."""
+    process = FORKS.Process(target=_run, args=(role, settings, log, trap, session_s), daemon=True)
+    process.start()
+    return process
+
+
+def worker(settings: Settings) -> int:
+    """What `upwell worker` runs."""
+    return worker_process.run_worker(settings)
+
+
+def _run(
+    role: Callable[[Settings], int], settings: Settings, log: Path, trap: Trap | None, session_s: float | None
+) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    configure(settings.log_level, role.__name__)
+    plant(os.environ.get("CHAOS_BUG", ""))
+    if trap is not None:
+        _set(trap)
+    if session_s is not None:
+        _shorten_session(session_s)
+    sys.exit(role(settings))
+
+
+def _shorten_session(session_s: float) -> None:
+    module: Any = worker_process
+    original = module.batch_app
+
+    def batch_app(*arguments: Any) -> BatchApp:
+        app = original(*arguments)
+        app.conf.broker_session_timeout, app.conf.broker_heartbeat_interval = session_s, session_s / 3
+        return cast(BatchApp, app)
+
+    module.batch_app = batch_app
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _set(trap: Trap) -> None:
+    place, passed = POINTS[trap.point], 0
+    original = getattr(place.owner, place.method)
+
+    def step(arguments: tuple[Any, ...]) -> None:
+        nonlocal passed
+        if not place.topic or str(arguments[1]).endswith(place.topic):
+            passed += 1
+            if passed == trap.nth:
+                os.write(2, f"trap: {trap.point}\n".encode())
+                os.kill(os.getpid(), trap.number)
+
+    def plain(*arguments: Any) -> Any:
+        result = original(*arguments)
+        step(arguments)
+        return result
+
+    async def awaited(*arguments: Any) -> Any:
+        if place.before:
+            step(arguments)
+        result = await original(*arguments)
+        if not place.before:
+            step(arguments)
+        return result
+
+    setattr(place.owner, place.method, awaited if inspect.iscoroutinefunction(original) else plain)
