@@ -148,6 +148,7 @@ def test_a_later_releases_click_is_a_dead_letter_that_can_be_sent_again(later: d
 def test_states_stay_and_a_field_more_is_passed_over() -> None:
     state = apply_clicks(EMPTY, [Applied(CLICK, 1.5, 4)], Limits())
     assert encode_state(state) == GOLDEN_STATE and decode_state(GOLDEN_STATE) == state
+    assert (state.applied, state.offset) == (1, 4)  # by name: what is in which place of the array stays too
     later = msgspec.msgpack.encode([*msgspec.msgpack.decode(GOLDEN_STATE), "a field more"])
     assert decode_state(later) == state
     assert decode_state(msgspec.msgpack.encode([[["i1", 1.5, 5, "more"]]])) == UserState((Entry("i1", 1.5, 5),))
