@@ -197,8 +197,8 @@ def test_a_model_of_another_making_is_refused(saved: Path, tmp_path: Path, field
 def test_a_model_from_before_a_setting_existed_is_read(saved: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(saved, tmp_path / "m")
     said = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in said.items() if k != "mix_rate"}))
-    assert Model.load(folder).config.mix_rate == ModelConfig().mix_rate
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in said.items() if k != "mix_half_life"}))
+    assert Model.load(folder).config.mix_half_life == ModelConfig().mix_half_life
 
 
 def test_followers_pass_over_what_a_later_release_wrote() -> None:
