@@ -126,9 +126,10 @@ class Fleet:
         session_s: float | None = None,
         **settings: Any,
     ) -> None:
+        name = f"c{secrets.token_hex(4)}"
         self.settings = Settings(
-            kafka=Kafka(bootstrap=connection.bootstrap, prefix=f"c{secrets.token_hex(4)}", partitions=partitions),
-            worker=Worker(**settings),
+            kafka=Kafka(bootstrap=connection.bootstrap, prefix=name, partitions=partitions),
+            worker=Worker(group=name, **settings),
             cache=folder / "cache",
         )
         self.folder, self._session_s = folder, session_s
@@ -178,7 +179,8 @@ class Fleet:
         with self._lock:
             if number == signal.SIGKILL:
                 self._duplicates += self.metric_of(name, "upwell_clicks_total{duplicate}")
-            os.kill(self._processes[name].pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended by itself a moment ago
+                os.kill(self._processes[name].pid, number)
 
     def stop(self, name: str) -> tuple[float, int | None]:
         """SIGTERM: seconds until it has ended, exit code."""
@@ -205,8 +207,10 @@ class Fleet:
 
     def frozen(self, name: str) -> bool:
         """Stopped by SIGSTOP, its own or ours."""
-        stat = Path(f"/proc/{self.pid(name)}/stat").read_text()
-        return stat.rpartition(")")[2].split()[0] == "T"
+        with contextlib.suppress(OSError):  # ended, its successor not started yet
+            stat = Path(f"/proc/{self.pid(name)}/stat").read_text()
+            return stat.rpartition(")")[2].split()[0] == "T"
+        return False
 
     def metric_of(self, name: str, metric: str) -> float:
         return scrape(f"http://127.0.0.1:{self._ports[name]}/metrics").get(metric, 0.0)
@@ -228,7 +232,10 @@ class Fleet:
     def committed(self) -> dict[int, int]:
         """Partition of the clicks -> offset that the group goes on from."""
         with kafka.KafkaAdminClient(**self.settings.connection.kafka_python()) as admin:
-            (group,) = admin.list_group_offsets([self.settings.worker.group]).values()
+            try:
+                (group,) = admin.list_group_offsets([self.settings.worker.group]).values()
+            except kafka.errors.CoordinatorNotAvailableError:  # the first group of a new broker
+                return {}
         return {part.partition: place.offset for part, place in group.items()}
 
     def lag(self) -> dict[int, int]:
@@ -331,6 +338,7 @@ def report(name: str, long: bool, began: float, counts: Mapping[str, Any]) -> No
             "commit": commit.stdout.strip(),
             "versions": {"kafka": kafka_version and kafka_version[1], "python": platform.python_version(), **versions},
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            "load_average": os.getloadavg()[1],
         }
     )
     print(line)

@@ -13,6 +13,7 @@ from stream.events import Artifact, Click
 from stream.producer import ClickProducer, partition_of
 from tests.chaos.harness import SEED, Fleet, holds, make_clicks, report, until
 from tests.chaos.test_zombie import force_compaction, kept
+from tests.chaos.worker import warm_up
 from workers.sender import BatchSender
 from workers.settings import Settings
 from workers.states import raw_states
@@ -69,14 +70,16 @@ def test_states_are_restored(connection: Connection, generation: Artifact, tmp_p
     ]
     with Fleet(connection, tmp_path, generation, partitions=PARTITIONS) as fleet:
         force_compaction(fleet.settings)
-        for _ in range(VERSIONS - 1):
-            asyncio.run(store(fleet.settings, older(states)))
-        asyncio.run(store(fleet.settings, states))
-        until(lambda: kept(fleet.settings) < (VERSIONS - 1) / VERSIONS, "older versions are compacted away", 120)
+        few = dict(list(states.items())[:300])
+        for version in [*[older(states)] * (VERSIONS - 1), states, few]:
+            time.sleep(1.5)  # past segment.ms: the next append closes the segment, and only closed ones are compacted
+            asyncio.run(store(fleet.settings, version))
+        until(lambda: kept(fleet.settings) < 0.6, "older versions are compacted away", 120)
         share = kept(fleet.settings)
         with ClickProducer(connection, fleet.settings.topics) as producer:
             for click in clicks:
                 producer.send(click)
+        warm_up()
         started = time.monotonic()
         fleet.start("a")
         fleet.drain(120)

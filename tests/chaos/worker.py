@@ -70,6 +70,13 @@ def start(
     return process
 
 
+def warm_up() -> None:
+    """Returns when the process to fork from has imported everything: a measured start begins after it."""
+    nothing = FORKS.Process(target=int)
+    nothing.start()
+    nothing.join()
+
+
 def worker(settings: Settings) -> int:
     """What `upwell worker` runs."""
     return worker_process.run_worker(settings)

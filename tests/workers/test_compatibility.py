@@ -148,6 +148,7 @@ def test_a_later_releases_click_is_a_dead_letter_that_can_be_sent_again(later: d
 def test_states_stay_and_a_field_more_is_passed_over() -> None:
     state = apply_clicks(EMPTY, [Applied(CLICK, 1.5, 4)], Limits())
     assert encode_state(state) == GOLDEN_STATE and decode_state(GOLDEN_STATE) == state
+    assert (state.applied, state.offset) == (1, 4)  # by name: what is in which place of the array stays too
     later = msgspec.msgpack.encode([*msgspec.msgpack.decode(GOLDEN_STATE), "a field more"])
     assert decode_state(later) == state
     assert decode_state(msgspec.msgpack.encode([[["i1", 1.5, 5, "more"]]])) == UserState((Entry("i1", 1.5, 5),))
@@ -196,8 +197,8 @@ def test_a_model_of_another_making_is_refused(saved: Path, tmp_path: Path, field
 def test_a_model_from_before_a_setting_existed_is_read(saved: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(saved, tmp_path / "m")
     said = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in said.items() if k != "mix_rate"}))
-    assert Model.load(folder).config.mix_rate == ModelConfig().mix_rate
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in said.items() if k != "mix_half_life"}))
+    assert Model.load(folder).config.mix_half_life == ModelConfig().mix_half_life
 
 
 def test_followers_pass_over_what_a_later_release_wrote() -> None:

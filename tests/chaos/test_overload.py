@@ -1,0 +1,66 @@
+"""Scenario 11: three times as many clicks as one worker can fold, beside a subscriber that never reads its lists."""
+
+import random
+import time
+from contextlib import closing
+from pathlib import Path
+
+from stream.connection import Connection
+from stream.events import Artifact
+from stream.subscriber import Subscriber
+from tests.chaos.harness import SEED, Fleet, Load, holds, judge, make_clicks, report, until
+
+PARTITIONS = 4
+CALIBRATION = 5000  # clicks
+
+
+def rss_mb(pid: int) -> float:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+
+
+def test_three_times_too_many(connection: Connection, generation: Artifact, tmp_path: Path, long: bool) -> None:
+    """Kafka holds what the worker cannot take: its memory does not, and it catches up when the rush is over."""
+    rush_s = 300 if long else 10
+    draw, began = random.Random(SEED), time.monotonic()
+    first = make_clicks(draw, CALIBRATION, users=500, name="first-")
+    with (
+        Fleet(connection, tmp_path, generation, partitions=PARTITIONS) as fleet,
+        closing(Subscriber(connection, fleet.settings.topics)),
+    ):
+        fleet.start("a")
+        fleet.await_ready()
+        with Load(fleet.settings, first, rate=1e9):
+            until(lambda: fleet.metric("upwell_clicks_total{applied}") > 0, "the first are applied")
+            started, before = time.monotonic(), fleet.metric("upwell_clicks_total{applied}")
+        until(lambda: fleet.metric("upwell_clicks_total{applied}") >= CALIBRATION, "all of them are")
+        capacity = (CALIBRATION - before) / (time.monotonic() - started)
+        rate = 3 * capacity
+        rush = make_clicks(draw, int(rate * rush_s), users=int(rate * rush_s) // 100 + 1)
+        calm_mb, memory_mb, lag_max = rss_mb(fleet.pid("a")), [], 0
+        with Load(fleet.settings, rush, rate) as load:
+            rushing = time.monotonic()
+            while load.running:
+                memory_mb.append(rss_mb(fleet.pid("a")))
+                lag_max = max(lag_max, sum(fleet.lag().values()))
+                time.sleep(1)
+        rush_took, over = time.monotonic() - rushing, time.monotonic()
+        fleet.drain(2 * rush_s + 60)
+        drained_s = time.monotonic() - over
+        restores = sum("states restored" in line for line in fleet.json_log("a"))
+        verdict = judge(fleet.settings, [*first, *rush]) | {
+            "capacity_clicks_s": round(capacity),
+            "sent_clicks_s": round(len(rush) / rush_took),
+            "rush_s": round(rush_took, 1),
+            "lag_max": lag_max,
+            "drained_s": round(drained_s, 1),
+            "rss_mb_calm": round(calm_mb),
+            "rss_mb_max": round(max(memory_mb)),
+            "rebalances": restores - PARTITIONS,  # each partition is restored once at its first assignment
+            "exits": len(fleet.exits),
+        }
+    report("overload", long, began, verdict)
+    assert holds(verdict)
+    assert holds(verdict, {"rebalances": 0, "exits": 0})
+    assert drained_s < 2 * rush_took
+    assert max(memory_mb) < calm_mb + 300
