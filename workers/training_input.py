@@ -45,7 +45,7 @@ class Window:
         reads = []
         for record in records:
             try:
-                click = decode_click(record.value)
+                click = decode_click(record.value, record.timestamp)
             except BadEvent:
                 continue  # the worker sends it to the dead letters
             if self._is_new(digest(click.event_id)):

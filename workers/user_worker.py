@@ -104,7 +104,7 @@ class UserWorker:
         reads, dead = [], []
         for record in records:
             try:
-                click = decode_click(record.value)
+                click = decode_click(record.value, record.timestamp)
                 if record.key != click.user_id.encode():
                     raise BadEvent(f"key: {record.key!r} is not the user id: this user's order would be lost")
                 reads.append(Read(click, record.offset, record.timestamp))
