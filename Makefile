@@ -5,7 +5,7 @@ BIN := .venv/bin
 SOURCES := stream model workers tests
 STAMP := .venv/.made
 
-.PHONY: help venv demo test test-slow chaos lint fmt schemas lock kafka-lock clean
+.PHONY: help venv demo test chaos lint fmt schemas lock kafka-lock clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -18,9 +18,6 @@ demo: venv  ## the whole system on this machine with a real event stream; ARGS="
 
 test: venv lint  ## lint, types and all tests; ARGS goes to pytest
 	$(BIN)/pytest $(ARGS)
-
-test-slow: venv  ## the tests that learn for minutes: the neural arms of `upwell evaluate`
-	nice -n 10 $(BIN)/pytest -m slow --timeout 1800 $(ARGS)
 
 chaos: venv  ## the long forms of the chaos scenarios, about two hours: docs/reliability.md; ARGS="-k sigkill"
 	$(BIN)/pytest tests/chaos --long --timeout 7200 -s $(ARGS)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-PARTS = ("tower", "covisitation", "text", "popular_now", "popular_lately", "popular")  # columns of the mix, in order
+PERSONAL = 3  # parts that depend on the user; the others are columns of the items, the same for everyone
+PARTS = ("tower", "covisitation", "text", "popular_now", "popular_lately", "popular", "new", "young")  # of the mix
 BUCKETS = (1, 5, 20)  # edges of the history-length buckets 0 / 1-4 / 5-19 / 20+
+PAUSES = (60_000, 86_400_000)  # ms, edges of the buckets of time since the user's last event: page, day, longer
+SITUATIONS = (len(BUCKETS) + 1) * (len(PAUSES) + 1)
 
 PER_ITEM = (
     "tower.items", "tower.ids", "tower.bias", "covisitation.left", "covisitation.right", "text.items", "popularity",
@@ -46,8 +49,10 @@ class ModelConfig:
     popular_now_half_life: float = 125.0  # events; NDCG@10 of recent popularity peaks at 125 to 20,000 by stream
     popular_lately_half_life: float = 1_000.0
     popular_half_life: float = 20_000.0
-    mix_candidates: int = 200
-    mix_rate: float = 0.3  # .1 lags behind drifting popularity: NDCG .0888, not .0915, on amazon2014-beauty
+    new_half_life: float = 350.0  # events since an item's first; what is new is easily overrated by its few events
+    young_half_life: float = 3_500.0
+    mix_candidates: int = 20  # of each part; more teach the tail instead of the top
+    mix_half_life: float = 10_000.0  # events that the mix's weights rest on
     exclude_seen: bool = True  # a user's consumed items are no candidates
     same_stamp_history: bool = True  # False: events of one stamp do not see each other (baskets)
 
@@ -66,8 +71,8 @@ class ModelConfig:
 
     @property
     def dim(self) -> int:
-        """D: tower + its bias, co-visitation, text, popularities."""
-        return self.tower_dim + 1 + self.covisitation_rank + self.projected_text_dim + len(PARTS) - 3
+        """D: tower + its bias, co-visitation, text, and the columns that are the same for everyone."""
+        return self.tower_dim + 1 + self.covisitation_rank + self.projected_text_dim + len(PARTS) - PERSONAL
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -86,6 +91,6 @@ def array_shapes(config: ModelConfig, num_items: int) -> dict[str, tuple[int, ..
         "text.items": (n, text),
         "text.mean": (config.text_dim,),
         "text.projection": (config.text_dim, text),
-        "popularity": (n, len(PARTS) - 3),
-        "mix": (len(BUCKETS) + 1, len(PARTS)),
+        "popularity": (n, len(PARTS) - PERSONAL),
+        "mix": (SITUATIONS, len(PARTS)),
     }

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.covisitation import Covisitation, Factors
-from model.mix import Mix, bucket
+from model.mix import Mix, situation
 from model.model import Catalogue, Model
 from model.popularity import Popularity
 from model.sampling import EventLog, Events, Padded, shuffle_ties
@@ -46,11 +46,12 @@ class Learner:
         popular = (config.popular_now_half_life, config.popular_lately_half_life, config.popular_half_life)
         self._popularity = Popularity((*popular, config.covisitation_half_life))
         self._covisitation = Covisitation(config.covisitation_half_life, config.covisitation_pairs)
-        self._mix = Mix(config.mix_rate, config.mix_candidates)
+        self._mix = Mix(config.mix_candidates, config.mix_half_life)
         self._tower = TowerTrainer(config, seed, device)
         self._catalogue = Catalogue(config, seed, device)
         self._random = np.random.default_rng(seed)
         self._counts = np.zeros(0, np.float32)  # (N,) positive events, undecayed
+        self._born = np.zeros(0)  # (N,) number of the first positive event, infinite before it
         self._items = torch.zeros(0, config.tower_dim, device=device)  # (N, d) as of each item's last step
         self._factors = Factors(*(np.zeros((0, config.covisitation_rank), np.float32) for _ in range(2)))
         self._warmup_left, self._next_refresh = config.warmup_steps, 0
@@ -87,6 +88,7 @@ class Learner:
         self._popularity.grow(len(self.ids))
         self._covisitation.grow(len(self.ids))
         self._counts = np.pad(self._counts, (0, added))
+        self._born = np.pad(self._born, (0, added), constant_values=np.inf)
         self._items = torch.cat([self._items, self._items.new_zeros(added, self.config.tower_dim)])
         self._items[rows] = self._vectors(rows)
         missing = ((0, added), (0, 0))
@@ -129,6 +131,7 @@ class Learner:
         self._popularity.add(rows, weights)
         self._covisitation.add(rows, weights, self.log.before(numbers, self.config.history))
         np.add.at(self._counts, rows, (weights > 0).astype(np.float32))
+        np.minimum.at(self._born, rows[weights > 0], numbers[weights > 0])
 
     def _refresh(self, due: bool) -> None:
         if due:
@@ -148,7 +151,7 @@ class Learner:
         history = self.log.before(numbers, config.history, config.same_stamp_history)
         parts = self._scores(self._view(), history, ts_ms[chosen], candidates)
         excluded = self.log.consumed_mask(self.log.users(numbers), columns, len(candidates))
-        losses = self._mix.learn(parts, columns[targets], excluded, bucket(history.lengths))
+        losses = self._mix.learn(parts, columns[targets], excluded, situation(history, ts_ms[chosen]))
         if not np.isfinite(self._mix.weights()).all():
             raise FloatingPointError(f"mix weights diverged at event {self.log.count}")
         return [float(loss) for loss in losses]
@@ -163,7 +166,7 @@ class Learner:
             queries["covisitation"] @ arrays["covisitation.right"][chosen].T,
             queries["text"] @ arrays["text.items"][chosen].T,
         ]
-        popular = arrays["popularity"][chosen].T.unsqueeze(1).expand(-1, len(learned[0]), -1)  # (3, B, C)
+        popular = arrays["popularity"][chosen].T.unsqueeze(1).expand(-1, len(learned[0]), -1)  # (F - 3, B, C)
         return np.asarray(torch.cat([torch.stack(learned), popular]).detach().cpu().numpy())
 
     def _learn_tower(self, numbers: Rows) -> list[float]:
@@ -230,6 +233,12 @@ class Learner:
         self._items = self._vectors(torch.arange(len(self._counts), device=self.device))
         return self._view().frozen()
 
+    def _common(self) -> Floats:
+        """(N, F - 3) what every user's score of an item holds: log popularities, and newness from 1 down to 0."""
+        age = np.abs(self.log.count - self._born)[:, None]  # infinite before the first event: not new
+        newness = np.exp2(-age / (self.config.new_half_life, self.config.young_half_life))
+        return np.concatenate([self._popularity.log()[:, :-1], newness], axis=1).astype(np.float32)
+
     def _view(self) -> Model:
         counts, catalogue = torch.from_numpy(self._counts).to(self.device), self._catalogue
         arrays = {
@@ -242,7 +251,7 @@ class Learner:
             "text.items": catalogue.projected[: len(counts)],
             "text.mean": catalogue.mean,
             "text.projection": catalogue.projection,
-            "popularity": torch.from_numpy(self._popularity.log()[:, :-1]).to(self.device),
+            "popularity": torch.from_numpy(self._common()).to(self.device),
             "mix": torch.from_numpy(self._mix.weights()).to(self.device),
         }
         return Model(self.config, catalogue.ids, arrays, self._tower.user)

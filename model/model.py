@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from model.config import PARTS, PER_ITEM, ModelConfig, array_shapes
-from model.mix import bucket
+from model.config import PARTS, PER_ITEM, PERSONAL, ModelConfig, array_shapes
+from model.mix import situation
 from model.sampling import Events as Events
 from model.sampling import History as History
 from model.sampling import Padded, pad
@@ -107,7 +107,7 @@ class Model:
         self.device = arrays["mix"].device
 
     def item_vectors(self) -> Floats:
-        """(N, D): tower, its bias, co-visitation, text, popularity."""
+        """(N, D): tower, its bias, co-visitation, text, popularity and newness."""
         arrays = self.arrays
         columns = [arrays["tower.items"], arrays["tower.bias"].unsqueeze(1), arrays["covisitation.right"]]
         columns += [arrays["text.items"], arrays["popularity"]]
@@ -144,10 +144,11 @@ class Model:
         history = pad(histories, self.config.history)
         if history.rows.max() >= len(self.ids):
             raise ValueError(f"item row {history.rows.max()} is outside the table of {len(self.ids)} items")
-        parts = self.user_parts(history, np.asarray(now_ms, np.int64))
-        mix = self.arrays["mix"][torch.from_numpy(bucket(history.lengths)).to(self.device)]  # (B, F)
-        scaled = [parts[name] * mix[:, column : column + 1] for column, name in enumerate(PARTS[:3])]
-        return _numpy(torch.cat([*scaled, mix[:, 3:]], dim=1))
+        at = np.asarray(now_ms, np.int64)
+        parts = self.user_parts(history, at)
+        mix = self.arrays["mix"][torch.from_numpy(situation(history, at)).to(self.device)]  # (B, F)
+        scaled = [parts[name] * mix[:, column : column + 1] for column, name in enumerate(PARTS[:PERSONAL])]
+        return _numpy(torch.cat([*scaled, mix[:, PERSONAL:]], dim=1))
 
     @torch.no_grad()
     def user_parts(self, history: Padded, now_ms: NDArray[np.int64]) -> dict[str, Tensor]:

@@ -168,4 +168,7 @@ def encode_state(state: UserState) -> bytes:
 
 def decode_state(raw: bytes) -> UserState:
     """Raises msgspec.DecodeError on bytes that are no state."""
-    return _decoder.decode(raw)
+    try:
+        return _decoder.decode(raw)
+    except UnicodeDecodeError as error:  # what msgspec raises for bytes in a string that are no UTF-8
+        raise msgspec.DecodeError(str(error)) from error

@@ -155,7 +155,11 @@ def decode(raw: bytes | None, kind: type[T], max_bytes: int = MAX_ITEM_BYTES) ->
 
 
 def decode_click(raw: bytes | None, now_ms: int | None = None) -> Click:
-    """Raises BadEvent also for a stamp over FUTURE_TOLERANCE_MS ahead and for a value that is not finite."""
+    """Raises BadEvent also for a stamp over FUTURE_TOLERANCE_MS ahead and for a value that is not finite.
+
+    A reader gives Kafka's stamp of the record as now: a click that was refused once is refused at every replay,
+    on the day that its producer took it for, too.
+    """
     click = decode(raw, Click, MAX_EVENT_BYTES)
     if click.value is not None and not math.isfinite(click.value):
         raise BadEvent(f"value: {click.value} is not a finite number")

@@ -94,7 +94,7 @@ class Topics:
 def ensure(topics: Topics, connection: Connection) -> None:
     """Creates what is missing and waits until it can be used; safe to run from several processes at once.
 
-    Raises ValueError naming the topic that exists with another number of partitions or cleanup policy.
+    Raises ValueError naming the topic that exists with another number of partitions, cleanup policy or clock.
     """
     table = {topic.name: topic for topic in topics.all()}
     with kafka.KafkaAdminClient(**connection.kafka_python()) as admin:
@@ -106,7 +106,7 @@ def ensure(topics: Topics, connection: Connection) -> None:
         resources = [ConfigResource("TOPIC", name) for name in table]
         configs = admin.describe_configs(resources, config_filter="all")["topic"]
         for topic in table.values():
-            _compare(topic, len(found[topic.name]["partitions"]), configs[topic.name]["cleanup.policy"]["value"])
+            _compare(topic, len(found[topic.name]["partitions"]), configs[topic.name])
 
 
 def _create(topics: list[Topic], admin: kafka.KafkaAdminClient) -> None:
@@ -117,8 +117,9 @@ def _create(topics: list[Topic], admin: kafka.KafkaAdminClient) -> None:
             raise kafka.errors.for_code(result["error_code"])(f"{result['name']}: {result['error_message']}")
 
 
-def _compare(topic: Topic, partitions: int, policy: str) -> None:
+def _compare(topic: Topic, partitions: int, config: dict[str, dict[str, str]]) -> None:
     if partitions != topic.partitions:
         raise ValueError(f"{topic.name} has {partitions} partitions, the settings say {topic.partitions}")
-    if policy != topic.config()["cleanup.policy"]:
-        raise ValueError(f"{topic.name} is '{policy}', it has to be '{topic.config()['cleanup.policy']}'")
+    for key in ("cleanup.policy", "message.timestamp.type"):  # the second: windows go by the broker's clock
+        if (value := config[key]["value"]) != topic.config()[key]:
+            raise ValueError(f"{topic.name} is '{value}', it has to be '{topic.config()[key]}'")

@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from stream.broker import LocalBroker
@@ -11,6 +12,8 @@ from stream.topics import Topics, ensure
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.register_profile("upwell", deadline=None)  # a busy machine is no finding
+    hypothesis.settings.load_profile("upwell")
     # kafka-python leaves its socket to the garbage collector when a connection is refused: a broker's restart.
     config.addinivalue_line("filterwarnings", "ignore:unclosed <socket:ResourceWarning")
 

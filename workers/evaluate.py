@@ -27,7 +27,7 @@ from stream.datasets import Dataset, load_dataset
 from stream.text import item_text
 from workers.figures import Figures, mode_figures
 from workers.report import write_report
-from workers.settings import DEFAULT_WEIGHTS
+from workers.settings import strength
 
 WARMUP = 0.2  # share of the events that is learned from and not counted
 
@@ -124,7 +124,7 @@ def _texts(texts: list[str], cache: Path) -> NDArray[np.float32]:
 
 def _events(dataset: Dataset) -> Events:
     clicks = dataset.events
-    weights = np.array([DEFAULT_WEIGHTS[click.event_type] for click in clicks], np.float32)
+    weights = np.array([strength(click) for click in clicks], np.float32)
     stamps = np.array([click.ts_ms for click in clicks], np.int64)
     return Events([click.user_id for click in clicks], [click.item_id for click in clicks], weights, stamps)
 

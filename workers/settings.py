@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -15,7 +15,7 @@ from pydantic_settings import (
 )
 
 from stream.connection import Connection
-from stream.events import EVENT_TYPES, EventType
+from stream.events import EVENT_TYPES, Click, EventType
 from stream.topics import Topics
 
 PREFIX = "UPWELL_"
@@ -28,6 +28,29 @@ DEFAULT_WEIGHTS: Weights = {
     "view": 0.5, "click": 1.0, "play": 1.0, "rate": 1.0, "like": 1.5, "share": 1.5, "complete": 2.0,
     "cart": 2.0, "purchase": 3.0, "skip": -0.5, "hide": -1.0, "dislike": -1.5, "return": -2.0,
 }  # fmt: skip
+
+# What an event's `value` makes of its weight: (the value that says nothing, the value of one full event), linear in
+# between, within VALUE_BOUNDS. A type left out, or an event without a value, weighs as its type does. Play: the share
+# played. Not rate and purchase: stars go to 5, 10 or 100, quantities and prices anywhere; set them to your own scale.
+Scale = tuple[Annotated[float, Field(allow_inf_nan=False)], Annotated[float, Field(allow_inf_nan=False)]]
+Scales = dict[EventType, Scale]
+DEFAULT_VALUES: Scales = {"play": (0.0, 1.0)}
+VALUE_BOUNDS = -1.0, 2.0
+
+
+def strength(click: Click, weights: Weights = DEFAULT_WEIGHTS, values: Scales = DEFAULT_VALUES) -> float:
+    """How much a click says about taste: the weight of its type, times what its value says.
+
+    >>> one_star = Click(event_id="e", user_id="u", item_id="i", event_type="rate", ts_ms=0, value=1)
+    >>> strength(one_star), strength(one_star, values={"rate": (3, 5)})
+    (1.0, -1.0)
+    """
+    weight = weights.get(click.event_type, DEFAULT_WEIGHTS[click.event_type])
+    scale = values.get(click.event_type, DEFAULT_VALUES.get(click.event_type))
+    if click.value is None or scale is None:
+        return weight
+    low, high = VALUE_BOUNDS
+    return weight * min(max((click.value - scale[0]) / (scale[1] - scale[0]), low), high)
 
 
 class ConfigError(ValueError):
@@ -110,6 +133,7 @@ class Settings(BaseSettings):
     indexer: Indexer = Indexer()
     serve: Serve = Serve()
     event_weights: Weights = DEFAULT_WEIGHTS
+    event_values: Scales = DEFAULT_VALUES
     artifacts: str = Field("data/artifacts", description="fsspec URL or folder: models and generations")
     cache: Path = Field(Path(".cache/upwell"), description="text vectors, fetched generations")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
@@ -134,9 +158,17 @@ class Settings(BaseSettings):
     def topics(self) -> Topics:
         return Topics(self.kafka.prefix, self.kafka.partitions)
 
-    def weight(self, event_type: EventType) -> float:
-        """Strength of an event of this type; a type left out of the table weighs as by default."""
-        return self.event_weights.get(event_type, DEFAULT_WEIGHTS[event_type])
+    @field_validator("event_values")
+    @classmethod
+    def _distinct(cls, values: Scales) -> Scales:
+        for kind, (nothing, full) in values.items():
+            if nothing == full:
+                raise ValueError(f"{kind}: [{nothing}, {full}] are one value")
+        return values
+
+    def weight(self, click: Click) -> float:
+        """Strength of this click; a type left out of the tables weighs as by default."""
+        return strength(click, self.event_weights, self.event_values)
 
 
 def load_settings() -> Settings:
@@ -168,7 +200,7 @@ def _unknown_variables() -> Iterator[str]:
         field = Settings.model_fields.get(section)
         if field is None:
             yield f"{name}: no such setting"
-        elif key and section == "event_weights" and key not in EVENT_TYPES:
+        elif key and section in ("event_weights", "event_values") and key not in EVENT_TYPES:
             yield f"{name}: no event type {key}"
         elif key and isinstance(field.default, Section) and key not in type(field.default).model_fields:
             yield f"{name}: no setting {key} in {section}"

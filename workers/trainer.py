@@ -22,7 +22,7 @@ from model.manifest import DamagedGeneration
 from model.model import Model
 from model.sampling import Events
 from stream.consumer import read_window
-from stream.events import Artifact, decode, encode
+from stream.events import Artifact, BadEvent, decode, encode
 from stream.producer import Producer
 from workers import metrics
 from workers.announcements import read_announcements
@@ -143,7 +143,7 @@ class Trainer:
         return Events(
             [click.user_id for click in known],
             [click.item_id for click in known],
-            np.array([self._settings.weight(click.event_type) for click in known], np.float32),
+            np.array([self._settings.weight(click) for click in known], np.float32),
             np.array([click.ts_ms for click in known], np.int64),
         )
 
@@ -183,10 +183,15 @@ class Trainer:
 
 
 def newest_model(settings: Settings) -> Artifact | None:
-    """What the trainer announced last."""
+    """What the trainer announced last, as far as this release can read it."""
     batches = read_window(settings.connection, settings.topics.models.name)
-    records = [record for batch in batches for record in batch]
-    return decode(records[-1].value, Artifact) if records else None
+    newest = None
+    for record in (record for batch in batches for record in batch):
+        try:
+            newest = decode(record.value, Artifact)
+        except BadEvent as error:
+            log.warning("record passed over", topic=record.topic, offset=record.offset, cause=str(error))
+    return newest
 
 
 def run_trainer(settings: Settings) -> int:

@@ -5,12 +5,15 @@ import time
 from typing import NamedTuple
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 
 from model.user_state import digest
-from stream.consumer import read_window, tail
+from stream.consumer import Record, read_window, tail
 from stream.events import BadEvent, Click, ItemVector, decode, decode_click
 from workers.settings import Settings
+
+log = structlog.get_logger()
 
 REMEMBERED_IDS = 1_000_000
 DAY_MS = 24 * 60 * 60 * 1000
@@ -42,7 +45,7 @@ class Window:
         reads = []
         for record in records:
             try:
-                click = decode_click(record.value)
+                click = decode_click(record.value, record.timestamp)
             except BadEvent:
                 continue  # the worker sends it to the dead letters
             if self._is_new(digest(click.event_id)):
@@ -77,10 +80,17 @@ class Texts(threading.Thread):
         for records in tail(self._settings.connection, [topic], self._stop_event, self.caught_up.set):
             for record in records:
                 if record.value is not None:
-                    vector = decode(record.value, ItemVector)
-                    with self._lock:
-                        self._newest = max(self._newest, (record.timestamp, vector.encoder))
-                        self._new[vector.item_id] = vector
+                    self._take(record)
+
+    def _take(self, record: Record) -> None:
+        try:
+            vector = decode(record.value, ItemVector)
+        except BadEvent as error:  # a later release's: the thread must not end over it
+            log.warning("record passed over", topic=record.topic, offset=record.offset, cause=str(error))
+            return
+        with self._lock:
+            self._newest = max(self._newest, (record.timestamp, vector.encoder))
+            self._new[vector.item_id] = vector
 
     @property
     def encoder(self) -> str:

@@ -104,7 +104,7 @@ class UserWorker:
         reads, dead = [], []
         for record in records:
             try:
-                click = decode_click(record.value)
+                click = decode_click(record.value, record.timestamp)
                 if record.key != click.user_id.encode():
                     raise BadEvent(f"key: {record.key!r} is not the user id: this user's order would be lost")
                 reads.append(Read(click, record.offset, record.timestamp))
@@ -120,7 +120,7 @@ class UserWorker:
         for read in reads:
             user_id, click = read.click.user_id, read.click
             fold = folds.setdefault(user_id, Fold(states.get(user_id, EMPTY), self._limits))
-            weighed = Applied(click, self._settings.weight(click.event_type), read.offset)
+            weighed = Applied(click, self._settings.weight(click), read.offset)
             new = fold.is_new(weighed)
             if new:
                 scored = to_score > 0 and not fold.has_seen(click.item_id)

@@ -284,7 +284,7 @@ def fold_topic(settings: Settings) -> dict[str, bytes]:
     limits, folds = Limits(settings.worker.history, settings.worker.event_ids), dict[str, Fold]()
     for _, offset, click in read_clicks(settings):
         fold = folds.setdefault(click.user_id, Fold(EMPTY, limits))
-        fold.apply(Applied(click, settings.weight(click.event_type), offset))
+        fold.apply(Applied(click, settings.weight(click), offset))
     return {user_id: encode_state(fold.state()) for user_id, fold in folds.items()}
 
 

@@ -110,6 +110,6 @@ def expected(states: dict[str, UserState], clicks: list[Click], raw: dict[str, b
     for click in clicks:
         fold = Fold(states.get(click.user_id, UserState()), Limits())
         offset = decode_state(raw[click.user_id]).offset if click.user_id in raw else 0
-        fold.apply(Applied(click, Settings().weight(click.event_type), offset))
+        fold.apply(Applied(click, Settings().weight(click), offset))
         after[click.user_id] = fold.state()
     return {user: encode_state(state) for user, state in after.items()}

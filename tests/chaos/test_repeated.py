@@ -22,7 +22,7 @@ def fold_first_ones(settings: Settings) -> dict[str, bytes]:
     clicks: dict[str, dict[str, Applied]] = {}
     last: dict[str, int] = {}
     for _, offset, click in read_clicks(settings):
-        copy = Applied(click, settings.weight(click.event_type), offset)
+        copy = Applied(click, settings.weight(click), offset)
         clicks.setdefault(click.user_id, {}).setdefault(click.event_id, copy)
         last[click.user_id] = offset
     limits = Limits(settings.worker.history, settings.worker.event_ids)

@@ -20,8 +20,6 @@ from model.evaluate import Arm, Mode, prequential, replayed
 from model.popularity import Popularity
 from model.sampling import Events, History, pad
 
-pytestmark = pytest.mark.slow
-
 N = 40
 ITEMS = [f"item {row}" for row in range(N)]
 Rows = NDArray[np.int64]
@@ -57,8 +55,8 @@ def sequential() -> dict[str, Arm]:
     return {
         "markov": make_arm("markov", setting(900)),
         "covisitation": CovisitationArm(N),
-        "gru4rec": RetrainedArm("gru4rec", N, 150, steps=60, length=8),
-        "sasrec": RetrainedArm("sasrec", N, 150, steps=60, length=8),
+        "gru4rec": RetrainedArm("gru4rec", N, 300, steps=90, width=32, length=8),
+        "sasrec": RetrainedArm("sasrec", N, 300, steps=90, width=32, length=8),
     }
 
 
@@ -90,8 +88,8 @@ def test_text_finds_what_reads_alike() -> None:
 
 @pytest.mark.parametrize("name", [*sequential(), *personal(), "popularity", "popularity-decayed", "text"])
 def test_noise_stays_at_chance(name: str) -> None:
-    arm = (sequential() | personal()).get(name) or make_arm(name, setting(1800))
-    assert abs(hit_rate(arm, walk(1800, 1.0)) - 10 / N) < 0.06
+    arm = (sequential() | personal()).get(name) or make_arm(name, setting(1200))
+    assert abs(hit_rate(arm, walk(1200, 1.0)) - 10 / N) < 0.06
 
 
 def test_exact_covisitation_is_the_sparse_one_of_the_model() -> None:
@@ -160,9 +158,9 @@ def test_strict_mode_does_not_leak_within_a_basket(name: str) -> None:
     """The partner is obvious to whoever sees the first half; line by line they all do."""
     found = {}
     for mode in ("line", "strict"):
-        short = RetrainedArm("gru4rec", N, 100, mode == "line", steps=60, length=8)
-        arm = short if name == "gru4rec" else make_arm(name, setting(800, mode))
-        late = prequential(arm, baskets(400), ITEMS, mode).after(600)
+        short = RetrainedArm("gru4rec", N, 125, mode == "line", steps=220, length=8)
+        arm = short if name == "gru4rec" else make_arm(name, setting(500, mode))
+        late = prequential(arm, baskets(250), ITEMS, mode).after(350)
         found[mode] = float((late.ranks[late.position % 2 == 1] == 1).mean())
     assert found["line"] > 0.8 and found["strict"] < 0.25
 

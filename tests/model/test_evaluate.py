@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from model.arms.catalogue import Setting, make_arm
 from model.arms.counts import CovisitationArm, PopularityArm
 from model.evaluate import Arm, Mode, Ranks, bootstrap, expected_ranks, prequential, replayed
 from model.outcome import spread
@@ -97,6 +98,22 @@ def test_strict_mode_does_not_leak_within_a_basket() -> None:
         partners = ranks.after(100).position % 2 == 1
         found[mode] = float((ranks.after(100).ranks[partners] == 1).mean())
     assert found["line"] > 0.95 and found["strict"] < 0.3
+
+
+def test_strict_mode_learns_no_trust_from_within_a_stamp() -> None:
+    """Each of an item and its partner gives the other away, at one stamp; from one stamp to the next a history says
+    nothing and popularity all. A learner whose own histories held what shares the stamp would trust histories."""
+    random, half, count = np.random.default_rng(0), 30, 400
+    odds = 1 / np.arange(1, half + 1)
+    first, users = random.choice(half, count, p=odds / odds.sum()), random.integers(0, count // 4, count)
+    items = [f"item {row}" for row in range(2 * half)]
+    names = [items[row] for row in (np.repeat(first, 2) + np.tile([0, half], count))]
+    stamps = np.repeat(np.arange(count) * 1000, 2)
+    events = Events(np.repeat(users, 2).tolist(), names, np.ones(2 * count, np.float32), stamps)
+    setting = Setting(items, np.zeros((2 * half, 8), np.float32), "strict", len(events), 0)
+    arms: list[Arm] = [make_arm("upwell", setting), PopularityArm(2 * half)]
+    own, popular = (prequential(arm, events, items, "strict").after(count).metrics()["ndcg@10"] for arm in arms)
+    assert own > 0.95 * popular
 
 
 def stream(rows: list[int], users: list[int], weights: list[float] | None = None) -> Events:

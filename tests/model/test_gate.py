@@ -88,6 +88,33 @@ def test_the_first_model_needs_only_finite_weights() -> None:
     assert judge(learner().model(), None, held_out(), TEXT).accepted
 
 
+def in_order(rows: list[int]) -> Model:
+    """Ranks the rows alike for everybody, in this order."""
+    model = good()
+    model.arrays["mix"].zero_()[:, -1] = 1.0
+    model.arrays["popularity"][rows, -1] = torch.arange(30.0, 0.0, -1.0)
+    return model
+
+
+def test_luck_at_the_top_does_not_pass_for_learning() -> None:
+    """One of 15 targets first and the others last, against all of them in the middle."""
+    others, targets = list(range(0, 30, 2)), list(range(1, 30, 2))
+    lucky, steady = in_order([1, *others, *targets[1:]]), in_order([*others[:11], *targets, *others[11:]])
+    verdict = judge(lucky, steady, held_out(), TEXT)
+    assert verdict.metrics["candidate_ndcg@10"] > verdict.metrics["serving_ndcg@10"] == 0
+    assert not verdict.accepted
+    assert judge(in_order([*targets, *others]), lucky, held_out(), TEXT).accepted
+
+
+def test_a_much_clicked_item_is_looked_at_though_no_stranger_is_shown_it() -> None:
+    fakes = MANY.copy()
+    fakes[29] = 0
+    hidden = in_order([*range(1, 29, 2), *range(0, 30, 2), 29])  # last of 30
+    assert not judge(hidden, learner().model(), replace(held_out(), busy_users=fakes), TEXT).accepted
+    once = replace(held_out().events, items=ITEMS[1:29:2] + ITEMS[1:2])
+    assert judge(hidden, learner().model(), replace(held_out(), busy_users=fakes, events=once), TEXT).accepted
+
+
 def test_an_item_for_strangers_needs_users_who_do_something_else() -> None:
     model, slice_ = good(), held_out()
     blank = learner().model()
@@ -96,7 +123,7 @@ def test_an_item_for_strangers_needs_users_who_do_something_else() -> None:
     fakes = MANY.copy()
     fakes[first] = 14  # of 60, where all users of the other items are busy
     refused = judge(model, blank, replace(slice_, busy_users=fakes), TEXT)
-    assert not refused.accepted and f"{ITEMS[first]} is shown to users without history" in refused.reason
+    assert not refused.accepted and f"{ITEMS[first]} look made up: 14 of its 60" in refused.reason
     fakes[first] = 16  # just above a quarter of the usual share, 59 of 60 over all items
     assert judge(model, blank, replace(slice_, busy_users=fakes), TEXT).accepted
     few, none = MANY.copy(), MANY.copy()

@@ -194,7 +194,7 @@ def poison(folder: Path, change: Callable[[dict[str, np.ndarray]], object]) -> N
     [
         (lambda t: t["mix"].__setitem__((0, 0), np.nan), "mix has a value that is not finite"),
         (lambda t: t["user.start"].__setitem__(0, np.inf), "user.start has a value that is not finite"),
-        (lambda t: t.update(popularity=t["popularity"][:-1]), "popularity is torch.float32 .39, 3., expected"),
+        (lambda t: t.update(popularity=t["popularity"][:-1]), "popularity is torch.float32 .39, 5., expected"),
         (lambda t: t.update(popularity=t["popularity"].astype(np.float64)), "popularity is torch.float64"),
         (lambda t: t.pop("tower.text"), "arrays differ: .'tower.text'."),
         (lambda t: t.update(extra=t["mix"]), "arrays differ: .'extra'."),

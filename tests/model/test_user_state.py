@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -121,6 +123,13 @@ def test_late_events_take_their_place_in_time() -> None:
     late = [C("a", "x", 30), C("b", "y", 10), C("c", "z", 30)]
     state = apply_clicks(EMPTY, numbered(late), LIMITS)
     assert [entry.item_id for entry in state.history] == ["y", "x", "z"]
+
+
+def test_bytes_that_are_no_state_are_refused_by_one_error() -> None:
+    raw = encode_state(apply_clicks(EMPTY, numbered([C("e", "item", 1)]), LIMITS))
+    for bad in (b"", raw[:-1], raw.replace(b"item", b"\xd2tem"), b"\x91\x01"):
+        with pytest.raises(msgspec.DecodeError):
+            decode_state(bad)
 
 
 def test_digests_unpack_in_order() -> None:

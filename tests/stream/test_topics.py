@@ -42,6 +42,15 @@ def test_another_partition_count_is_refused_by_name(connection: Connection, topi
         ensure(Topics(topics.prefix, partitions=4), connection)
 
 
+def test_another_clock_is_refused_by_name(connection: Connection) -> None:
+    """A producer's stamps would move the windows, and which clicks are taken."""
+    topics = Topics(f"t{secrets.token_hex(4)}", partitions=2)
+    with kafka.KafkaAdminClient(**connection.kafka_python()) as admin:
+        admin.create_topics({topics.clicks.name: {"num_partitions": 2, "configs": {}}})
+    with pytest.raises(ValueError, match=rf"{topics.prefix}\.clicks is 'CreateTime', it has to be 'LogAppendTime'"):
+        ensure(topics, connection)
+
+
 def test_another_cleanup_policy_is_refused_by_name(connection: Connection) -> None:
     topics = Topics(f"t{secrets.token_hex(4)}", partitions=2)
     with kafka.KafkaAdminClient(**connection.kafka_python()) as admin:

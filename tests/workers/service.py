@@ -2,20 +2,26 @@
 
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from stream.broker import LocalBroker
 from stream.events import Click, Item
 from stream.producer import ClickProducer
+from stream.topics import ensure
 from workers.observe import scrape
-from workers.settings import Settings
+from workers.settings import Settings, load_settings
 from workers.states import raw_states
 from workers.up import Roles
 
@@ -83,6 +89,34 @@ class Service:
 
     def log(self, role: str) -> str:
         return (self.logs / f"{role}.log").read_text()
+
+
+@contextmanager
+def running(broker: LocalBroker, folder: Path, artifacts: Path) -> Iterator[Service]:
+    """All roles on fresh topics with the small catalogue; their settings are in the environment meanwhile."""
+    environment = {
+        "UPWELL_KAFKA__BOOTSTRAP": broker.bootstrap,
+        "UPWELL_KAFKA__PREFIX": f"s{secrets.token_hex(4)}",
+        "UPWELL_KAFKA__PARTITIONS": str(PARTITIONS),
+        "UPWELL_ARTIFACTS": str(artifacts),
+        "UPWELL_CACHE": str(folder / "cache"),
+        "UPWELL_SERVE__PORT": str(free_port()),
+        "UPWELL_WORKER__METRICS_PORT": str(free_port()),
+        "UPWELL_WORKER__DEAD_LETTER_RATIO": "0.9",
+        "UPWELL_TRAINER__ROUND_S": "1",
+        "UPWELL_TRAINER__MIN_EVENTS": "100",
+        "UPWELL_TRAINER__HOLDOUT": "40",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        settings = load_settings()
+        ensure(settings.topics, settings.connection)
+        with ClickProducer(settings.connection, settings.topics) as producer:
+            for item in ITEMS:
+                producer.send_item(item)
+        with Roles(environment, folder) as roles:
+            yield Service(settings, roles, folder)
 
 
 def upwell(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from stream.events import Click
 from workers.settings import ConfigError, Settings, load_settings
 
 
@@ -25,7 +26,11 @@ def test_environment_wins_over_the_file(monkeypatch: pytest.MonkeyPatch, tmp_pat
     settings = load_settings()
     assert (settings.kafka.prefix, settings.kafka.partitions) == ("variable", 3)
     assert settings.topics.clicks.name == "variable.clicks"
-    assert (settings.weight("view"), settings.weight("purchase")) == (0.1, 3.0)
+    viewed, bought = (
+        settings.weight(Click(event_id="e", user_id="u", item_id="i", event_type=kind, ts_ms=0))
+        for kind in ("view", "purchase")
+    )
+    assert (viewed, bought) == (0.1, 3.0)
     assert settings.artifacts == "s3://bucket/x"
 
 

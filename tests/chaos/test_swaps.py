@@ -1,0 +1,145 @@
+"""Scenario 6: swaps while 200 requests a second are answered."""
+
+import http.client
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from model.config import ModelConfig
+from model.generation import build_generation
+from model.learner import Learner
+from model.manifest import manifest_sha256
+from stream.connection import Connection
+from stream.events import Artifact, Item, encode
+from stream.producer import ClickProducer, Producer
+from stream.topics import Topics, ensure
+from tests.workers.service import free_port, until
+from workers.observe import scrape
+
+ITEMS, CLIENTS, RATE, K = 2000, 4, 200.0, 20
+
+
+class Answer(NamedTuple):
+    at: float  # monotonic, when it was asked
+    ms: float
+    status: int
+    generation: str
+    items: list[str]
+
+
+class Clients:
+    """Asks at a fixed rate whatever the answers take (open loop); a context manager."""
+
+    def __init__(self, port: int) -> None:
+        self._port, self._stop = port, threading.Event()
+        self.answers: list[Answer] = []
+        self._threads = [threading.Thread(target=self._ask, args=(n,), daemon=True) for n in range(CLIENTS)]
+
+    def __enter__(self) -> "Clients":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _ask(self, number: int) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=20)
+        due = time.monotonic() + number / RATE
+        while not self._stop.is_set():
+            time.sleep(max(0.0, due - time.monotonic()))
+            try:
+                connection.request("GET", f"/v1/users/u{number}/recommendations?k={K}")
+                response = connection.getresponse()
+                status, body = response.status, json.loads(response.read())
+            except (OSError, http.client.HTTPException, ValueError):
+                status, body = 0, {}
+                connection.close()
+            items = [item["item_id"] for item in body.get("items", [])]
+            self.answers.append(Answer(due, (time.monotonic() - due) * 1000, status, body.get("generation", ""), items))
+            due += CLIENTS / RATE
+
+
+def generation(folder: Path, name: str) -> Artifact:
+    """Its items carry its name."""
+    learner = Learner(ModelConfig(text_dim=16, projected_text_dim=16))
+    text = np.random.default_rng(len(name)).normal(size=(ITEMS, 16)).astype(np.float32)
+    learner.add_items([f"{name}-{row}" for row in range(ITEMS)], text)
+    build_generation(folder / name, learner.model(), version=name, encoder="e", offsets={})
+    return Artifact(
+        name=name, url=str(folder / name), manifest_sha256=manifest_sha256(folder / name), created_ms=1, encoder="e"
+    )
+
+
+def percentiles(answers: list[Answer]) -> dict[str, float]:
+    found = np.percentile([answer.ms for answer in answers], [50, 99, 100]).round(1).tolist()
+    return dict(zip(("p50", "p99", "max"), found, strict=True))
+
+
+def test_no_answer_fails_is_empty_or_mixes_two_generations(connection: Connection, tmp_path: Path, long: bool) -> None:
+    swaps, topics, port = 100 if long else 5, Topics(f"swap{os.getpid()}", partitions=1), free_port()
+    ensure(topics, connection)
+    both = [generation(tmp_path, name) for name in ("even", "odd")]
+    with ClickProducer(connection, topics) as catalogue:
+        for name in ("even", "odd"):
+            for row in range(ITEMS):
+                catalogue.send_item(Item(item_id=f"{name}-{row}", title=f"{name} {row}"))
+    producer = Producer(connection)
+
+    def announce(number: int) -> None:
+        artifact = msgspec.structs.replace(both[number % 2], created_ms=number + 1)
+        producer.send_raw(topics.generations.name, artifact.name.encode(), encode(artifact))
+        producer.flush()
+
+    def swapped() -> int:
+        return int(scrape(f"http://127.0.0.1:{port}/metrics").get("upwell_swaps_total{served}", 0))
+
+    announce(0)
+    environment = os.environ | {
+        "UPWELL_KAFKA__BOOTSTRAP": connection.bootstrap,
+        "UPWELL_KAFKA__PREFIX": topics.prefix,
+        "UPWELL_KAFKA__PARTITIONS": "1",
+        "UPWELL_SERVE__PORT": str(port),
+        "UPWELL_CACHE": str(tmp_path / "cache"),
+    }
+    server = subprocess.Popen([sys.executable, "-m", "workers.cli", "serve"], env=environment)
+    spans: list[tuple[float, float]] = []
+    try:
+        until(lambda: swapped() == 1, "the first generation serves")
+        with Clients(port) as clients:
+            time.sleep(30 if long else 5)
+            began = time.monotonic()
+            for number in range(1, swaps + 1):
+                at = time.monotonic()
+                announce(number)
+                until(lambda number=number: swapped() == number + 1, f"swap {number}")  # type: ignore[misc]
+                spans.append((at, time.monotonic()))
+                time.sleep(0.5)
+        producer.close()
+    finally:
+        server.terminate()
+        server.wait(20)
+    calm = [answer for answer in clients.answers[CLIENTS * 10 :] if answer.at < began]
+    during = [answer for answer in clients.answers if any(first <= answer.at <= last for first, last in spans)]
+    answers = clients.answers
+    wrong = {
+        "failed": sum(answer.status != 200 for answer in answers),
+        "not_full": sum(len(set(answer.items)) != K for answer in answers),
+        "mixed": sum(not item.startswith(f"{answer.generation}-") for answer in answers for item in answer.items),
+    }
+    generations = len({answer.generation for answer in answers})
+    figures = {"swaps": swaps, "answers": len(answers), "generations": generations, **wrong}
+    print(json.dumps(figures | {"baseline_ms": percentiles(calm), "during_swap_ms": percentiles(during)}))
+    assert len(answers) > 0.9 * RATE * (spans[-1][1] - began)
+    assert generations == 2
+    assert not any(wrong.values())
