@@ -5,7 +5,7 @@ BIN := .venv/bin
 SOURCES := stream model workers tests
 STAMP := .venv/.made
 
-.PHONY: help venv demo test lint fmt schemas lock kafka-lock clean
+.PHONY: help venv demo test chaos lint fmt schemas lock kafka-lock clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -18,6 +18,9 @@ demo: venv  ## the whole system on this machine with a real event stream; ARGS="
 
 test: venv lint  ## lint, types and all tests; ARGS goes to pytest
 	$(BIN)/pytest $(ARGS)
+
+chaos: venv  ## the long forms of the chaos scenarios, about two hours: docs/reliability.md; ARGS="-k sigkill"
+	$(BIN)/pytest tests/chaos --long --timeout 7200 -s $(ARGS)
 
 lint: venv  ## ruff and mypy --strict
 	$(BIN)/ruff check $(SOURCES)

@@ -12,7 +12,7 @@ from tests.chaos.harness import SEED, Fleet, Load, holds, judge, make_clicks, re
 from workers.settings import Settings
 from workers.states import raw_states
 
-RATE, PARTITIONS = 200, 4
+RATE, PARTITIONS = 100, 4
 
 
 def applied_to(settings: Settings) -> dict[int, int]:
@@ -28,7 +28,7 @@ def test_ends_in_order(connection: Connection, generation: Artifact, tmp_path: P
     """Nothing is read twice after a clean end: what is applied is committed."""
     times = 50 if long else 2
     draw, began = random.Random(SEED), time.monotonic()
-    clicks = make_clicks(draw, 12 * RATE * times, users=12 * times)
+    clicks = make_clicks(draw, 40 * RATE * times, users=40 * times)  # far more than are sent: a start takes 1 to 20 s
     seconds, codes, uneven = [], [], 0
     with Fleet(connection, tmp_path, generation, partitions=PARTITIONS) as fleet:
         with Load(fleet.settings, clicks, RATE) as load:

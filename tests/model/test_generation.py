@@ -275,7 +275,8 @@ def test_a_damaged_store_is_refused(built: Path, store: str, tmp_path: Path) -> 
     url, memory = publish(built, store), fsspec.filesystem("memory")
     with pytest.raises(DamagedGeneration, match="announced"):
         fetch(url, tmp_path, "0" * 64)
-    memory.pipe_file(f"{url}/items.npy", memory.cat_file(f"{url}/items.npy")[:-1] + b"?")
+    whole = memory.cat_file(f"{url}/items.npy")
+    memory.pipe_file(f"{url}/items.npy", whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(DamagedGeneration, match=r"items\.npy"):
         fetch(url, tmp_path, manifest_sha256(built))
     memory.rm_file(f"{url}/index.hnsw")
