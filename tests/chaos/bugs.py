@@ -98,6 +98,18 @@ def events_not_awaited() -> None:
     ClickProducer.flush = lambda self: None  # type: ignore[method-assign]
 
 
+def hoards() -> None:
+    """Every message read stays in memory, with what was made of it: 64 KiB each."""
+    decode = UserWorker._decode
+    hoard: list[bytes] = []
+
+    def keep(self: UserWorker, records: Any) -> Any:
+        hoard.extend(b"x" * (1 << 16) for _ in records)
+        return decode(self, records)
+
+    UserWorker._decode = keep  # type: ignore[method-assign]
+
+
 BUGS: dict[str, Callable[[], None]] = {
     bug.__name__: bug
     for bug in (
@@ -110,6 +122,7 @@ BUGS: dict[str, Callable[[], None]] = {
         ends_unfinished,
         states_read_short,
         events_not_awaited,
+        hoards,
     )
 }
 

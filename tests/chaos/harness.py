@@ -35,6 +35,10 @@ from workers.up import HOPELESS
 
 ROOT = Path(__file__).parents[2]
 SEED = int(os.environ.get("CHAOS_SEED", "6"))
+# When the run starts: the checkout may move on under a long one.
+COMMIT = subprocess.run(
+    ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+).stdout.strip()
 SHORT_SESSION_S = 4.0  # of the short forms; the long ones have the worker's own 10 s
 
 
@@ -322,7 +326,6 @@ def holds(verdict: Mapping[str, Any], wanted: Mapping[str, Any] = NOTHING_LOST) 
 
 def report(name: str, long: bool, began: float, counts: Mapping[str, Any]) -> None:
     """One JSON line; in the long form also out/chaos/NAME.json."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     jars = (ROOT / "deploy/kafka/jgo.toml").read_text()
     kafka_version = re.search(r"kafka_2\.13:([\d.]+)", jars)
     versions = {
@@ -335,7 +338,7 @@ def report(name: str, long: bool, began: float, counts: Mapping[str, Any]) -> No
             "seed": SEED,
             **counts,
             "seconds": round(time.monotonic() - began, 1),
-            "commit": commit.stdout.strip(),
+            "commit": COMMIT,
             "versions": {"kafka": kafka_version and kafka_version[1], "python": platform.python_version(), **versions},
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
             "load_average": os.getloadavg()[1],
