@@ -21,7 +21,8 @@ def rss_mb(pid: int) -> float:
 
 def test_three_times_too_many(connection: Connection, generation: Artifact, tmp_path: Path, long: bool) -> None:
     """Kafka holds what the worker cannot take: its memory does not, and it catches up when the rush is over."""
-    rush_s = 300 if long else 10
+    # Ten seconds on a machine that others use say little of its speed: the short form allows for that.
+    rush_s, slack_s = (300, 0) if long else (10, 20)
     draw, began = random.Random(SEED), time.monotonic()
     first = make_clicks(draw, CALIBRATION, users=500, name="first-")
     with (
@@ -45,7 +46,9 @@ def test_three_times_too_many(connection: Connection, generation: Artifact, tmp_
                 lag_max = max(lag_max, sum(fleet.lag().values()))
                 time.sleep(1)
         rush_took, over = time.monotonic() - rushing, time.monotonic()
-        fleet.drain(2 * rush_s + 60)
+        while any(fleet.lag().values()) and time.monotonic() < over + 2 * rush_s + 60:
+            memory_mb.append(rss_mb(fleet.pid("a")))
+            time.sleep(0.5)
         drained_s = time.monotonic() - over
         restores = sum("states restored" in line for line in fleet.json_log("a"))
         verdict = judge(fleet.settings, [*first, *rush]) | {
@@ -62,5 +65,5 @@ def test_three_times_too_many(connection: Connection, generation: Artifact, tmp_
     report("overload", long, began, verdict)
     assert holds(verdict)
     assert holds(verdict, {"rebalances": 0, "exits": 0})
-    assert drained_s < 2 * rush_took
+    assert drained_s < 2 * rush_took + slack_s
     assert max(memory_mb) < calm_mb + 300

@@ -3,6 +3,7 @@
 import random
 import time
 from pathlib import Path
+from statistics import median
 
 from model.user_state import decode_state
 from stream.connection import Connection
@@ -48,7 +49,9 @@ def test_ends_in_order(connection: Connection, generation: Artifact, tmp_path: P
         verdict = judge(fleet.settings, clicks[: load.sent]) | {
             "stops": times,
             "exit_codes": sorted(set(map(str, codes))),
+            "exit_s_median": round(median(seconds), 2),
             "exit_s_max": round(max(seconds), 2),
+            "exits_over_10_s": sum(took > 10 for took in seconds),
             "committed_is_not_applied": uneven,
             "redelivered": fleet.redelivered,
         }
