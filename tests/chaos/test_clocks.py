@@ -57,6 +57,7 @@ def stream(long: bool) -> list[Click]:
     return load_dataset("ml-100k").events[: (LONG if long else SHORT) + SLICE]
 
 
+@pytest.mark.timeout(900)
 def test_windows_and_states_do_not_depend_on_producer_clocks(
     broker: LocalBroker, topics: Topics, stream: list[Click], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +110,7 @@ def _folded(clicks: Sequence[Click]) -> dict[str, UserState]:
     return {user_id: apply_clicks(EMPTY, applied, limits) for user_id, applied in own.items()}
 
 
+@pytest.mark.timeout(1800)
 def test_what_is_learned_is_as_good(stream: list[Click], capsys: pytest.CaptureFixture[str]) -> None:
     """By the gate's own figures, on a clean slice that neither model has seen."""
     items = load_dataset("ml-100k").items
