@@ -19,7 +19,7 @@ demo: venv  ## the whole system on this machine with a real event stream; ARGS="
 test: venv lint  ## lint, types and all tests; ARGS goes to pytest
 	$(BIN)/pytest $(ARGS)
 
-chaos: venv  ## the long forms of the chaos scenarios, about two hours: docs/reliability.md; ARGS="-k sigkill"
+chaos: venv  ## the long forms of the chaos scenarios, hours: docs/reliability.md; ARGS="-k sigkill"
 	$(BIN)/pytest tests/chaos --long --timeout 7200 -s $(ARGS)
 
 lint: venv  ## ruff and mypy --strict
