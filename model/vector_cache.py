@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,21 @@ class VectorCache:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._dim, self._lock = dim, threading.Lock()
         self._db = sqlite3.connect(path, timeout=60.0, check_same_thread=False)
-        self._db.execute("PRAGMA journal_mode = WAL")
+        self._use_wal()
         self._db.execute("PRAGMA synchronous = NORMAL")  # a power cut may lose vectors: they can be made again
         with self._db:
             self._db.execute("CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, vector BLOB) WITHOUT ROWID")
+
+    def _use_wal(self) -> None:
+        """Two processes that open a new file at once: sqlite does not wait for this lock by itself."""
+        for _ in range(600):
+            try:
+                self._db.execute("PRAGMA journal_mode = WAL")
+            except sqlite3.OperationalError:
+                time.sleep(0.1)
+            else:
+                return
+        raise TimeoutError("the vector cache stays locked")
 
     def get(self, keys: list[bytes]) -> dict[bytes, NDArray[Any]]:
         """Those that are known: key -> (E,) float16."""

@@ -42,10 +42,11 @@ def read_window(
     since_ms: int | None = None,
     offsets: Mapping[int, int] | None = None,
     only: Collection[int] | None = None,
+    until: Mapping[int, int] | None = None,
 ) -> Iterator[list[Record]]:
     """The records of `topic` up to the ends found at the start, a list a poll, each partition in its order.
 
-    `only`: these partitions, all by default.
+    `only`: these partitions, all by default. `until`: an end before the present one (partition -> offset).
 
     Starts at `offsets` (partition -> first offset wanted; a partition not named, or whose offset has been
     deleted since, from what is left of it) or at the first record that arrived at `since_ms`; with neither,
@@ -55,7 +56,10 @@ def read_window(
     """
     with closing(open_consumer(connection)) as consumer:
         partitions = [part for part in partitions_of(consumer, [topic]) if only is None or part.partition in only]
-        ends = consumer.end_offsets(partitions)
+        ends = {
+            part: min(end, (until or {}).get(part.partition, end))
+            for part, end in consumer.end_offsets(partitions).items()
+        }
         starts = _starts(consumer, partitions, ends, since_ms, offsets)
         left = {part for part in partitions if starts[part] < ends[part]}
         consumer.assign(left)
@@ -108,6 +112,24 @@ def end_offsets(connection: Connection, topic: str) -> dict[int, int]:
     with closing(open_consumer(connection)) as consumer:
         ends = consumer.end_offsets(partitions_of(consumer, [topic]))
         return {part.partition: end for part, end in ends.items()}
+
+
+def committed_offsets(connection: Connection, group: str, topic: str) -> dict[int, int]:
+    """Partition -> offset that the group goes on from; without those that it has never committed.
+
+    Waits while the broker is still electing or loading the group's coordinator, up to STALL_S.
+    """
+    deadline = time.monotonic() + STALL_S
+    while True:
+        try:
+            with kafka.KafkaAdminClient(**connection.kafka_python()) as admin:
+                (found,) = admin.list_group_offsets([group]).values()
+        except kafka.errors.KafkaError as error:
+            if not error.retriable or time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+        else:
+            return {part.partition: at.offset for part, at in found.items() if part.topic == topic and at.offset >= 0}
 
 
 def open_consumer(connection: Connection, isolation_level: str = "read_committed") -> kafka.KafkaConsumer:

@@ -8,10 +8,10 @@ import time
 import urllib.request
 from typing import Any, Self
 
-import kafka
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
+from stream.consumer import committed_offsets
 from stream.subscriber import Subscriber
 from workers.settings import Settings
 
@@ -34,9 +34,7 @@ def scrape(url: str) -> dict[str, float]:
 
 def num_committed(settings: Settings) -> int:
     """Clicks below the worker group's committed offsets: applied, answered and in Kafka for good."""
-    with kafka.KafkaAdminClient(**settings.connection.kafka_python()) as admin:
-        (group,) = admin.list_group_offsets([settings.worker.group]).values()
-    return sum(at.offset for part, at in group.items() if part.topic == settings.topics.clicks.name)
+    return sum(committed_offsets(settings.connection, settings.worker.group, settings.topics.clicks.name).values())
 
 
 class Observer:

@@ -16,7 +16,7 @@ from stream.connection import Connection
 from workers.sender import BatchSender
 
 COMMIT_S = 0.5  # a clean stop waits for it; 8 partitions make 16 transactions a second
-TIMEOUT_MS = 600_000  # broker outages up to here are outlived; a killed worker's open one ends with its successor
+TIMEOUT_MS = 600_000  # an outage of the broker must not cost the transaction; a killed worker's ends with its successor
 WAITING = 64  # micro-batches ahead of Kafka before the worker waits
 
 Acknowledge = Callable[[], Awaitable[None]]

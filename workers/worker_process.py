@@ -8,6 +8,7 @@ import torch
 
 from workers import metrics
 from workers.faust_batches import batch_app, execute
+from workers.handed import Handed
 from workers.live import Live
 from workers.processes import EX_DATA, EX_SOFTWARE, die, end_with_threads
 from workers.sender import BatchSender
@@ -34,7 +35,7 @@ def run_worker(settings: Settings) -> int:
         die("states can be written no more: another worker has taken over, or Kafka is gone", EX_SOFTWARE, error)
 
     owned = OwnedStates(settings.connection, settings.topics.users.name, fenced)
-    worker = UserWorker(settings, live, owned, sender)
+    worker, handed = UserWorker(settings, live, owned, sender), Handed(settings)
 
     @app.agent(clicks)  # type: ignore[untyped-decorator]
     async def update_users(stream: Any) -> None:
@@ -43,7 +44,8 @@ def run_worker(settings: Settings) -> int:
             if tp not in app.consumer.assignment():
                 continue  # taken away while it waited in the queue: its new owner reads it
             try:
-                await worker.process(tp.partition, event.value, partial(stream.ack, event))
+                records = await handed.complete(tp.partition, event.value)
+                await worker.process(tp.partition, records, partial(stream.ack, event))
             except TooManyBadEvents as error:
                 die(str(error), EX_DATA)
             except Exception as error:
@@ -53,6 +55,7 @@ def run_worker(settings: Settings) -> int:
 
     @app.on_partitions_revoked.connect  # type: ignore[untyped-decorator]
     async def forget(_: Any, revoked: Any, **kwargs: Any) -> None:
+        handed.forget(tp.partition for tp in revoked)
         await owned.forget(tp.partition for tp in revoked)
 
     metrics.serve(settings.worker.metrics_port)

