@@ -1,14 +1,31 @@
 """Records of a micro-batch to Kafka in aiokafka batches: 166,000 a second and more, where `send` makes 40,000."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
 
 from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError, NodeNotReadyError
 
 from stream.connection import Connection
 
 MAX_BATCH_BYTES = 900_000  # under the topics' limit, before compression
 MAX_RECORD_BYTES = MAX_BATCH_BYTES - 1_000  # key and framing on top
+
+
+def retriable(lookup: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """aiokafka's producer is lost for good when the connection ends under its question for the coordinator: it tries
+    again only for three of the errors that pass (aiokafka 0.14, `Sender._find_coordinator`; like its issue #1151)."""
+
+    async def look_up(*arguments: Any) -> Any:
+        try:
+            return await lookup(*arguments)
+        except KafkaError as error:
+            if error.retriable:
+                raise NodeNotReadyError(str(error)) from error
+            raise
+
+    return look_up
 
 
 class BatchSender:
@@ -33,6 +50,7 @@ class BatchSender:
             max_batch_size=MAX_BATCH_BYTES,
             max_request_size=MAX_BATCH_BYTES + 100_000,
         )
+        self._producer.client.coordinator_lookup = retriable(self._producer.client.coordinator_lookup)
         await self._producer.start()
 
     async def stop(self) -> None:

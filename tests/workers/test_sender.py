@@ -1,6 +1,12 @@
 """Batches on the real broker: everything arrives, in order, however it is cut."""
 
+import asyncio
+from typing import Any
+
 import pytest
+from aiokafka.client import AIOKafkaClient
+from aiokafka.errors import KafkaConnectionError
+from aiokafka.protocol.coordination import FindCoordinatorRequest
 
 from stream.connection import Connection
 from stream.consumer import read_window
@@ -23,3 +29,30 @@ async def test_more_than_a_batch_arrives_in_order(connection: Connection, topics
     found = [record for batch in read_window(connection, topics.users.name) for record in batch]
     assert [(record.key, record.value) for record in found] == [*records, (b"gone", None)]
     assert {record.partition for record in found} == {1}
+
+
+async def test_a_connection_that_ends_under_the_question_for_the_coordinator_ends_nothing(
+    connection: Connection, topics: Topics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broker that stops takes one more request of each connection."""
+    send, asked = AIOKafkaClient.send, 0
+
+    async def ended(self: AIOKafkaClient, node: int, request: Any, **rest: Any) -> Any:
+        nonlocal asked
+        if isinstance(request, FindCoordinatorRequest):
+            asked += 1
+            if asked == 1:
+                raise KafkaConnectionError("Connection at localhost closed") from asyncio.IncompleteReadError(b"", 4)
+        return await send(self, node, request, **rest)
+
+    monkeypatch.setattr(AIOKafkaClient, "send", ended)
+    sender = BatchSender(connection, transactional_id=f"{topics.users.name}-1")
+    await sender.start()
+    try:
+        await sender.begin()
+        await sender.send(topics.users.name, 1, [(b"k", b"v")])
+        await sender.commit()
+    finally:
+        await sender.stop()
+    assert asked > 1
+    assert [len(batch) for batch in read_window(connection, topics.users.name)] == [1]
