@@ -1,12 +1,13 @@
 """The user states of the partitions this worker owns: in memory here, in the compacted topic for good.
 
-A partition's states are read to the end of the topic at its first batch after an assignment and forgotten
-when it is taken away, so that a second assignment reads what the owner in between has written.
+A partition's states are read to the end of the topic when it is assigned and forgotten when it is taken away, so that
+a second assignment reads what the owner in between has written.
 """
 
 import asyncio
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import structlog
@@ -19,6 +20,8 @@ from workers.settings import Settings
 from workers.state_writer import StateWriter
 
 log = structlog.get_logger()
+
+READERS = 4  # partitions read at a time, by threads; most of a small one's time is waiting for Kafka
 
 States = dict[str, UserState]
 
@@ -71,28 +74,48 @@ class OwnedStates:
 
     def __init__(self, connection: Connection, topic: str, failed: Callable[[BaseException], None]) -> None:
         self._connection, self._topic, self._failed = connection, topic, failed
+        self._readers = ThreadPoolExecutor(READERS, "restore")
+        self._tasks: dict[int, asyncio.Task[None]] = {}
         self._owned: dict[int, Owned] = {}
 
+    def restore(self, partitions: Iterable[int]) -> None:
+        """Begins with all of them at once, as they are assigned; returns before they are restored."""
+        for partition in partitions:
+            if partition not in self._tasks:
+                self._tasks[partition] = asyncio.create_task(self._restore(partition))
+
     async def of(self, partition: int) -> Owned:
-        """Waits while the partition is read (about 80,000 states a second): after the fence, so nothing follows."""
-        if partition not in self._owned:
-            began = time.monotonic()
-            writer = StateWriter(self._connection, self._topic, partition, self._failed)
-            await writer.start()
-            states = await asyncio.to_thread(read_states, self._connection, self._topic, partition)
-            self._owned[partition] = Owned(states, writer)
-            log.info(
-                "states restored",
-                partition=partition,
-                users=len(states),
-                seconds=round(time.monotonic() - began, 2),
-            )
+        """Waits until the partition is restored (about 80,000 states a second)."""
+        self.restore([partition])
+        await asyncio.shield(self._tasks[partition])
         metrics.restored_users.set(sum(len(owned.states) for owned in self._owned.values()))
         return self._owned[partition]
 
     async def forget(self, partitions: Iterable[int]) -> None:
-        owned = [self._owned.pop(partition) for partition in partitions if partition in self._owned]
+        gone = [partition for partition in partitions if partition in self._tasks]
+        tasks = [self._tasks.pop(partition) for partition in gone]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        owned = [self._owned.pop(partition) for partition in gone if partition in self._owned]
         await asyncio.gather(*(one.writer.stop() for one in owned))
 
     async def stop(self) -> None:
-        await self.forget(list(self._owned))
+        await self.forget(list(self._tasks))
+        self._readers.shutdown(wait=False)
+
+    async def _restore(self, partition: int) -> None:
+        began = time.monotonic()
+        writer = StateWriter(self._connection, self._topic, partition, self._failed)
+        fence = asyncio.create_task(writer.start())
+        try:
+            await asyncio.shield(fence)
+            # After the fence: nothing follows what is read.
+            reading = self._readers.submit(read_states, self._connection, self._topic, partition)
+            states = await asyncio.wrap_future(reading)
+        except BaseException:
+            await asyncio.gather(fence, return_exceptions=True)  # were it given up, it could fence the next owner
+            await writer.stop()
+            raise
+        self._owned[partition] = Owned(states, writer)
+        log.info("states restored", partition=partition, users=len(states), seconds=round(time.monotonic() - began, 2))

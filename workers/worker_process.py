@@ -67,6 +67,10 @@ def run_worker(settings: Settings) -> int:
         for partition, offset in behind.items():
             await app.consumer.seek(tps[partition], offset)
 
+    @app.on_partitions_assigned.connect  # type: ignore[untyped-decorator]
+    async def restore(_: Any, assigned: Any, **kwargs: Any) -> None:
+        owned.restore(tp.partition for tp in assigned)
+
     @app.on_partitions_revoked.connect  # type: ignore[untyped-decorator]
     async def forget(_: Any, revoked: Any, **kwargs: Any) -> None:
         handed.forget(tp.partition for tp in revoked)

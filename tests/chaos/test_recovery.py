@@ -95,7 +95,7 @@ def test_states_are_restored(connection: Connection, generation: Artifact, tmp_p
             "users_not_identical": sum(raw.get(user) != value for user, value in expected(states, clicks, raw).items()),
             "users_too_many": len(raw.keys() - states.keys() - {newcomer}),
             "restored_users": sum(line["users"] for line in restored),
-            "restore_s": round(sum(line["seconds"] for line in restored), 2),
+            "restore_s": max((line["seconds"] for line in restored), default=0.0),  # all beside one another
             "start_to_committed_s": round(seconds, 1),
             "records_kept_share": share,
         }

@@ -1,0 +1,103 @@
+"""Taking partitions over on the real broker: all at once, each fenced before it is read."""
+
+import asyncio
+import gc
+import threading
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from model.user_state import UserState, encode_state
+from stream.connection import Connection
+from stream.topics import Topics
+from workers import states as states_module
+from workers.state_writer import StateWriter
+from workers.states import OwnedStates, States, read_states
+
+PARTITIONS = range(3)
+
+
+def state(offset: int) -> bytes:
+    return encode_state(UserState(offset=offset, applied=offset))
+
+
+@pytest.fixture
+async def owned(connection: Connection, topics: Topics) -> AsyncIterator[Callable[[], OwnedStates]]:
+    """Makes workers' states; one that another has overtaken is told so, and that is all here."""
+    made: list[OwnedStates] = []
+
+    def make() -> OwnedStates:
+        made.append(OwnedStates(connection, topics.users.name, failed=lambda error: None))
+        return made[-1]
+
+    yield make
+    await asyncio.gather(*(one.stop() for one in made))
+    gc.collect()  # aiokafka leaves futures with an exception
+
+
+async def test_assigned_partitions_are_read_beside_one_another(
+    owned: Callable[[], OwnedStates], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    all_read = threading.Barrier(len(PARTITIONS))
+
+    def read(connection: Connection, topic: str, partition: int) -> States:
+        all_read.wait(20)  # BrokenBarrierError, were they read one after another
+        return read_states(connection, topic, partition)
+
+    monkeypatch.setattr(states_module, "read_states", read)
+    worker = owned()
+    worker.restore(PARTITIONS)
+    assert [(await worker.of(partition)).states for partition in PARTITIONS] == [{}, {}, {}]
+
+
+async def test_what_the_owner_before_wrote_last_is_read(
+    owned: Callable[[], OwnedStates], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes on while its successor is about to fence it, and after that it is too late."""
+    before = (await owned().of(1)).writer
+    committed = 0
+
+    async def write() -> None:
+        nonlocal committed
+        for offset in range(1, 1000):
+            done = asyncio.Event()
+
+            async def acknowledge(done: asyncio.Event = done) -> None:
+                done.set()
+
+            await before.put({b"u": state(offset)}, acknowledge)
+            await done.wait()
+            committed = offset
+
+    start = StateWriter.start
+
+    async def late(self: StateWriter) -> None:
+        await asyncio.sleep(2)
+        await start(self)
+
+    monkeypatch.setattr(StateWriter, "start", late)
+    writing = asyncio.create_task(write())
+    successor = owned()
+    successor.restore(PARTITIONS)
+    states = (await successor.of(1)).states
+    last = committed
+    await asyncio.sleep(1.5)
+    writing.cancel()
+    assert 0 < last == committed == states["u"].offset
+
+
+async def test_a_partition_taken_away_while_it_is_restored_is_read_anew(owned: Callable[[], OwnedStates]) -> None:
+    worker, other = owned(), owned()
+    for pause_s in (0.0, 0.02, 0.1):
+        worker.restore(PARTITIONS)
+        await asyncio.sleep(pause_s)
+        await worker.forget(PARTITIONS)
+    written = asyncio.Event()
+
+    async def acknowledge() -> None:
+        written.set()
+
+    await (await other.of(2)).writer.put({b"u": state(7)}, acknowledge)
+    await asyncio.wait_for(written.wait(), 20)  # nobody that gave the partition up has fenced this one
+    await other.forget(PARTITIONS)
+    assert (await worker.of(2)).states["u"].offset == 7
