@@ -3,6 +3,7 @@
 They are patched into the processes under test alone; what judges them is whole.
 """
 
+import os
 import secrets
 from collections.abc import Callable
 from typing import Any, cast
@@ -111,6 +112,19 @@ def hoards() -> None:
     UserWorker._decode = keep  # type: ignore[method-assign]
 
 
+def leaks() -> None:
+    """32 KiB of each click stay, and of each batch an open file."""
+    decode = UserWorker._decode
+    kept: list[Any] = []
+
+    def keep(self: UserWorker, records: Any) -> Any:
+        kept.extend(b"x" * (1 << 15) for _ in records)
+        kept.append(os.open(os.devnull, os.O_RDONLY))
+        return decode(self, records)
+
+    UserWorker._decode = keep  # type: ignore[method-assign]
+
+
 def no_second_look() -> None:
     """A dropped batch that nothing follows is not looked for."""
 
@@ -133,6 +147,7 @@ BUGS: dict[str, Callable[[], None]] = {
         states_read_short,
         events_not_awaited,
         hoards,
+        leaks,
         no_second_look,
     )
 }

@@ -39,6 +39,7 @@ SEED = int(os.environ.get("CHAOS_SEED", "6"))
 COMMIT = subprocess.run(
     ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
 ).stdout.strip()
+APPLIED = "upwell_clicks_total{applied}"
 SHORT_SESSION_S = 4.0  # of the short forms; the long ones have the worker's own 10 s
 
 
@@ -71,7 +72,7 @@ class Load:
     `stop` ends it early: the clicks sent are the first `sent` ones.
     """
 
-    def __init__(self, settings: Settings, clicks: Sequence[Click], rate: float) -> None:
+    def __init__(self, settings: Settings, clicks: Iterable[Click], rate: float) -> None:
         self._settings, self._clicks, self._rate = settings, clicks, rate
         self.sent = 0
         self.failure: BaseException | None = None
@@ -272,6 +273,15 @@ class Fleet:
                     self.exits.append((name, self._processes[name].exitcode))
                     if self._processes[name].exitcode not in HOPELESS:
                         self._start(name)
+
+
+def calibrate(fleet: Fleet, clicks: Sequence[Click]) -> float:
+    """Clicks a second that a worker, the only one, folds of these as fast as it can."""
+    with Load(fleet.settings, clicks, rate=1e9):
+        until(lambda: fleet.metric(APPLIED) > 0, "the first are applied")
+        began, before = time.monotonic(), fleet.metric(APPLIED)
+    until(lambda: fleet.metric(APPLIED) >= len(clicks), "all of them are")
+    return (len(clicks) - before) / (time.monotonic() - began)
 
 
 def read_clicks(settings: Settings) -> Iterator[tuple[int, int, Click]]:

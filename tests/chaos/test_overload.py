@@ -8,7 +8,7 @@ from pathlib import Path
 from stream.connection import Connection
 from stream.events import Artifact
 from stream.subscriber import Subscriber
-from tests.chaos.harness import SEED, Fleet, Load, holds, judge, make_clicks, report, until
+from tests.chaos.harness import SEED, Fleet, Load, calibrate, holds, judge, make_clicks, report
 
 PARTITIONS = 4
 CALIBRATION = 5000  # clicks
@@ -31,11 +31,7 @@ def test_three_times_too_many(connection: Connection, generation: Artifact, tmp_
     ):
         fleet.start("a")
         fleet.await_ready()
-        with Load(fleet.settings, first, rate=1e9):
-            until(lambda: fleet.metric("upwell_clicks_total{applied}") > 0, "the first are applied")
-            started, before = time.monotonic(), fleet.metric("upwell_clicks_total{applied}")
-        until(lambda: fleet.metric("upwell_clicks_total{applied}") >= CALIBRATION, "all of them are")
-        capacity = (CALIBRATION - before) / (time.monotonic() - started)
+        capacity = calibrate(fleet, first)
         rate = 3 * capacity
         rush = make_clicks(draw, int(rate * rush_s), users=int(rate * rush_s) // 100 + 1)
         calm_mb, memory_mb, lag_max = rss_mb(fleet.pid("a")), [], 0
