@@ -7,6 +7,7 @@ to hand a click on twice is harmless, and to hand it on never is not.
 """
 
 import asyncio
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,13 @@ from workers.settings import Settings
 log = structlog.get_logger()
 
 
+STUCK_S = 60.0
+
+
+class Stuck(RuntimeError):
+    """Clicks are there, they were fetched again, and still none comes: Faust hands nothing on any more."""
+
+
 class Handed:
     """How far each partition has been handed on since it was assigned."""
 
@@ -26,7 +34,7 @@ class Handed:
         self.under_way = False  # a batch is being worked on, or one waits
         self._next: dict[int, int] = {}  # partition -> offset after the last one handed on
         self._looked: dict[int, tuple[int, int]] = {}  # partition -> that and the end, at the last look
-        self._again: dict[int, int] = {}  # partition -> from where it was last fetched again
+        self._again: dict[int, tuple[int, float]] = {}  # partition -> from where it was last fetched again, and when
 
     async def complete(self, partition: int, records: Sequence[Any]) -> Sequence[Any]:
         """The records of a batch, before them those that are missing since the last one or since the commit.
@@ -50,7 +58,7 @@ class Handed:
         """Partition -> offset to fetch from again, once for each; call it now and then while no batch is under way.
 
         It is behind where it has not moved since the last call and stands below the end that it had then (a
-        producer's transaction marker looks so too: one fetch in vain).
+        producer's transaction marker looks so too: one fetch in vain). Raises Stuck where it still is STUCK_S later.
         """
         if any(partition not in self._next and end for partition, end in ends.items()):
             committed = await asyncio.to_thread(self._committed)
@@ -59,9 +67,15 @@ class Handed:
         behind = {}
         for partition, (at, _) in self._looked.items():
             before, end = looked.get(partition, (-1, 0))
-            if before == at < end and self._again.get(partition) != at:
+            if before != at or at >= end:
+                continue
+            fetched, when = self._again.get(partition, (-1, 0.0))
+            if fetched != at:
                 log.warning("nothing came of what was fetched: fetched again", partition=partition, first=at, end=end)
-                behind[partition] = self._again[partition] = at
+                behind[partition], self._again[partition] = at, (at, time.monotonic())
+            elif time.monotonic() - when > STUCK_S:
+                if await asyncio.to_thread(self._between, partition, at, end):
+                    raise Stuck(f"partition {partition} stands at {at} of {end}")
         return behind
 
     def forget(self, partitions: Iterable[int]) -> None:

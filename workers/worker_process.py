@@ -8,7 +8,7 @@ import torch
 
 from workers import metrics
 from workers.faust_batches import batch_app, execute
-from workers.handed import Handed
+from workers.handed import Handed, Stuck
 from workers.live import Live
 from workers.processes import EX_DATA, EX_SOFTWARE, die, end_with_threads
 from workers.sender import BatchSender
@@ -63,7 +63,10 @@ def run_worker(settings: Settings) -> int:
         if handed.under_way:
             return
         tps = {tp.partition: tp for tp in app.consumer.assignment() if tp.topic == settings.topics.clicks.name}
-        behind = await handed.behind({partition: app.consumer.highwater(tp) or 0 for partition, tp in tps.items()})
+        try:
+            behind = await handed.behind({partition: app.consumer.highwater(tp) or 0 for partition, tp in tps.items()})
+        except Stuck as error:
+            die("Faust hands no clicks on", EX_SOFTWARE, error)
         for partition, offset in behind.items():
             await app.consumer.seek(tps[partition], offset)
 

@@ -1,13 +1,14 @@
 """Gaps in what Faust hands on, on the real broker."""
 
 import msgspec
+import pytest
 
 from stream.broker import LocalBroker
 from stream.consumer import read_window
-from stream.producer import ClickProducer
+from stream.producer import ClickProducer, partition_of
 from stream.topics import Topics
 from tests.workers.service import clicks
-from workers.handed import Handed
+from workers.handed import Handed, Stuck
 from workers.settings import Kafka, Settings
 
 
@@ -30,3 +31,17 @@ async def test_what_was_dropped_is_read_again(broker: LocalBroker, topics: Topic
     assert await offsets(45, 50) == list(range(45, 50))
     handed.forget([partition])
     assert await offsets(50, 60) == list(range(60))  # assigned anew, still nothing is committed
+
+
+async def test_a_partition_that_stands_still_after_a_second_fetch_is_stuck(
+    broker: LocalBroker, topics: Topics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.handed.STUCK_S", 0.0)
+    settings = Settings(kafka=Kafka(bootstrap=broker.bootstrap, prefix=topics.prefix, partitions=3))
+    with ClickProducer(settings.connection, topics) as producer:
+        producer.send(clicks(1)[0])
+    handed, partition = Handed(settings), partition_of(clicks(1)[0].user_id, 3)
+    looks = [await handed.behind({partition: 1}) for _ in range(2)]
+    assert looks == [{}, {partition: 0}]
+    with pytest.raises(Stuck):
+        await handed.behind({partition: 1})
