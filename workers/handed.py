@@ -73,9 +73,8 @@ class Handed:
             if fetched != at:
                 log.warning("nothing came of what was fetched: fetched again", partition=partition, first=at, end=end)
                 behind[partition], self._again[partition] = at, (at, time.monotonic())
-            elif time.monotonic() - when > STUCK_S:
-                if await asyncio.to_thread(self._between, partition, at, end):
-                    raise Stuck(f"partition {partition} stands at {at} of {end}")
+            elif time.monotonic() - when > STUCK_S and len(await asyncio.to_thread(self._between, partition, at, end)):
+                raise Stuck(f"partition {partition} stands at {at} of {end}")
         return behind
 
     def forget(self, partitions: Iterable[int]) -> None:
