@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from model.config import ModelConfig
 from model.learner import Learner
 from model.sampling import Events, History
 
+Rows = NDArray[np.int64]
 SHELVES, USERS, ABSORBED, TIMED = 64, 5000, 100_000, 2048
 
 
@@ -36,7 +38,7 @@ def measure(items: int) -> None:
         rows = homes[users, random.integers(0, 2, count)] * size + np.minimum(ranks, size - 1).astype(np.int64)
         return events(users, rows, start)
 
-    def events(users: np.ndarray, rows: np.ndarray, start: int) -> Events:
+    def events(users: Rows, rows: Rows, start: int) -> Events:
         stamps = (start + np.arange(len(rows))) * 1000
         return Events(users.tolist(), [str(row) for row in rows], np.ones(len(rows), np.float32), stamps)
 
@@ -52,8 +54,10 @@ def measure(items: int) -> None:
     vectors = model.item_vectors()
     past = [History(random.integers(0, items, 50), np.ones(50, np.float32), np.arange(50)) for _ in range(64)]
     scoring = spent(lambda: model.user_vectors(past, [10**9] * 64) @ vectors.T) / 64
-    print(f"{items:7} items: learning {1e6 * learning:5.0f} µs an event, of which a factorisation's share is about "
-          f"{1e6 * refresh:4.0f}; scoring all items {1e6 * scoring:4.0f} µs; freezing a model {1e3 * building:4.0f} ms")  # fmt: skip
+    print(
+        f"{items:7} items: learning {1e6 * learning:5.0f} µs an event, with about {1e6 * refresh:4.0f} of factorising"
+    )
+    print(f"{'':14} scoring all items {1e6 * scoring:4.0f} µs; freezing a model {1e3 * building:4.0f} ms", flush=True)
 
 
 if __name__ == "__main__":

@@ -61,11 +61,12 @@ class Flurs:
             self._model.register(self._entity.Item(row))
 
     def score(self, users: Rows, histories: Sequence[History], now_ms: Sequence[int]) -> Doubles:
-        known = [self._entity.User(user) for user in users.tolist()]
-        nothing = np.zeros(len(self._all))
-        return np.stack(
-            [nothing if self._model.is_new_user(u.index) else self._sign * self._model.score(u, self._all) for u in known]
-        )
+        return np.stack([self._scores(user) for user in users.tolist()])
+
+    def _scores(self, user: int) -> Doubles:
+        if self._model.is_new_user(user):
+            return np.zeros(len(self._all))
+        return np.asarray(self._sign * self._model.score(self._entity.User(user), self._all))
 
     def learn(self, events: Events, rows: Rows) -> None:
         for number, row, weight in zip(events.users, rows.tolist(), events.weights, strict=True):
@@ -97,7 +98,8 @@ def main(stream: str, limit: int) -> None:
         found = replayed(make(), events, items, "line").new().after(limit // 5).metrics()
         print(f"{name:28} HR@10 {found['hr@10']:.4f} NDCG@10 {found['ndcg@10']:.4f}")
     theirs = np.stack([funk.model.i_latents[row] for row in range(len(items))])
-    print(f"item factors, ours and River's after {limit} events: differ by {np.abs(theirs - isgd.items).max():.1e} at most")
+    apart = np.abs(theirs - isgd.items).max()
+    print(f"item factors, ours and River's after {limit} events: {apart:.1e} apart at most")
 
 
 if __name__ == "__main__":
