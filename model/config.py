@@ -43,7 +43,7 @@ class ModelConfig:
     full_softmax_items: int = 8192  # above it, the softmax runs over a sample of the seen items
     sampled_items: int = 4096
     window_events: int = 1_000_000  # replay window kept in memory
-    refresh_events: int = 1000  # between two factorisations; 2,000 cost .001 HR@10
+    refresh_events: int = 1000  # between two factorisations, or an eighth of the items; 2,000 cost .001 HR@10
     covisitation_half_life: float = 50_000.0
     covisitation_pairs: int = 20_000_000  # sparse counts kept at most
     popular_now_half_life: float = 125.0  # events; NDCG@10 of recent popularity peaks at 125 to 20,000 by stream

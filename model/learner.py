@@ -137,7 +137,8 @@ class Learner:
         if due:
             touched = self._popularity.values()[:, -1]
             self._factors = self._covisitation.factorise(touched, self.config.covisitation_rank, self._seed)
-            pause = min(max(self.log.count // 8, self.config.micro_batch), self.config.refresh_events)
+            longest = max(self.config.refresh_events, len(self.ids) // 8)
+            pause = min(max(self.log.count // 8, self.config.micro_batch), longest)
             self._next_refresh = self.log.count + pause
 
     def _learn_mix(self, numbers: Rows, rows: Rows, ts_ms: Rows) -> list[float]:
@@ -213,8 +214,10 @@ class Learner:
 
         Items never seen do not compete: the loss would teach the model that they are unwanted.
         """
-        others, needed, config = np.setdiff1d(np.flatnonzero(self._counts > 0), needed), np.unique(needed), self.config
-        odds = 1.0
+        needed, config, odds = np.unique(needed), self.config, 1.0
+        free = self._counts > 0
+        free[needed] = False
+        others = np.flatnonzero(free)
         if len(needed) + len(others) > config.full_softmax_items and len(others) > config.sampled_items:
             odds = len(others) / config.sampled_items
             others = self._random.choice(others, config.sampled_items, replace=False)

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from model.config import BUCKETS, PARTS, PAUSES, PERSONAL, SITUATIONS
 from model.sampling import Padded
 
-_SHARED, _OWN = 1.0, 30.0  # events' worth of trust in the start; a situation's own weights are held to 0 harder
+# Events' worth of trust in the start. Held harder: a situation's own weights, at 0, and what is the same for everyone:
+# else the first hundred events of users who had the popular items turned popularity around for strangers too.
+_SHARED, _OWN = 1.0, 30.0
 _RESTORED = 300.0  # the same for the weights of a saved model
 _START = np.zeros(len(PARTS))  # text and popularity, until events have spoken
 _START[[PARTS.index("text"), PARTS.index("popular")]] = 1.0, 0.5
@@ -46,7 +48,7 @@ class Mix:
         self._start = np.zeros((_ROWS.shape[1], len(PARTS)))
         self._start[0] = _START
         self._trust = np.full_like(self._start, _OWN)
-        self._trust[0] = _SHARED
+        self._trust[0, :PERSONAL] = _SHARED
         self._values = self._start.copy()  # (R, F)
         size = self._start.size
         self._curvature: NDArray[np.float64] = np.zeros((size, size))

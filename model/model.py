@@ -230,11 +230,24 @@ def _check(tensors: dict[str, Tensor], expected: dict[str, Any]) -> None:
             raise ValueError(f"{name} has a value that is not finite")
 
 
+def steps(table: Tensor, rows: Tensor, recency: Tensor) -> Tensor:
+    """(B, T, K) what each event adds to a user's direction: its row of table (N, K), times its recency (B, T).
+
+    Of an event with a negative weight only what it does not share with the positive ones: one dislike says little
+    about everything that the user ever chose. Taken whole, it took 39 % of the hits of users who disliked the first
+    item of their list (docs/quality.md).
+    """
+    whole = recency.unsqueeze(2) * table[rows]
+    taste = F.normalize((whole * (recency > 0).unsqueeze(2)).sum(dim=1), dim=1)  # (B, K)
+    shared = torch.einsum("btk,bk->bt", whole, taste).clamp_max(0) * (recency < 0)  # (B, T)
+    return whole - shared.unsqueeze(2) * taste.unsqueeze(1)
+
+
 def _recent_direction(table: Tensor, rows: Tensor, recency: Tensor) -> Tensor:
-    """Unit rows (B, K) of the recency-weighted sums of table (N, K) rows; zero without history."""
+    """Unit rows (B, K) of the summed steps; zero without history."""
     if not len(table):
         return torch.zeros(len(rows), table.shape[1], device=table.device)
-    return F.normalize(torch.einsum("bt,btk->bk", recency, table[rows]), dim=1)
+    return F.normalize(steps(table, rows, recency).sum(dim=1), dim=1)
 
 
 def _numpy(tensor: Tensor) -> Floats:

@@ -63,12 +63,15 @@ class UserTower(nn.Module):
         """User vectors (W, P, d) of unit length.
 
         items (W, T, d), weights (W, T), valid (W, T) bool, ts_ms (W, T); prediction p sees the columns below
-        prefix (W, P) and is asked at at_ms (W, P). A negative weight turns an item's vector around.
+        prefix (W, P) and is asked at at_ms (W, P). Events without a positive weight are passed over: turned around
+        they were keys that streams with few of them never teach, and the newest is what the user is taken to look for.
         """
+        valid = valid & (weights > 0)
         keys = items * weights.unsqueeze(2)  # (W, T, d)
         keys = torch.cat([self.start.expand(len(items), 1, -1), keys], dim=1)  # (W, S, d)
         present = F.pad(valid, (1, 0), value=True)  # (W, S)
-        newest = torch.where(present.gather(1, prefix), prefix, 0)  # (W, P) key index, start when none
+        places = torch.arange(present.shape[1], device=keys.device) * present
+        newest = places.cummax(dim=1).values.gather(1, prefix)  # (W, P) key index, start (0) when none
         last = keys.gather(1, newest.unsqueeze(2).expand(-1, -1, keys.shape[2]))  # (W, P, d)
         since = at_ms - F.pad(ts_ms, (1, 0)).gather(1, newest)  # (W, P)
         last = last + self.pause[gap_bucket(torch.where(newest > 0, since, 0))]

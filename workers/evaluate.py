@@ -12,9 +12,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from threadpoolctl import threadpool_limits
 
 from model.arms.catalogue import CHEAP, PRODUCT, Setting, check_names, make_arm
 from model.config import ModelConfig
@@ -85,7 +85,7 @@ def load(options: Options) -> Dataset:
 
 def evaluate(options: Options) -> Figures:
     """Runs what DIR does not hold yet; results.json's content, which is written too."""
-    torch.set_num_threads(1)
+    threadpool_limits(1)  # torch and BLAS
     dataset = load(options)
     titles = {item.item_id: item_text(item) for item in dataset.items}
     items = list(titles | dict.fromkeys((click.item_id for click in dataset.events), ""))

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import structlog
-import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from model.checkpoint import fetch_model, prune_models, publish_model
 from model.config import ModelConfig
@@ -196,7 +196,7 @@ def newest_model(settings: Settings) -> Artifact | None:
 
 def run_trainer(settings: Settings) -> int:
     """Until a signal; the exit code."""
-    torch.set_num_threads(1)
+    threadpool_limits(1)  # torch and BLAS
     end_with_threads()
     metrics.serve(settings.trainer.metrics_port)
     stop = stop_on_signal()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from model.learner import Learner
 
 PRODUCT = "upwell"
 PERIODS = {"minute": 60_000, "hour": 3_600_000, "day": 86_400_000, "never": NEVER}
+_SAMPLED = re.compile(r"upwell-sampled-([1-9]\d*)")
 _DELAYED = re.compile(r"upwell(?:-state-(minute|hour|day))?(?:-weights-(hour|day|never))?")
 
 
@@ -84,18 +85,23 @@ CHEAP = (
 def check_names(names: Sequence[str]) -> None:
     """Raises ValueError for a name that make_arm does not know."""
     for name in names:
-        if name not in ARMS and not _DELAYED.fullmatch(name):
-            raise ValueError(f"no arm {name!r}: one of {', '.join(ARMS)}, or upwell-state-PERIOD-weights-PERIOD")
+        if name not in ARMS and not _DELAYED.fullmatch(name) and not _SAMPLED.fullmatch(name):
+            known = f"{', '.join(ARMS)}, upwell-state-PERIOD-weights-PERIOD or upwell-sampled-ITEMS"
+            raise ValueError(f"no arm {name!r}: one of {known}")
 
 
 def make_arm(name: str, setting: Setting) -> Arm:
-    """An arm of ARMS, or upwell[-state-minute|hour|day][-weights-hour|day|never]: told things late.
+    """An arm of ARMS, or upwell[-state-minute|hour|day][-weights-hour|day|never]: told things late, or
+    upwell-sampled-N: learns against N sampled items however few there are.
 
     Raises ValueError for another name.
     """
     check_names([name])
     if name in ARMS:
         return ARMS[name](setting)
+    if sampled := _SAMPLED.fullmatch(name):
+        config = replace(setting.config(), full_softmax_items=0, sampled_items=int(sampled[1]))
+        return _learner_arm(Learner(config, setting.seed), setting, setting.text)
     found = _DELAYED.fullmatch(name)
     assert found
     state, weights = (PERIODS[period] if period else 0 for period in found.groups())

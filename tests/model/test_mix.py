@@ -92,3 +92,14 @@ def test_a_part_that_fills_the_best_is_not_blamed_for_targets_outside_them() -> 
         targets = random.choice(2000, 32, p=odds)
         mix.learn(parts, targets, np.zeros((32, 2000), np.bool_), np.full(32, STRANGER))
     assert 0.7 < mix.weights()[STRANGER, PARTS.index("popular")] < 1.3  # 1 is the truth; it starts at 0.5
+
+
+def test_users_who_have_the_popular_items_do_not_turn_popularity_around_for_strangers() -> None:
+    """What the first 320 events of ml-100k did: an inverted order of popularity for users without history."""
+    mix, popular = Mix(candidates=40, half_life=10_000.0), slice(PERSONAL, PERSONAL + 3)
+    for seed in range(3):
+        parts = noise(seed)
+        parts[popular] = np.log1p(np.arange(40) // 10)  # the same order at all half-lives, as in a young stream
+        targets = np.random.default_rng(seed).integers(0, 25, 32)  # of the unpopular
+        mix.learn(parts, targets, np.zeros((32, 40), np.bool_), np.full(32, PAGE))
+    assert mix.weights()[STRANGER, popular].sum() > 0

@@ -63,15 +63,15 @@ def test_no_history_gives_every_stranger_the_same_unit_vector(tower: UserTower) 
     torch.testing.assert_close(stranger.norm(dim=2), torch.ones(3, 1))
 
 
-def test_a_dislike_pushes_away_from_its_item(tower: UserTower) -> None:
-    items, weights, valid, ts = history(1)
-    list(tower.mlp.parameters())[-2].zero_()  # pooling alone
-    cosines = []
-    for weight in (1.0, -1.0):
-        weights[0, -1] = weight
-        user = tower(items, weights, valid, ts, torch.full((1, 1), T), at(ts[:, -1]))
-        cosines.append(float(user[0, 0] @ items[0, -1]))
-    assert cosines[1] < cosines[0]
+def test_a_dislike_is_passed_over(tower: UserTower) -> None:
+    items, weights, valid, ts = history()
+    asked = (torch.full((3, 1), T), at(ts[:, -1] + 5000))
+    valid[:, [2, T - 1]] = False
+    without = tower(items, weights, valid, ts, *asked)
+    weights[:, [2, T - 1]] = -1.5
+    torch.testing.assert_close(tower(items, weights, torch.ones_like(valid), ts, *asked), without)
+    cut = (items[:, : T - 1], weights[:, : T - 1], valid[:, : T - 1], ts[:, : T - 1])
+    assert not torch.allclose(without, tower(*cut, *(torch.full((3, 1), T - 1), at(ts[:, T - 2]))))  # the pause counts
 
 
 def test_gap_bucket_doubles() -> None:

@@ -109,3 +109,17 @@ def test_a_dislike_lowers_its_items_neighbours(part: str, model: Model) -> None:
         assert lost > 0.5, row
         assert lost > lead(before, far) - lead(disliked, far) + 0.5, row
         assert lead(clicked, near) > lead(disliked, near) + 1, row
+
+
+def test_a_dislike_leaves_the_rest_of_the_list_alone(model: Model) -> None:
+    """Of the ten first of those unlike the disliked item most stay: what it shares with the user's taste is no news."""
+    kept = []
+    for row in range(0, len(ITEMS), EACH):
+        unlike = np.arange(len(ITEMS)) // EACH != row // EACH
+        visited = [(row + step * EACH // 2) % len(ITEMS) for step in (8, 3, 9, 3, 10)]
+        past = [click("click", row=visit, number=number) for number, visit in enumerate(visited)]
+        before = scores(model, past)
+        after = scores(model, [*past, click("dislike", row=row, number=5)])
+        first, then = (set(np.argsort(np.where(unlike, -values, np.inf))[:10].tolist()) for values in (before, after))
+        kept.append(len(first & then))
+    assert np.mean(kept) >= 8, kept
