@@ -1,0 +1,76 @@
+// The ranked list: rows keep their place in the document by item, so that they can be seen to move.
+import { $, calm, el, say } from "./dom.js";
+import { number, percent, t } from "./i18n.js";
+
+const list = $("list");
+const rows = new Map(); // item_id -> <li>
+
+const name = entry => entry.title || entry.item_id;
+
+function row(item, onClick) {
+  const button = el("button", { type: "button", className: "item", onclick: () => onClick(item) });
+  return el("li", {}, el("b"), el("div", {}, button, el("p")), el("i"), el("span", { className: "score" }));
+}
+
+function fill(li, item, at, change) {
+  const [place, body, move, score] = li.children;
+  place.textContent = at + 1;
+  body.firstChild.textContent = name(item);
+  body.lastChild.textContent = item.because?.length
+    ? t("because", { reasons: item.because.map(reason => `${name(reason)} · ${percent(reason.share)}`).join(", ") })
+    : "";
+  move.className = change === null ? "new" : change > 0 ? "up" : change < 0 ? "down" : "";
+  move.textContent = change === null ? t("isNew") : change > 0 ? `▲ ${change}` : change < 0 ? `▼ ${-change}` : "";
+  if (change) move.ariaLabel = t(change > 0 ? "up" : "down", { n: Math.abs(change) });
+  else move.removeAttribute("aria-label");
+  move.role = change ? "img" : null;
+  score.textContent = number(item.score, 3);
+}
+
+// Draws `answer`; `before` (the answer shown until now, of the same user) says what has moved. True if it differs.
+export function drawList(answer, before, onClick) {
+  const places = new Map(before?.items.map((item, at) => [item.item_id, at]));
+  const focused = document.activeElement;
+  const tops = new Map([...rows].map(([id, li]) => [id, li.getBoundingClientRect().top]));
+  for (const id of rows.keys()) {
+    if (answer.items.some(item => item.item_id === id)) continue;
+    rows.get(id).remove();
+    rows.delete(id);
+  }
+  answer.items.forEach((item, at) => {
+    if (!rows.has(item.item_id)) rows.set(item.item_id, row(item, onClick));
+    const li = rows.get(item.item_id), was = places.get(item.item_id);
+    fill(li, item, at, before ? (was === undefined ? null : was - at) : 0);
+    if (list.children[at] !== li) list.insertBefore(li, list.children[at] ?? null);
+  });
+  if (list.contains(focused)) focused.focus({ preventScroll: true }); // moving a row takes the focus from it
+  const moved = Boolean(before) && answer.items.some((item, at) => places.get(item.item_id) !== at);
+  if (moved && !calm()) animate(tops);
+  drawFacts(answer);
+  if (moved) $("announce").textContent = t("updated", { title: name(answer.items[0]) });
+  return moved;
+}
+
+function animate(tops) {
+  for (const [id, li] of rows) {
+    const by = tops.has(id) ? tops.get(id) - li.getBoundingClientRect().top : 0;
+    const from = tops.has(id) ? { transform: `translateY(${by}px)` } : { opacity: 0, transform: "translateX(12px)" };
+    if (by || !tops.has(id)) li.animate([from, { transform: "none", opacity: 1 }], { duration: 420, easing: "ease-out" });
+  }
+}
+
+function drawFacts(answer) {
+  const source = $("source");
+  source.textContent = t(answer.source);
+  source.dataset.source = answer.source;
+  const notes = [];
+  if (answer.stale) notes.push(t("stale"));
+  if (!answer.items.length) notes.push(t("nothing"));
+  else if (answer.source === "popular") notes.push(t("coldStart"));
+  if (answer.fallback && answer.source !== "popular") notes.push(t("fallback", { why: answer.fallback }));
+  say($("note"), notes.join(" "));
+  $("note").dataset.kind = answer.stale ? "warn" : "calm";
+  const facts = answer.as_of.offset < 0 ? [] : [t("asOf", answer.as_of)];
+  if (answer.arm && answer.arm !== "default") facts.push(t("arm", { arm: answer.arm }));
+  $("as-of").textContent = facts.join(" · ");
+}
