@@ -33,6 +33,7 @@ class Fake:
         self.bodies: list[dict[str, Any]] = []
         self.events_total = self.swaps = self.refusals = 0
         self.connected, self.stale, self.key = True, False, ""
+        self.ahead_ms = 0  # of the browser's clock
         self.streams_closed = 0  # streams opened before the number of this close are ended
         self.changed = Condition()
 
@@ -51,7 +52,7 @@ class Fake:
             own.append(event["item_id"])
             self.bodies.append(event)
             self.events_total += 1
-            now = time.time_ns() // 1_000_000
+            now = time.time_ns() // 1_000_000 + self.ahead_ms
             place = {"partition": partition_of(event["user_id"], 8), "offset": len(own) - 1}
             stamps = {"clicked_ms": now, "sent_ms": now + 6, "seen_ms": now + 8, "pushed_ms": now + 9}
             self.paths[event["user_id"]] = {"event_id": event["event_id"]} | place | stamps
@@ -85,7 +86,8 @@ class Fake:
         }
 
     def score(self, item: Item, clicked: list[str]) -> float:
-        return 0.01 + sum(0.5**age for age, other in enumerate(reversed(clicked)) if kin(other, item))
+        taste = sum(0.5**age for age, other in enumerate(reversed(clicked)) if kin(other, item))
+        return taste + int(item.item_id[1:]) * 37 % 101 / 1000  # an order of its own within what is alike
 
     def because(self, item: Item, clicked: list[str]) -> list[dict[str, Any]]:
         reasons = [other for other in reversed(clicked) if kin(other, item)][:2]
@@ -199,7 +201,9 @@ class Handler(BaseHTTPRequestHandler):
         path = CONSOLE / name
         if not path.is_file():
             return self.reply(404, {"detail": "Not Found"})
-        return self.send(200, path.read_bytes(), {"Content-Type": TYPES[path.suffix], "Content-Security-Policy": POLICY})
+        return self.send(
+            200, path.read_bytes(), {"Content-Type": TYPES[path.suffix], "Content-Security-Policy": POLICY}
+        )
 
     def reply(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
         self.send(status, json.dumps(body).encode(), {"Content-Type": "application/json"} | (headers or {}))

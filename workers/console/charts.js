@@ -5,7 +5,7 @@ import { clock, number, t } from "./i18n.js";
 const KEPT_MS = 5 * 60_000, GAP_MS = 15_000;
 const CHARTS = [
   { title: "latency", digits: 0, lines: [["p50", f => f.click_to_recommendation_ms.p50], ["p99", f => f.click_to_recommendation_ms.p99]] },
-  { title: "rate", digits: 0, lines: [["events", eventsASecond]] },
+  { title: "rate", digits: 1, lines: [["events", eventsASecond]] },
   { title: "hits", digits: 3, lines: [["served", f => f.hit_rate.served], ["popularity", f => f.hit_rate.popularity]] },
 ];
 const points = []; // {now_ms, values: [[…], [], …]}
@@ -25,10 +25,10 @@ function plot(chart, box) {
   const axis = { stroke: () => colour("--quiet"), font: "11px system-ui", grid: { stroke: () => colour("--hair"), width: 1 }, ticks: { show: false } };
   const options = {
     ...size(box), legend: { show: false }, cursor: { show: false }, series: [{}, ...series],
-    scales: { y: { range: (_, low, high) => [0, high > 0 ? high * 1.15 : 1] } },
+    scales: { x: { range: (_, low, high) => [Math.min(low, high - 60), high] }, y: { range: (_, low, high) => [0, high > 0 ? high * 1.15 : 1] } },
     axes: [
-      { ...axis, size: 22, values: (_, ticks) => ticks.map(tick => clock(tick * 1000).slice(0, 5)), space: 70 },
-      { ...axis, size: 40, space: 26, values: (_, ticks) => ticks.map(tick => number(tick, chart.digits && 2)) },
+      { ...axis, size: 22, values: (_, ticks) => ticks.map(tick => clock(tick * 1000).slice(0, 5)), incrs: [60, 120] },
+      { ...axis, size: 40, space: 26, values: (_, ticks) => ticks.map(tick => number(tick, Math.min(2, chart.digits))) },
     ],
   };
   return new uPlot(options, data(chart), box);

@@ -24,7 +24,7 @@ const TEXTS = {
   people: ["People", "用户"],
   you: ["You", "你"],
   youAre: ["only your own clicks", "只有你自己的点击"],
-  fan: ["Likes {name}", "喜欢{name}"],
+  fan: ["Likes {name}", "喜欢 {name}"],
   drifter: ["Clicks on anything", "随意点击"],
   watched: ["watched", "正在查看"],
   play: ["Let {name} click", "让“{name}”点击"],

@@ -12,7 +12,7 @@ function row(item, onClick) {
   return el("li", {}, el("b"), el("div", {}, button, el("p")), el("i"), el("span", { className: "score" }));
 }
 
-function fill(li, item, at, change) {
+function fill(li, item, at, change, top) {
   const [place, body, move, score] = li.children;
   place.textContent = at + 1;
   body.firstChild.textContent = name(item);
@@ -25,6 +25,7 @@ function fill(li, item, at, change) {
   else move.removeAttribute("aria-label");
   move.role = change ? "img" : null;
   score.textContent = number(item.score, 3);
+  score.style.setProperty("--part", top > 0 ? Math.max(0, item.score / top) : 0);
 }
 
 // Draws `answer`; `before` (the answer shown until now, of the same user) says what has moved. True if it differs.
@@ -40,7 +41,7 @@ export function drawList(answer, before, onClick) {
   answer.items.forEach((item, at) => {
     if (!rows.has(item.item_id)) rows.set(item.item_id, row(item, onClick));
     const li = rows.get(item.item_id), was = places.get(item.item_id);
-    fill(li, item, at, before ? (was === undefined ? null : was - at) : 0);
+    fill(li, item, at, before ? (was === undefined ? null : was - at) : 0, answer.items[0].score);
     if (list.children[at] !== li) list.insertBefore(li, list.children[at] ?? null);
   });
   if (list.contains(focused)) focused.focus({ preventScroll: true }); // moving a row takes the focus from it
