@@ -33,6 +33,7 @@ class Fake:
         self.bodies: list[dict[str, Any]] = []
         self.events_total = self.swaps = self.refusals = 0
         self.connected, self.stale, self.key = True, False, ""
+        self.requests, self.attempts, self.last_ids = 0, set[str](), list[str]()
         self.ahead_ms = 0  # of the browser's clock
         self.streams_closed = 0  # streams opened before the number of this close are ended
         self.changed = Condition()
@@ -57,7 +58,7 @@ class Fake:
             stamps = {"clicked_ms": now, "sent_ms": now + 6, "seen_ms": now + 8, "pushed_ms": now + 9}
             self.paths[event["user_id"]] = {"event_id": event["event_id"]} | place | stamps
             self.changed.notify_all()
-            return {"index": 0, "event_id": event["event_id"]} | place
+            return {"event_id": event["event_id"]} | place
 
     def answer(self, user_id: str, k: int) -> dict[str, Any]:
         clicked = self.clicks.get(user_id, [])
@@ -131,8 +132,9 @@ class Handler(BaseHTTPRequestHandler):
                 self.reply(200, self.fake.answer(user, int(query.get("k", 20))))
             case ["v1", "users", user]:
                 clicked = [CATALOGUE[item_id] for item_id in reversed(self.fake.clicks.get(user, []))]
-                past = [{"item_id": item.item_id, "title": item.title, "weight": 1.0} for item in clicked]
-                self.reply(200, {"user_id": user, "clicks": len(past), "history": past})
+                past = [{"item_id": item.item_id, "title": item.title, "weight": 1.0, "ts_ms": 0} for item in clicked]
+                counts = {"clicks": len(past), "seen": len(past), "as_of": self.fake.answer(user, 0)["as_of"]}
+                self.reply(200, {"user_id": user, "history": past, "arm": "default"} | counts)
             case ["v1", "items", item_id, "similar"] if item_id in CATALOGUE:
                 like = self.fake.answer("", 20) | {"item_id": item_id}
                 self.reply(200, {name: like[name] for name in ("item_id", "items", "generation")})
@@ -152,24 +154,37 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        entries = body if isinstance(body, list) else [body]
+        self.fake.requests += 1
+        self.fake.attempts |= {entry["event_id"] for entry in entries if "event_id" in entry}
         if not self.allowed():
             self.reply(401, {"detail": "Authorization: Bearer KEY is missing or unknown"})
         elif not self.fake.connected or self.fake.refusals > 0:
             self.fake.refusals -= 1
             self.reply(503, {"detail": "Kafka did not take the events"}, {"Retry-After": "1"})
-        elif self.path == "/v1/items":
-            self.reply(202, {"accepted": 1, "rejected": [], "results": []})
-        elif body["item_id"] not in CATALOGUE:
-            self.reply(400, {"detail": "item_id: not here"})
+        elif self.path == "/v1/recommendations":
+            self.reply(200, self.fake.answer("", body["k"]) | {"user_id": None, "source": "session"})
         else:
-            self.reply(202, {"accepted": 1, "rejected": [], "results": [self.fake.take(body)]})
+            bad = [n for n, entry in enumerate(entries) if entry["item_id"] not in CATALOGUE]
+            results = [self.fake.take(entry) | {"index": n} for n, entry in enumerate(entries) if n not in bad]
+            rejected = [{"index": n, "cause": "item_id: unknown to the fake"} for n in bad]
+            answer = {"accepted": len(results), "rejected": rejected, "results": results, "detail": "all are bad"}
+            self.reply(202 if results else 400, answer)
 
     def do_DELETE(self) -> None:
         user = unquote(self.path.rsplit("/", 1)[-1])
         with self.fake.changed:
             self.fake.clicks.pop(user, None)
             self.fake.paths.pop(user, None)
-        self.reply(202, {"receipt": "r-1", "user_id": user, "partition": 0, "offset": 7, "requested_ms": 0})
+        receipt = {
+            "partition": 3,
+            "offset": 7,
+            "requested_ms": 0,
+            "cleared": False,
+            "gone": False,
+            "gone_by_ms": 86_400_000,
+        }
+        self.reply(202, {"receipt": "3-7"} | receipt)
 
     def allowed(self) -> bool:
         return not self.fake.key or self.headers["Authorization"] == f"Bearer {self.fake.key}"
@@ -179,6 +194,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
         self.write(": open\r\n\r\n")
+        self.fake.last_ids.append(self.headers["Last-Event-ID"] or "")
         fake, opened, told, connected = self.fake, self.fake.streams_closed, self.fake.paths.get(user_id), None
         with fake.changed:
             while fake.streams_closed == opened:

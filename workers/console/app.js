@@ -2,7 +2,7 @@
 import { Refused, call, follow, sendEvent, storeKey, storedKey, wait } from "./api.js";
 import { addFigures, buildCharts } from "./charts.js";
 import { $, el, say } from "./dom.js";
-import { clock, nextLanguage, number, t, translate } from "./i18n.js";
+import { clock, day, nextLanguage, number, t, translate } from "./i18n.js";
 import { drawList } from "./list.js";
 import { LATE_S, drawPath } from "./path.js";
 import { drawPeople, eventId, makePersonas, people, stopPlaying, watchAlso } from "./people.js";
@@ -13,7 +13,7 @@ const THEMES = ["light dark", "light", "dark"];
 
 let user = people[0].id, answer = null, updated_ms = null, stream = null, health = { state: "connecting" };
 let items = [], catalogue = [], click = null; // click: the one whose path is drawn
-let figures = null, profile = null, receipt = "";
+let figures = null, profile = null, receipt = null;
 
 const path = (id, rest = "") => `/v1/users/${encodeURIComponent(id)}${rest}`;
 
@@ -60,7 +60,7 @@ function watch(id) {
   stream?.abort();
   stream = new AbortController();
   user = id;
-  receipt = "";
+  receipt = null;
   if (click?.user_id !== id) drawPath((click = null));
   drawUser();
   const { signal } = stream;
@@ -138,7 +138,7 @@ async function forget() {
   stopPlaying(user);
   try {
     const given = await call(path(user), "DELETE");
-    receipt = given.receipt ?? given.receipt_id ?? given.id ?? JSON.stringify(given);
+    receipt = { receipt: given.receipt, date: day(given.gone_by_ms) };
     drawPath((click = null));
     await refresh();
   } catch (error) {
@@ -167,9 +167,9 @@ function drawItems() {
 
 function drawProfile() {
   const past = profile?.history ?? [];
-  const rows = past.map(entry => el("li", {}, el("span", {}, entry.title || entry.item_id), el("small", {}, number(entry.weight ?? entry.score, 1))));
+  const rows = past.map(entry => el("li", {}, el("span", {}, entry.title || entry.item_id), el("small", {}, number(entry.weight, 1))));
   $("history").replaceChildren(...(rows.length ? rows : [el("li", { className: "note" }, t("noHistory"))]));
-  say($("receipt"), receipt && t("forgotten", { receipt }));
+  say($("receipt"), receipt ? t("forgotten", receipt) : "");
 }
 
 function drawGeneration() {

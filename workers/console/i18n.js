@@ -80,7 +80,7 @@ const TEXTS = {
     "State, seen items and lists go now; the clicks leave every store with the training window. This cannot be undone.",
     "状态、已看记录和列表立即删除；点击记录随训练窗口从所有存储中清除。此操作无法撤销。",
   ],
-  forgotten: ["Forgotten. Receipt {receipt}", "已忘记。回执 {receipt}"],
+  forgotten: ["Forgotten. Receipt {receipt}; gone from every store by {date}.", "已忘记。回执 {receipt}；最迟于 {date} 从所有存储中清除。"],
   charts: ["The last minutes", "最近几分钟"],
   latency: ["Click to recommendation, ms", "点击到推荐（毫秒）"],
   rate: ["Events a second", "每秒事件数"],
@@ -118,6 +118,8 @@ export const number = (value, digits = 0) =>
   value.toLocaleString(LANGUAGES[at], { minimumFractionDigits: digits, maximumFractionDigits: digits });
 export const percent = share => (share > 0 && share < 0.01 ? "< 1 %" : `${number(100 * share)} %`);
 export const clock = ms => new Date(ms).toLocaleTimeString(LANGUAGES[at], { hour12: false });
+
+export const day = ms => new Date(ms).toLocaleDateString(LANGUAGES[at], { dateStyle: "medium" });
 
 export function translate(root = document) {
   document.documentElement.lang = LANGUAGES[at];
