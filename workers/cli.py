@@ -126,7 +126,7 @@ def kafka_home() -> Path | None:
 def demo(
     check: Annotated[bool, typer.Option("--check", help="Judge the run; print one JSON summary last.")] = False,
     stream: Annotated[
-        str, typer.Option(help="ml-100k, or a folder of events.jsonl.gz and items.jsonl.gz.")
+        str, typer.Option(help="ml-100k, or a folder of events.jsonl and items.jsonl.")
     ] = "ml-100k",
     events: Annotated[int | None, typer.Option(min=1, help="How many; default: all, with --check 30,000.")] = None,
     rate: Annotated[float, typer.Option(min=0.1, help="Events a second.")] = 80.0,
@@ -142,7 +142,7 @@ def demo(
 
 @app.command()
 def replay(
-    stream: Annotated[str, typer.Argument(help="ml-100k, or a folder of events.jsonl.gz and items.jsonl.gz.")],
+    stream: Annotated[str, typer.Argument(help="ml-100k, or a folder of events.jsonl and items.jsonl.")],
     rate: Annotated[float, typer.Option(min=0.1, help="Events a second.")] = 80.0,
     limit: Annotated[int | None, typer.Option(min=1)] = None,
 ) -> None:
@@ -169,7 +169,7 @@ def replay(
 
 @app.command()
 def evaluate(
-    stream: Annotated[str, typer.Argument(help="ml-100k, a folder of events.jsonl.gz and items.jsonl.gz, or a CSV.")],
+    stream: Annotated[str, typer.Argument(help="ml-100k, a folder of events.jsonl and items.jsonl, or a CSV.")],
     arms: Annotated[str, typer.Option(help="Comma-separated; default: the product and all cheap ones.")] = "",
     mode: Annotated[str, typer.Option(help="strict, line or both.")] = "both",
     limit: Annotated[int | None, typer.Option(min=10, help="Only the first so many events.")] = None,
