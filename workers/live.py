@@ -19,7 +19,8 @@ from workers import metrics
 from workers.announcements import Announcements
 from workers.search import GenerationRefused, SearchProcess, SearchProcessDied
 from workers.settings import Settings
-from workers.snapshot import Catalogue, Query, Snapshot
+from workers.catalogue import Catalogue
+from workers.snapshot import Query, Snapshot
 
 log = structlog.get_logger()
 T = TypeVar("T")
