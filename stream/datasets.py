@@ -1,8 +1,8 @@
 """Recorded event streams, read as Upwell's own events: for replay, benchmarks and evaluation.
 
-A folder holds events.jsonl (user_id, item_id, event_type, ts in unix seconds, optional value) and
-items.jsonl (item_id, title, text, categories), both plain or as .jsonl.gz. `ml-100k` (GroupLens, MovieLens 100K) is read out of
-the `recbole` wheel as it came from PyPI: it is neither unpacked nor committed.
+A folder holds events.jsonl (user_id, item_id, event_type, ts in unix seconds, optional value) and items.jsonl
+(item_id, title, text, categories), plain or as .jsonl.gz. `ml-100k` (GroupLens, MovieLens 100K) is read out of the
+`recbole` wheel as it came from PyPI: it is neither unpacked nor committed.
 """
 
 import gzip

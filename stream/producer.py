@@ -2,8 +2,9 @@
 
 import contextlib
 import threading
+from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import kafka
 from kafka.partitioner.default import murmur2
@@ -26,6 +27,13 @@ class BufferFull(RuntimeError):
     """The cluster takes events more slowly than they are sent; this event was not taken."""
 
 
+class Place(NamedTuple):
+    """Where a record lies in its topic."""
+
+    partition: int
+    offset: int
+
+
 class Producer:
     """Raw records; idempotent, acks of all replicas; usable from several threads.
 
@@ -44,7 +52,7 @@ class Producer:
     ) -> None:
         self._block_s, self._delivery_s = block_s, delivery_s
         self._max_in_flight = max_in_flight
-        self._in_flight: set[object] = set()
+        self._in_flight: set[Future[Place]] = set()
         self._failures: list[BaseException] = []
         self._changed = threading.Condition()  # guards the two above
         self._options = connection.kafka_python() | {
@@ -85,10 +93,11 @@ class Producer:
     ) -> None:
         self.close()
 
-    def send_raw(self, topic: str, key: bytes | None, raw: bytes | None) -> None:
-        """Raises BufferFull, DeliveryError (of earlier records)."""
+    def send_raw(self, topic: str, key: bytes | None, raw: bytes | None) -> Future[Place]:
+        """Its place, once it is acknowledged. Raises BufferFull, DeliveryError (of earlier records)."""
         self._raise_failures()
-        ticket = object()
+        ticket: Future[Place] = Future()
+        ticket.set_running_or_notify_cancel()  # nobody who waits for it can take it back
         with self._changed:
             if not self._changed.wait_for(self._has_room, timeout=self._block_s):
                 raise BufferFull(
@@ -99,12 +108,14 @@ class Producer:
         try:
             self._open().send(topic, raw, key).add_both(self._done, ticket)
         except BaseException as error:
-            self._done(ticket, None)
+            with self._changed:
+                self._in_flight.discard(ticket)
             if isinstance(error, kafka.errors.KafkaTimeoutError):
                 raise BufferFull(f"{topic}: no metadata in {METADATA_MS} ms; is the cluster reachable?") from error
             if isinstance(error, kafka.errors.KafkaError):
                 raise DeliveryError(f"{topic}: not taken: {error!r}") from error
             raise
+        return ticket
 
     def _open(self) -> kafka.KafkaProducer:
         with self._opening:
@@ -122,12 +133,14 @@ class Producer:
     def _has_room(self) -> bool:
         return len(self._in_flight) < self._max_in_flight
 
-    def _done(self, ticket: object, outcome: object) -> None:
+    def _done(self, ticket: Future[Place], outcome: Any) -> None:
+        failed = isinstance(outcome, BaseException)
         with self._changed:
             self._in_flight.discard(ticket)
-            if isinstance(outcome, BaseException):
+            if failed:
                 self._failures.append(outcome)
             self._changed.notify_all()
+        ticket.set_exception(outcome) if failed else ticket.set_result(Place(outcome.partition, outcome.offset))
 
     def _raise_failures(self) -> None:
         with self._changed:
@@ -145,17 +158,17 @@ class ClickProducer(Producer):
         super().__init__(connection, **options)
         self._topics = topics
 
-    def send(self, click: Click) -> None:
-        """Raises BadEvent for a click that every reader would refuse, BufferFull, DeliveryError (of earlier)."""
+    def send(self, click: Click) -> Future[Place]:
+        """As send_raw. Raises BadEvent for a click that every reader would refuse, BufferFull, DeliveryError (of earlier)."""
         raw = encode(click)
         decode_click(raw)
-        self.send_raw(self._topics.clicks.name, click.user_id.encode(), raw)
+        return self.send_raw(self._topics.clicks.name, click.user_id.encode(), raw)
 
-    def send_item(self, item: Item) -> None:
+    def send_item(self, item: Item) -> Future[Place]:
         """Adds or replaces a catalogue item. Raises as `send` does."""
         raw = encode(item)
         decode(raw, Item)
-        self.send_raw(self._topics.items.name, item.item_id.encode(), raw)
+        return self.send_raw(self._topics.items.name, item.item_id.encode(), raw)
 
     def remove_item(self, item_id: str) -> None:
         """Takes an item out of the catalogue."""

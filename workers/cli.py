@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from workers.cli_keys import keys
 from workers.logs import configure
 from workers.settings import ConfigError, Settings, load_settings
 from workers.watch import watch
@@ -19,6 +20,7 @@ generations = typer.Typer(no_args_is_help=True, help="What serves, and the way b
 app.add_typer(dead_letters, name="dead-letters")
 app.add_typer(generations, name="generations")
 app.command()(watch)
+app.add_typer(keys, name="keys")
 
 Broker = Annotated[str | None, typer.Option(help="HOST:PORT of your own Kafka; default: a local one.")]
 
@@ -74,7 +76,12 @@ def serve() -> None:
     settings = settings_for("serve")
     from workers.server import run_server
 
-    raise typer.Exit(run_server(settings))
+    try:
+        code = run_server(settings)
+    except ConfigError as error:
+        typer.echo(f"configuration:\n{error}", err=True)
+        code = EX_CONFIG
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -15,11 +15,12 @@ from pydantic_settings import (
 )
 
 from stream.connection import Connection
-from stream.events import EVENT_TYPES, Click, EventType
+from stream.events import DEFAULT_ARM, EVENT_TYPES, Click, EventType
 from stream.topics import Topics
 
 PREFIX = "UPWELL_"
 CONFIG_VARIABLE = "UPWELL_CONFIG"
+SCORED_K = 10  # places of a list that the live hit rate looks at
 
 Weights = dict[EventType, Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)]]
 
@@ -115,9 +116,36 @@ class Indexer(Section):
 
 
 class Serve(Section):
-    host: str = "127.0.0.1"
+    host: str = Field("127.0.0.1", description="beyond loopback API keys are required (serve.keys_file)")
     port: int = Field(8080, ge=0, le=65535)
+    keys_file: Path | None = Field(None, description="`upwell keys new` prints its lines; read at the start")
+    cert_file: Path | None = Field(None, description="PEM: HTTPS; else put a proxy that speaks TLS in front")
+    key_file: Path | None = None
+    cors_origins: list[str] = Field([], description="origins whose pages may call the API; none by default")
     max_body_bytes: int = Field(1 << 20, ge=1024)
+    max_batch: int = Field(1000, ge=1, le=100_000, description="events or items in one POST")
+    max_requests: int = Field(64, ge=1, description="at a time; more are answered 503")
+    max_streams: int = Field(1000, ge=0, description="open /v1/stream at a time; more are answered 503")
+    rate: float = Field(1000.0, ge=0, description="requests a second of one key or address; 0: without bound")
+    burst: int = Field(2000, ge=1, description="requests that may come at once")
+    timeout_s: float = Field(10.0, gt=0, description="of a request; of one write to a stream that is not read")
+    wait_s: float = Field(2.0, ge=0, le=60, description="for min_offset at most; then the answer says stale")
+
+    @model_validator(mode="after")
+    def _guarded(self) -> Self:
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file belong together: one of them is missing")
+        if self.wait_s >= self.timeout_s:
+            raise ValueError(f"wait_s {self.wait_s:g} must be below timeout_s {self.timeout_s:g}")
+        return self
+
+
+class Arm(Section):
+    """One arm of an A/B test. Who is in none is in the arm `default`, the control: no diversity, no exploration."""
+
+    share: float = Field(gt=0, le=1, description="of the users")
+    diversity: float = Field(0.0, ge=0, le=1, description="0: the best; 1: the most different")
+    explore: float = Field(0.0, ge=0, le=1, description="share of a list's places that are drawn")
 
 
 class Settings(BaseSettings):
@@ -134,6 +162,8 @@ class Settings(BaseSettings):
     serve: Serve = Serve()
     event_weights: Weights = DEFAULT_WEIGHTS
     event_values: Scales = DEFAULT_VALUES
+    arms: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")], Arm] = {}
+    arms_key: str = Field("", max_length=64, description="of the hash that deals the users: another one deals anew")
     artifacts: str = Field("data/artifacts", description="fsspec URL or folder: models and generations")
     cache: Path = Field(Path(".cache/upwell"), description="text vectors, fetched generations")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
@@ -165,6 +195,18 @@ class Settings(BaseSettings):
             if nothing == full:
                 raise ValueError(f"{kind}: [{nothing}, {full}] are one value")
         return values
+
+    @model_validator(mode="after")
+    def _dealt(self) -> Self:
+        if DEFAULT_ARM in self.arms:
+            raise ValueError(f"arms: {DEFAULT_ARM} is the name of the control, which is not configured")
+        if (total := sum(arm.share for arm in self.arms.values())) > 1 + 1e-9:
+            raise ValueError(f"arms: the shares add up to {total:g}, more than 1")
+        if self.worker.k < SCORED_K and any(arm.explore for arm in self.arms.values()):
+            raise ValueError(
+                f"arms: with explore, worker.k has to be at least {SCORED_K}: propensities are of whole lists"
+            )
+        return self
 
     def weight(self, click: Click) -> float:
         """Strength of this click; a type left out of the tables weighs as by default."""

@@ -1,0 +1,55 @@
+"""Lists for nobody that is known: a history, items or words, as one query."""
+
+import threading
+import time
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.encoder import Encoder
+from model.user_state import Entry, digest
+from stream.events import Click
+from workers.answers import Guest, Visit
+from workers.settings import Settings
+from workers.snapshot import Query, Rules
+
+
+class OtherEncoder(RuntimeError):
+    """The generation stands on another encoder than `indexer.encoder` of this server: words mean nothing to it."""
+
+
+class TextEncoder:
+    """The encoder of the item texts, loaded at the first text: seconds and, for MiniLM, 90 MB, once a process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings, self._lock = settings.indexer, threading.Lock()
+        self._encoder: Encoder | None = None
+
+    def __call__(self, text: str, name: str) -> NDArray[np.float32]:
+        """(E,) unit vector. Raises OtherEncoder where `name` is not its own."""
+        with self._lock:
+            if self._encoder is None:
+                self._encoder = Encoder(self._settings.encoder, pooling=self._settings.pooling)
+        if self._encoder.name != name:
+            raise OtherEncoder(f"text: the generation stands on {name}, this server on {self._encoder.name}")
+        return self._encoder.encode([text])[0]
+
+
+def session(guest: Guest, settings: Settings, rules: Rules) -> Query:
+    """History and items of the guest, as a query: what has no time is as recent as its place says."""
+    now_ms = time.time_ns() // 1_000_000
+    first = now_ms - len(guest.history) - len(guest.items)
+    entries = [
+        Entry(visit.item_id, settings.weight(_click(visit)), first + at if visit.ts_ms is None else visit.ts_ms)
+        for at, visit in enumerate(guest.history)
+    ]
+    entries.sort(key=lambda entry: entry.ts_ms)
+    entries += [Entry(item_id, 1.0, now_ms) for item_id in guest.items]
+    seen = b"".join(dict.fromkeys(digest(entry.item_id) for entry in entries))
+    return Query(entries, seen, now_ms, rules)
+
+
+def _click(visit: Visit) -> Click:
+    return Click(
+        event_id="", user_id="", item_id=visit.item_id, event_type=visit.event_type, ts_ms=0, value=visit.value
+    )
