@@ -132,9 +132,7 @@ def kafka_home() -> Path | None:
 @app.command()
 def demo(
     check: Annotated[bool, typer.Option("--check", help="Judge the run; print one JSON summary last.")] = False,
-    stream: Annotated[
-        str, typer.Option(help="ml-100k, or a folder of events.jsonl and items.jsonl.")
-    ] = "ml-100k",
+    stream: Annotated[str, typer.Option(help="ml-100k, or a folder of events.jsonl and items.jsonl.")] = "ml-100k",
     events: Annotated[int | None, typer.Option(min=1, help="How many; default: all, with --check 30,000.")] = None,
     rate: Annotated[float, typer.Option(min=0.1, help="Events a second.")] = 80.0,
     port: Annotated[int, typer.Option(help="Of the API; 0: a free one.")] = 8080,

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from model.encoder import Encoder
 from model.user_state import Entry, digest
+from stream.answers import Guest, Visit
 from stream.events import Click
-from workers.answers import Guest, Visit
 from workers.settings import Settings
 from workers.snapshot import Query, Rules
 

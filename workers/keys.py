@@ -9,7 +9,6 @@ import re
 import secrets
 from collections.abc import Sequence
 from hashlib import sha256
-from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from workers.settings import ConfigError, Serve

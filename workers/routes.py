@@ -8,7 +8,7 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
 from litestar.response import Response
 
-from workers.answers import Problem
+from stream.answers import Problem
 from workers.guests import OtherEncoder
 from workers.keys import Scope
 from workers.live import NotReady

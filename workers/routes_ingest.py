@@ -14,9 +14,9 @@ from litestar import post
 from litestar.exceptions import HTTPException
 from litestar.openapi.spec import OpenAPIMediaType, Operation, RequestBody
 
+from stream.answers import Delivered, EventIn, Receipt, Rejected
 from stream.events import BadEvent, Click, Item
 from stream.producer import BufferFull, DeliveryError, Place
-from workers.answers import Delivered, EventIn, Receipt, Rejected
 from workers.limits import refused
 from workers.routes import example, route
 from workers.service import Service

@@ -9,13 +9,12 @@ from litestar.router import Router
 from litestar.static_files import create_static_files_router
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
 
-from workers.answers import Figures, GenerationFigures, HitRate, Latency
+from stream.answers import Figures, GenerationFigures, HitRate, Latency
 from workers.observe import scrape
 from workers.routes import route
 from workers.service import Service
 
 CONSOLE = Path(__file__).with_name("console")
-PAGE = Path(__file__).with_name("page.html")
 
 
 @get("/livez", sync_to_thread=False, media_type=MediaType.TEXT, summary="Alive", tags=["ops"], **route(None))
@@ -47,7 +46,11 @@ def prometheus() -> Response[bytes]:
 @get("/v1/figures", sync_to_thread=True, cache=1, summary="For charts", tags=["ops"], **route("read"))
 def figures(service: Service) -> Figures:
     """At most one second old."""
-    port, snapshot, latencies = service.settings.worker.metrics_port, service.live.snapshot, service.updates.latencies_ms
+    port, snapshot, latencies = (
+        service.settings.worker.metrics_port,
+        service.live.snapshot,
+        service.updates.latencies_ms,
+    )
     worker = scrape(f"http://127.0.0.1:{port}/metrics") if port else {}
     p50, p99 = np.percentile(latencies, [50, 99]).tolist() if latencies else (None, None)
     served, popularity = (worker.get(f"upwell_live_hit_rate_at_10{{{name}}}") for name in ("served", "popularity"))
@@ -67,16 +70,11 @@ def figures(service: Service) -> Figures:
 
 
 @get("/", media_type=MediaType.HTML, sync_to_thread=False, include_in_schema=False, **route(None))
-def page() -> Response[str]:
-    """The console, or where it is not there one user's list as it moves."""
-    if CONSOLE.is_dir():
-        return Response((CONSOLE / "index.html").read_text(encoding="utf-8"))
-    policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
-    return Response(PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": policy})
+def page() -> str:
+    """The console."""
+    return (CONSOLE / "index.html").read_text(encoding="utf-8")
 
 
-def console() -> list[Router]:
+def console() -> Router:
     """Its files, without a key: they hold no data."""
-    if not CONSOLE.is_dir():
-        return []
-    return [create_static_files_router("/console", [CONSOLE], opt={"scope": None})]
+    return create_static_files_router("/console", [CONSOLE], opt={"scope": None})

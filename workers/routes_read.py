@@ -6,7 +6,7 @@ from litestar import get
 from litestar.exceptions import HTTPException
 from litestar.params import Parameter
 
-from workers.answers import ItemsOut, UserOut
+from stream.answers import ItemsOut, UserOut
 from workers.routes import example, route
 from workers.routes_recommend import UserId
 from workers.service import Service

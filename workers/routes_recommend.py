@@ -10,8 +10,8 @@ from litestar.di import Provide
 from litestar.exceptions import HTTPException
 from litestar.params import Body, Parameter
 
+from stream.answers import MAX_K, Answer, Guest, Similar, Wishes
 from stream.events import Id
-from workers.answers import MAX_K, Answer, Guest, Similar, Wishes
 from workers.routes import example, known, route
 from workers.service import Service
 

@@ -11,8 +11,8 @@ from litestar.params import Parameter
 from litestar.response import ServerSentEvent
 from litestar.response.sse import ServerSentEventMessage
 
+from stream.answers import Answer, AsOf, Path, Status, Update, Wishes
 from stream.events import Id, Recommendations
-from workers.answers import Answer, AsOf, Path, Status, Update, Wishes
 from workers.limits import refused
 from workers.live import NotReady
 from workers.routes import known, route
@@ -28,7 +28,7 @@ class Stream:
 
     def __init__(self, service: Service, user_id: str, last_id: str | None) -> None:
         self._service, self._user_id, self._last_id = service, user_id, last_id
-        self._wishes = Wishes(k=service.settings.worker.k)
+        self._wishes = Wishes(k=service.settings.worker.k, explain=True)
         self._status: Status | None = None
         self._sent_to = -1  # newest offset behind a list that was sent
 

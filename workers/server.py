@@ -77,7 +77,7 @@ def build_app(service: Service, keys: Keys) -> Litestar:
     serve = service.settings.serve
     scheme = SecurityScheme(type="http", scheme="bearer", description="a key of `upwell keys new`")
     return Litestar(
-        [*ROUTES, *routes_ops.console()],
+        [*ROUTES, routes_ops.console()],
         dependencies={"service": Provide(provide)},
         middleware=[measured, Gate(serve, keys)],
         before_send=[harden],
@@ -90,7 +90,9 @@ def build_app(service: Service, keys: Keys) -> Litestar:
             description=ABOUT,
             use_handler_docstrings=True,
             components=Components(security_schemes={"key": scheme}),
-            render_plugins=[JsonRenderPlugin(path=["/openapi.json", "/"])],  # the pages would load scripts from elsewhere
+            render_plugins=[
+                JsonRenderPlugin(path=["/openapi.json", "/"])
+            ],  # the pages would load scripts from elsewhere
             openapi_router=Router("/schema", route_handlers=[], opt={"scope": None}),
         ),
         on_startup=[service.start],

@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
 from model.user_state import EMPTY, UserState
+from stream.answers import Answer, AsOf, Guest, ItemOut, Past, Place, Reason, Similar, UserOut, Wishes
 from stream.consumer import tail
 from stream.events import Ranked
 from stream.producer import ClickProducer, partition_of
 from stream.text import clean
 from workers import metrics
-from workers.answers import Answer, AsOf, Guest, ItemOut, Past, Place, Reason, Similar, UserOut, Wishes
 from workers.arms import arm_of, rules_of
 from workers.guests import TextEncoder, session
 from workers.live import Live

@@ -16,9 +16,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from stream.events import Item
 from stream.producer import partition_of
 from tests.workers.service import ITEMS
-from workers import server
 
-CONSOLE = Path(server.__file__).with_name("console")
+CONSOLE = Path(__file__).parents[2] / "workers" / "console"
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:"
 CATALOGUE = {item.item_id: item for item in ITEMS}

@@ -11,6 +11,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.workers.console_fake import Fake, fake_api
+from tests.workers.service import Service
 
 OUT = Path(__file__).parents[2] / "out" / "console"
 DESKTOP, PHONE = {"width": 1400, "height": 900}, {"width": 400, "height": 800}
@@ -208,3 +209,23 @@ def test_axe_finds_nothing_serious(browser: Browser, fake: tuple[Fake, str], sch
         assert [(one["id"], one["nodes"][0]["html"]) for one in found if one["impact"] in ("serious", "critical")] == []
         page.keyboard.press("Escape")
     context.close()
+
+
+def test_the_service_itself(page: Page, service: Service) -> None:
+    """One click through Kafka and the worker: the list moves, and the path is the one that Kafka knows."""
+    opened(page, f"{service.url}/")
+    expect(page.locator("#source")).to_have_text("popular")
+    click_and_follow(page, "jazz piano, part 3")
+    expect(page.locator("#source")).to_have_text("personal")
+    expect(page.locator("#list li").first).to_contain_text("because of jazz piano, part 3")
+    user_id = page.locator("#people input:checked").input_value()
+    _, answer = service.call(f"/v1/users/{user_id}/recommendations?k=12")
+    assert titles(page) == [item["title"] for item in answer["items"]]
+    place = "partition {partition}, offset {offset}".format(**answer["as_of"])
+    expect(page.locator("#path")).to_contain_text(place)
+    expect(page.locator("#generation-name")).to_have_text(answer["generation"])
+    page.screenshot(path=OUT / "service.png")
+    page.get_by_role("button", name="Forget me").click()
+    page.locator("#forget-dialog .danger").click()
+    expect(page.locator("#receipt")).to_contain_text("Forgotten. Receipt")
+    expect(page.locator("#source")).to_have_text("popular", timeout=10_000)

@@ -12,8 +12,8 @@ import pytest
 from litestar import Litestar, get
 from litestar.testing import TestClient
 
+from stream.answers import Wishes
 from tests.workers.service import free_port, upwell
-from workers.answers import Wishes
 from workers.keys import SCOPES, Keys, load_keys, new_key
 from workers.limits import Buckets, Gate
 from workers.routes import route
@@ -124,7 +124,9 @@ def test_the_server_does_not_start_open_to_others(tmp_path: Path) -> None:
 
 
 def test_keys_new_prints_a_key_whose_line_opens(tmp_path: Path) -> None:
-    made: subprocess.CompletedProcess[str] = upwell("keys", "new", "--scope", "read", "--scope", "ingest", "--name", "x")
+    made: subprocess.CompletedProcess[str] = upwell(
+        "keys", "new", "--scope", "read", "--scope", "ingest", "--name", "x"
+    )
     key, _, line = made.stdout.splitlines()
     (tmp_path / "keys").write_text(line)
     found = load_keys(Serve(keys_file=tmp_path / "keys")).find(f"Bearer {key}")

@@ -71,7 +71,7 @@ function drawFacts(answer) {
   if (answer.fallback && answer.source !== "popular") notes.push(t("fallback", { why: answer.fallback }));
   say($("note"), notes.join(" "));
   $("note").dataset.kind = answer.stale ? "warn" : "calm";
-  const facts = answer.as_of.offset < 0 ? [] : [t("asOf", answer.as_of)];
+  const facts = answer.as_of?.offset >= 0 ? [t("asOf", answer.as_of)] : [];
   if (answer.arm && answer.arm !== "default") facts.push(t("arm", { arm: answer.arm }));
   $("as-of").textContent = facts.join(" · ");
 }
