@@ -73,6 +73,7 @@ class Fake:
                     "title": item.title,
                     "propensity": 1.0,
                     "because": self.because(item, clicked),
+                    "explained": 0.72,
                 }
                 for score, item in best
             ],

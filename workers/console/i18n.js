@@ -48,9 +48,10 @@ const TEXTS = {
   arm: ["arm {arm}", "实验组 {arm}"],
   nothing: ["Nothing to recommend: every item has been seen, or none is known.", "没有可推荐的物品：都已看过，或目录为空。"],
   because: ["because of {reasons}", "因为 {reasons}"],
+  explained: ["of the {share} that can be explained", "（占可解释部分 {share}）"],
   partial: [
-    "Shares are of the part of a score that can be explained: a sum over your clicks. The rest is not.",
-    "百分比只针对得分中可解释的部分，即各次点击的加和；其余部分无法解释。",
+    "A score is explained as far as it is a sum over the clicks; the shares are of that part.",
+    "得分中可表示为各次点击之和的部分才可解释；百分比针对该部分。",
   ],
   isNew: ["new", "新"],
   up: ["up {n}", "上升 {n}"],

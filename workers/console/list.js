@@ -12,13 +12,17 @@ function row(item, onClick) {
   return el("li", {}, el("b"), el("div", {}, button, el("p")), el("i"), el("span", { className: "score" }));
 }
 
+function why({ because = [], explained }) {
+  if (!because.length) return "";
+  const reasons = because.map(reason => `${name(reason)} · ${percent(reason.share)}`).join(", ");
+  return `${t("because", { reasons })} ${explained ? t("explained", { share: percent(explained) }) : ""}`;
+}
+
 function fill(li, item, at, change, top) {
   const [place, body, move, score] = li.children;
   place.textContent = at + 1;
   body.firstChild.textContent = name(item);
-  body.lastChild.textContent = item.because?.length
-    ? t("because", { reasons: item.because.map(reason => `${name(reason)} · ${percent(reason.share)}`).join(", ") })
-    : "";
+  body.lastChild.textContent = why(item);
   move.className = change === null ? "new" : change > 0 ? "up" : change < 0 ? "down" : "";
   move.textContent = change === null ? t("isNew") : change > 0 ? `▲ ${change}` : change < 0 ? `▼ ${-change}` : "";
   if (change) move.ariaLabel = t(change > 0 ? "up" : "down", { n: Math.abs(change) });
@@ -31,7 +35,7 @@ function fill(li, item, at, change, top) {
 // Draws `answer`; `before` (the answer shown until now, of the same user) says what has moved. True if it differs.
 export function drawList(answer, before, onClick) {
   const places = new Map(before?.items.map((item, at) => [item.item_id, at]));
-  const focused = document.activeElement;
+  const focused = document.activeElement, focusedAt = [...list.children].findIndex(li => li.contains(focused));
   const tops = new Map([...rows].map(([id, li]) => [id, li.getBoundingClientRect().top]));
   for (const id of rows.keys()) {
     if (answer.items.some(item => item.item_id === id)) continue;
@@ -44,7 +48,10 @@ export function drawList(answer, before, onClick) {
     fill(li, item, at, before ? (was === undefined ? null : was - at) : 0, answer.items[0].score);
     if (list.children[at] !== li) list.insertBefore(li, list.children[at] ?? null);
   });
-  if (list.contains(focused)) focused.focus({ preventScroll: true }); // moving a row takes the focus from it
+  if (focusedAt >= 0) { // moving a row takes the focus from it; where it is gone, its place has it
+    const heir = list.contains(focused) ? focused : list.children[focusedAt]?.querySelector("button");
+    heir?.focus({ preventScroll: true });
+  }
   const moved = Boolean(before) && answer.items.some((item, at) => places.get(item.item_id) !== at);
   if (moved && !calm()) animate(tops);
   drawFacts(answer);
