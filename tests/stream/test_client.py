@@ -38,7 +38,7 @@ def test_a_busy_service_is_asked_again_and_a_click_counts_once(fake: tuple[Fake,
     with Client(url) as client:
         assert client.send(EventIn(user_id="u", item_id="i1")).accepted == 1
     assert api.requests == 3
-    assert len(api.attempts) == 1  # event ids in the three
+    assert len(api.attempts - {None}) == 1  # event ids in the three
 
 
 def test_patience_ends(fake: tuple[Fake, str]) -> None:

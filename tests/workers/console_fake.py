@@ -32,7 +32,7 @@ class Fake:
         self.bodies: list[dict[str, Any]] = []
         self.events_total = self.swaps = self.refusals = 0
         self.connected, self.stale, self.key = True, False, ""
-        self.requests, self.attempts, self.last_ids = 0, set[str](), list[str]()
+        self.requests, self.attempts, self.last_ids = 0, set[str | None](), list[str]()
         self.ahead_ms = 0  # of the browser's clock
         self.streams_closed = 0  # streams opened before the number of this close are ended
         self.changed = Condition()
