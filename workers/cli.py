@@ -72,14 +72,16 @@ def indexer() -> None:
 def serve() -> None:
     """HTTP: recommendations, events in, health, metrics, the page."""
     settings = settings_for("serve")
-    from workers.server import run_server
+    from workers.keys import load_keys
 
     try:
-        code = run_server(settings)
+        keys = load_keys(settings.serve)
     except ConfigError as error:
         typer.echo(f"configuration:\n{error}", err=True)
-        code = EX_CONFIG
-    raise typer.Exit(code)
+        raise typer.Exit(EX_CONFIG) from error
+    from workers.server import run_server
+
+    raise typer.Exit(run_server(settings, keys))
 
 
 @app.command()

@@ -1,17 +1,22 @@
 """Lists for nobody that is known: a history, items or words, as one query."""
 
+from __future__ import annotations
+
 import threading
 import time
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model.encoder import Encoder
 from model.user_state import Entry, digest
 from stream.events import Click
 from workers.answers import Guest, Visit
 from workers.settings import Settings
 from workers.snapshot import Query, Rules
+
+if TYPE_CHECKING:
+    from model.encoder import Encoder
 
 
 class OtherEncoder(RuntimeError):
@@ -29,6 +34,8 @@ class TextEncoder:
         """(E,) unit vector. Raises OtherEncoder where `name` is not its own."""
         with self._lock:
             if self._encoder is None:
+                from model.encoder import Encoder  # imports transformers: seconds that most servers never need
+
                 self._encoder = Encoder(self._settings.encoder, pooling=self._settings.pooling)
         if self._encoder.name != name:
             raise OtherEncoder(f"text: the generation stands on {name}, this server on {self._encoder.name}")

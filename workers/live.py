@@ -17,9 +17,9 @@ from stream.consumer import tail
 from stream.events import Artifact, BadEvent, Item, ItemVector, Ranked, decode
 from workers import metrics
 from workers.announcements import Announcements
+from workers.catalogue import Catalogue
 from workers.search import GenerationRefused, SearchProcess, SearchProcessDied
 from workers.settings import Settings
-from workers.catalogue import Catalogue
 from workers.snapshot import Query, Snapshot
 
 log = structlog.get_logger()
@@ -61,9 +61,7 @@ class Live:
             if snapshot is not None:
                 snapshot.search.close()
 
-    def recommend(
-        self, queries: Sequence[Query], k: int, explain: bool = False
-    ) -> tuple[Snapshot, list[list[Ranked]]]:
+    def recommend(self, queries: Sequence[Query], k: int, explain: bool = False) -> tuple[Snapshot, list[list[Ranked]]]:
         """Lists and the one generation they come from. Raises NotReady."""
         return self.use(lambda snapshot: snapshot.recommend(queries, k, explain))
 

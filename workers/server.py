@@ -22,7 +22,7 @@ from litestar.types import Message, Scope
 
 from workers import routes_ingest, routes_ops, routes_read, routes_recommend, routes_stream
 from workers.guests import OtherEncoder
-from workers.keys import Keys, load_keys
+from workers.keys import OPEN, Keys
 from workers.limits import Gate, measured
 from workers.live import NotReady
 from workers.processes import end_with_threads
@@ -90,7 +90,9 @@ def build_app(service: Service, keys: Keys) -> Litestar:
             description=ABOUT,
             use_handler_docstrings=True,
             components=Components(security_schemes={"key": scheme}),
-            render_plugins=[JsonRenderPlugin(path=["/openapi.json", "/"])],  # the pages would load scripts from elsewhere
+            render_plugins=[
+                JsonRenderPlugin(path=["/openapi.json", "/"])
+            ],  # the pages would load scripts from elsewhere
             openapi_router=Router("/schema", route_handlers=[], opt={"scope": None}),
         ),
         on_startup=[service.start],
@@ -111,9 +113,8 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def run_server(settings: Settings) -> int:
-    """Raises ConfigError for keys that are missing or cannot be read."""
-    serve, keys = settings.serve, load_keys(settings.serve)
+def run_server(settings: Settings, keys: Keys = OPEN) -> int:
+    serve = settings.serve
     torch.set_num_threads(1)
     end_with_threads()
     if keys.required and serve.cert_file is None:

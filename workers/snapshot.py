@@ -16,6 +16,7 @@ from model.index import EXACT_SHARE
 from model.model import History, Model
 from model.queries import Rows, Vectors
 from model.rules import chances, diversify, explore
+from model.told import text_query
 from model.user_state import Entry, digest, unpack
 from stream.events import Artifact, Because, Ranked
 from workers.catalogue import Catalogue, Filters
@@ -112,6 +113,12 @@ class Snapshot:
         like = self.model.neighbour_vectors(np.array([self.rows[item_id]]))  # (1, D)
         others = rules._replace(exclude=rules.exclude | {item_id})
         (ranked,) = self._lists(like, [Query((), b"", time.time_ns() // 1_000_000, others)], k)
+        return ranked
+
+    def told(self, text: Vectors, query: Query, k: int) -> list[Ranked]:
+        """As recommend, for one who has just asked for this text (E,), as this generation's encoder reads it."""
+        user = text_query(self.model, self.history(query.history), text, query.now_ms)  # (1, D)
+        (ranked,) = self._lists(user, [query], k)
         return ranked
 
     def explain(self, queries: Sequence[Query], lists: Sequence[list[Ranked]], places: int = 200) -> list[list[Ranked]]:
