@@ -39,7 +39,8 @@ class TextEncoder:
                 self._encoder = Encoder(self._settings.encoder, pooling=self._settings.pooling)
         if self._encoder.name != name:
             raise OtherEncoder(f"text: the generation stands on {name}, this server on {self._encoder.name}")
-        return self._encoder.encode([text])[0]
+        vector: NDArray[np.float32] = self._encoder.encode([text])[0]
+        return vector
 
 
 def session(guest: Guest, settings: Settings, rules: Rules) -> Query:

@@ -75,7 +75,7 @@ async def recommendations(
         int | None,
         Parameter(
             ge=0,
-            lt=2**63,
+            le=2**53,
             description="wait until the user's partition is folded up to this offset, as POST /v1/events gave it; "
             "when that takes too long the answer says `stale`",
         ),
