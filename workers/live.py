@@ -17,9 +17,9 @@ from stream.consumer import tail
 from stream.events import Artifact, BadEvent, Item, ItemVector, Ranked, decode
 from workers import metrics
 from workers.announcements import Announcements
+from workers.catalogue import Catalogue
 from workers.search import GenerationRefused, SearchProcess, SearchProcessDied
 from workers.settings import Settings
-from workers.catalogue import Catalogue
 from workers.snapshot import Query, Snapshot
 
 log = structlog.get_logger()
