@@ -159,7 +159,7 @@ class ClickProducer(Producer):
         self._topics = topics
 
     def send(self, click: Click) -> Future[Place]:
-        """As send_raw. Raises BadEvent for a click that every reader would refuse, BufferFull, DeliveryError (of earlier)."""
+        """As send_raw. Raises BadEvent, too, for a click that every reader would refuse."""
         raw = encode(click)
         decode_click(raw)
         return self.send_raw(self._topics.clicks.name, click.user_id.encode(), raw)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from workers import cli_arms
 from workers.cli_keys import keys
 from workers.logs import configure
 from workers.settings import ConfigError, Settings, load_settings
@@ -21,6 +22,7 @@ app.add_typer(dead_letters, name="dead-letters")
 app.add_typer(generations, name="generations")
 app.command()(watch)
 app.add_typer(keys, name="keys")
+app.add_typer(cli_arms.app, name="arms")
 
 Broker = Annotated[str | None, typer.Option(help="HOST:PORT of your own Kafka; default: a local one.")]
 
@@ -74,14 +76,16 @@ def indexer() -> None:
 def serve() -> None:
     """HTTP: recommendations, events in, health, metrics, the page."""
     settings = settings_for("serve")
-    from workers.server import run_server
+    from workers.keys import load_keys
 
     try:
-        code = run_server(settings)
+        keys = load_keys(settings.serve)
     except ConfigError as error:
         typer.echo(f"configuration:\n{error}", err=True)
-        code = EX_CONFIG
-    raise typer.Exit(code)
+        raise typer.Exit(EX_CONFIG) from error
+    from workers.server import run_server
+
+    raise typer.Exit(run_server(settings, keys))
 
 
 @app.command()

@@ -1,17 +1,26 @@
 """Lists for nobody that is known: a history, items or words, as one query."""
 
+from __future__ import annotations
+
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from model.encoder import Encoder
 from model.user_state import Entry, digest
 from stream.answers import Guest, Visit
 from stream.events import Click
+from workers.live import NotReady
 from workers.settings import Settings
 from workers.snapshot import Query, Rules
+
+if TYPE_CHECKING:
+    from model.encoder import Encoder
+
+LOADED_S = 1.0  # that a request waits for the encoder
 
 
 class OtherEncoder(RuntimeError):
@@ -19,20 +28,33 @@ class OtherEncoder(RuntimeError):
 
 
 class TextEncoder:
-    """The encoder of the item texts, loaded at the first text: seconds and, for MiniLM, 90 MB, once a process."""
+    """The encoder of the item texts, loaded beside the requests at the first text: seconds and, for MiniLM, 90 MB."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings, self._lock = settings.indexer, threading.Lock()
-        self._encoder: Encoder | None = None
+        self._settings, self._opening = settings.indexer, threading.Lock()
+        self._loading: Future[Encoder] | None = None
 
     def __call__(self, text: str, name: str) -> NDArray[np.float32]:
-        """(E,) unit vector. Raises OtherEncoder where `name` is not its own."""
-        with self._lock:
-            if self._encoder is None:
-                self._encoder = Encoder(self._settings.encoder, pooling=self._settings.pooling)
-        if self._encoder.name != name:
-            raise OtherEncoder(f"text: the generation stands on {name}, this server on {self._encoder.name}")
-        return self._encoder.encode([text])[0]
+        """(E,) unit vector. Raises OtherEncoder where `name` is not its own, NotReady while it is loaded."""
+        with self._opening:
+            if self._loading is None:
+                self._loading = ThreadPoolExecutor(1, thread_name_prefix="encoder").submit(self._load)
+        try:
+            encoder = self._loading.result(LOADED_S)
+        except TimeoutError as error:
+            raise NotReady("text: the encoder is being loaded") from error
+        except (OSError, ValueError) as error:
+            self._loading = None  # the next request tries again
+            raise NotReady(f"text: the encoder is not there: {error}") from error
+        if encoder.name != name:
+            raise OtherEncoder(f"text: the generation stands on {name}, this server on {encoder.name}")
+        vector: NDArray[np.float32] = encoder.encode([text])[0]
+        return vector
+
+    def _load(self) -> Encoder:
+        from model.encoder import Encoder  # imports transformers: seconds that most servers never need
+
+        return Encoder(self._settings.encoder, pooling=self._settings.pooling)
 
 
 def session(guest: Guest, settings: Settings, rules: Rules) -> Query:

@@ -61,6 +61,9 @@ class Keys:
         return found if kind.lower() == "bearer" else None
 
 
+OPEN = Keys(None)
+
+
 def load_keys(serve: Serve) -> Keys:
     """Raises ConfigError naming the setting: a file that cannot be used, or none where others than us can call."""
     path = serve.keys_file
@@ -70,7 +73,7 @@ def load_keys(serve: Serve) -> Keys:
                 f"serve.keys_file (UPWELL_SERVE__KEYS_FILE): needed where serve.host is not loopback but {serve.host}: "
                 "`upwell keys new --scope read` prints a key and its line for the file"
             )
-        return Keys(None)
+        return OPEN
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip() and line[0] != "#"]
         keys = [_parsed(line) for line in lines]

@@ -1,11 +1,12 @@
 """Who may call, how often, and for how long: one middleware before every route."""
 
 import asyncio
+import math
 import time
 from collections import OrderedDict
 
 from litestar.exceptions import HTTPException
-from litestar.types import ASGIApp, Message, Receive, Scope, Send
+from litestar.types import ASGIApp, HTTPReceiveMessage, Message, Receive, Scope, Send
 
 from workers import metrics
 from workers.keys import Key, Keys
@@ -34,9 +35,8 @@ class Buckets:
         return 0.0 if taken else (1 - tokens) / self._rate
 
 
-def refused(status: int, detail: str, retry_s: float | None = None, **headers: str) -> HTTPException:
-    if retry_s is not None:
-        headers["Retry-After"] = str(max(1, round(retry_s + 0.5)))
+def refused(status: int, detail: str, retry_s: float) -> HTTPException:
+    headers = {"Retry-After": str(max(1, math.ceil(retry_s)))}
     return HTTPException(status_code=status, detail=detail, headers=headers)
 
 
@@ -78,9 +78,10 @@ class Gate:
         if not self._keys.required:
             return
         if key is None:
-            raise refused(401, "a valid key is needed: Authorization: Bearer KEY", **{"WWW-Authenticate": "Bearer"})
+            detail = "a valid key is needed: Authorization: Bearer KEY"
+            raise HTTPException(status_code=401, detail=detail, headers={"WWW-Authenticate": "Bearer"})
         if needed not in key.scopes:
-            raise refused(403, f"this key has no scope {needed}")
+            raise HTTPException(status_code=403, detail=f"this key has no scope {needed}")
 
     def _key(self, scope: Scope) -> Key | None:
         given = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"")
@@ -89,9 +90,9 @@ class Gate:
     async def _timed(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         read = started = False
 
-        async def reading() -> Message:
+        async def reading() -> HTTPReceiveMessage:
             nonlocal read
-            message: Message = await receive()
+            message: HTTPReceiveMessage = await receive()  # type: ignore[assignment]  # no WebSocket comes here
             read = message["type"] != "http.request" or not message["more_body"]
             return message
 
@@ -106,7 +107,7 @@ class Gate:
         except TimeoutError as error:
             if started:
                 raise  # the connection is closed: nothing can be said any more
-            what = ("an answer", 503) if read or scope["method"] == "GET" else ("the whole body", 408)
+            what = ("an answer", 503) if read or scope.get("method") == "GET" else ("the whole body", 408)
             raise refused(what[1], f"not {what[0]} within {self._serve.timeout_s:g} s", 1) from error
 
     def _patient(self, send: Send) -> Send:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from litestar.connection import Request
+from litestar.di import NamedDependency
 from litestar.exceptions import HTTPException, ValidationException
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
@@ -12,6 +13,9 @@ from stream.answers import Problem
 from workers.guests import OtherEncoder
 from workers.keys import Scope
 from workers.live import NotReady
+from workers.service import Service
+
+Served = NamedDependency[Service]
 
 PROBLEMS = {
     400: "a value is wrong; `detail` names it",

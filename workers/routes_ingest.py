@@ -13,12 +13,13 @@ import msgspec
 from litestar import post
 from litestar.exceptions import HTTPException
 from litestar.openapi.spec import OpenAPIMediaType, Operation, RequestBody
+from litestar.params import RawBody
 
 from stream.answers import Delivered, EventIn, Receipt, Rejected
 from stream.events import BadEvent, Click, Item
 from stream.producer import BufferFull, DeliveryError, Place
 from workers.limits import refused
-from workers.routes import example, route
+from workers.routes import Served, example, route
 from workers.service import Service
 
 DELIVERY_S = 5.0
@@ -134,7 +135,7 @@ TAKEN = (
     tags=["ingest"],
     **route("ingest", 413),
 )
-async def post_events(service: Service, body: bytes) -> Receipt:
+async def post_events(service: Served, body: RawBody) -> Receipt:
     return await _deliver(service, body, _click, lambda click: service.producer.send(click))
 
 
@@ -147,5 +148,5 @@ async def post_events(service: Service, body: bytes) -> Receipt:
     tags=["ingest"],
     **route("ingest", 413),
 )
-async def post_items(service: Service, body: bytes) -> Receipt:
+async def post_items(service: Served, body: RawBody) -> Receipt:
     return await _deliver(service, body, _item, lambda item: service.producer.send_item(item))

@@ -11,8 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
 
 from stream.answers import Figures, GenerationFigures, HitRate, Latency
 from workers.observe import scrape
-from workers.routes import route
-from workers.service import Service
+from workers.routes import Served, route
 
 CONSOLE = Path(__file__).with_name("console")
 
@@ -23,7 +22,7 @@ def livez() -> str:
 
 
 @get("/readyz", sync_to_thread=False, media_type=MediaType.TEXT, summary="Ready", tags=["ops"], **route(None, 503))
-def readyz(service: Service) -> Response[str]:
+def readyz(service: Served) -> Response[str]:
     """200 once a generation is loaded and the users' states are caught up; 503 says which is missing."""
     missing = [
         name
@@ -44,7 +43,7 @@ def prometheus() -> Response[bytes]:
 
 
 @get("/v1/figures", sync_to_thread=True, cache=1, summary="For charts", tags=["ops"], **route("read"))
-def figures(service: Service) -> Figures:
+def figures(service: Served) -> Figures:
     """At most one second old."""
     port, snapshot, latencies = (
         service.settings.worker.metrics_port,

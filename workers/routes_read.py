@@ -7,14 +7,13 @@ from litestar.exceptions import HTTPException
 from litestar.params import Parameter
 
 from stream.answers import ItemsOut, UserOut
-from workers.routes import example, route
+from workers.routes import Served, example, route
 from workers.routes_recommend import UserId
-from workers.service import Service
 
 
 @get("/v1/items", sync_to_thread=True, summary="Items of the catalogue", tags=["catalogue"], **route("read"))
 def items(
-    service: Service,
+    service: Served,
     limit: Annotated[int, Parameter(ge=1, le=200, description="items at most")] = 50,
     q: Annotated[
         str, Parameter(max_length=200, description="in the title or the id, in any case", examples=example("tide"))
@@ -25,7 +24,7 @@ def items(
 
 @get("/v1/users", sync_to_thread=False, summary="The users whose state moved last", tags=["users"], **route("admin"))
 def recent_users(
-    service: Service, limit: Annotated[int, Parameter(ge=1, le=50, description="users at most")] = 50
+    service: Served, limit: Annotated[int, Parameter(ge=1, le=50, description="users at most")] = 50
 ) -> list[UserOut]:
     newest = list(reversed(list(service.users.recent)))[:limit]
     return [user for user_id in newest if (user := service.user(user_id))]
@@ -39,7 +38,7 @@ def recent_users(
     tags=["users"],
     **route("admin", 404),
 )
-def user(service: Service, user_id: UserId) -> UserOut:
+def user(service: Served, user_id: UserId) -> UserOut:
     if found := service.user(user_id):
         return found
     raise HTTPException(status_code=404, detail="user_id: nothing is known of this user")

@@ -6,19 +6,20 @@ from typing import Annotated, Any
 
 import msgspec
 from litestar import Request, get, post
-from litestar.di import Provide
+from litestar.di import NamedDependency, Provide
 from litestar.exceptions import HTTPException
 from litestar.params import Body, Parameter
 
 from stream.answers import MAX_K, Answer, Guest, Similar, Wishes
 from stream.events import Id
-from workers.routes import example, known, route
+from workers.routes import Served, example, known, route
 from workers.service import Service
 
 WISHES = tuple(field.name for field in msgspec.structs.fields(Wishes))
 POLL_S = 0.01
 
 UserId = Annotated[Id, Parameter(description="the user's id", examples=example("u-42"))]
+Asked = NamedDependency[Wishes]
 ItemId = Annotated[Id, Parameter(description="the item's id", examples=example("b7"))]
 
 
@@ -67,14 +68,14 @@ async def wishes(
     **route("read"),
 )
 async def recommendations(
-    service: Service,
+    service: Served,
     user_id: UserId,
-    wishes: Wishes,
+    wishes: Asked,
     min_offset: Annotated[
         int | None,
         Parameter(
             ge=0,
-            lt=2**63,
+            le=2**53,
             description="wait until the user's partition is folded up to this offset, as POST /v1/events gave it; "
             "when that takes too long the answer says `stale`",
         ),
@@ -104,7 +105,7 @@ async def _reach(service: Service, user_id: str, offset: int) -> bool:
     **route("read"),
 )
 def guest_recommendations(
-    service: Service,
+    service: Served,
     data: Annotated[
         Guest,
         Body(
@@ -116,6 +117,8 @@ def guest_recommendations(
         ),
     ],
 ) -> Answer:
+    if data.explain and data.text.strip():
+        raise HTTPException(status_code=400, detail="explain: words are no clicks; leave out text or explain")
     return service.recommend_guest(data)
 
 
@@ -128,7 +131,7 @@ def guest_recommendations(
     tags=["recommendations"],
     **route("read", 404),
 )
-def similar(service: Service, item_id: ItemId, wishes: Wishes) -> Similar:
+def similar(service: Served, item_id: ItemId, wishes: Asked) -> Similar:
     try:
         return service.similar(item_id, wishes)
     except KeyError as error:

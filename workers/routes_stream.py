@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import msgspec
 from litestar import Request, get
-from litestar.params import Parameter
+from litestar.params import HeaderParameter, Parameter
 from litestar.response import ServerSentEvent
 from litestar.response.sse import ServerSentEventMessage
 
@@ -15,7 +15,7 @@ from stream.answers import Answer, AsOf, Path, Status, Update, Wishes
 from stream.events import Id, Recommendations
 from workers.limits import refused
 from workers.live import NotReady
-from workers.routes import known, route
+from workers.routes import Served, known, route
 from workers.service import Service
 from workers.updates import Made
 
@@ -112,11 +112,11 @@ def _now_ms() -> int:
     **route("read", stream=True),
 )
 async def stream(
-    service: Service,
+    service: Served,
     request: Request[Any, Any, Any],
     user: Annotated[Id, Parameter(description="the user's id")],
     last_event_id: Annotated[
-        str | None, Parameter(header="Last-Event-ID", description="of the last event received; a browser sends it")
+        str | None, HeaderParameter(name="Last-Event-ID", description="of the last event received: browsers send it")
     ] = None,
 ) -> ServerSentEvent:
     known(request, "user")

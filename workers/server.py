@@ -14,7 +14,7 @@ import uvicorn
 from litestar import Litestar, Router
 from litestar.config.cors import CORSConfig
 from litestar.di import Provide
-from litestar.exceptions import ValidationException
+from litestar.exceptions import HTTPException, ValidationException
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
@@ -22,7 +22,7 @@ from litestar.types import Message, Scope
 
 from workers import routes_ingest, routes_ops, routes_read, routes_recommend, routes_stream
 from workers.guests import OtherEncoder
-from workers.keys import Keys, load_keys
+from workers.keys import OPEN, Keys
 from workers.limits import Gate, measured
 from workers.live import NotReady
 from workers.processes import end_with_threads
@@ -70,6 +70,12 @@ async def harden(message: Message, _: Scope) -> None:
         message["headers"] = [*message["headers"], *new]
 
 
+async def tell(error: Exception, scope: Scope) -> None:
+    """A bug is logged with its trace, under the route: the path and the query hold user ids."""
+    if not isinstance(error, (HTTPException, NotReady, OtherEncoder)):
+        log.error("request failed", route=scope.get("path_template"), exc_info=error)
+
+
 def build_app(service: Service, keys: Keys) -> Litestar:
     async def provide() -> Service:
         return service
@@ -81,6 +87,7 @@ def build_app(service: Service, keys: Keys) -> Litestar:
         dependencies={"service": Provide(provide)},
         middleware=[measured, Gate(serve, keys)],
         before_send=[harden],
+        after_exception=[tell],
         exception_handlers={ValidationException: invalid, NotReady: not_ready, OtherEncoder: other_encoder},
         request_max_body_size=serve.max_body_bytes,
         cors_config=CORSConfig(allow_origins=serve.cors_origins) if serve.cors_origins else None,
@@ -93,7 +100,7 @@ def build_app(service: Service, keys: Keys) -> Litestar:
             render_plugins=[
                 JsonRenderPlugin(path=["/openapi.json", "/"])
             ],  # the pages would load scripts from elsewhere
-            openapi_router=Router("/schema", route_handlers=[], opt={"scope": None}),
+            openapi_router=Router("/schema", route_handlers=[], opt={"scope": None}, include_in_schema=False),
         ),
         on_startup=[service.start],
         on_shutdown=[service.stop],
@@ -113,9 +120,8 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def run_server(settings: Settings) -> int:
-    """Raises ConfigError for keys that are missing or cannot be read."""
-    serve, keys = settings.serve, load_keys(settings.serve)
+def run_server(settings: Settings, keys: Keys = OPEN) -> int:
+    serve = settings.serve
     torch.set_num_threads(1)
     end_with_threads()
     if keys.required and serve.cert_file is None:

@@ -109,7 +109,7 @@ class Service:
         self.updates.stop()
         self.users.stop()
         self.live.stop()
-        self.sending.shutdown()
+        self.sending.shutdown(wait=False, cancel_futures=True)
         if self._producer is not None:
             self._producer.close()
 
@@ -174,7 +174,8 @@ class Service:
 
     def items(self, limit: int, wanted: str) -> list[ItemOut]:
         """The first so many whose id or title has the words; looks at every item (0.3 s a million)."""
-        found, wanted = [], wanted.casefold()
+        found: list[ItemOut] = []
+        wanted = wanted.casefold()
         for item in list(self.live.catalogue.items.values()):
             if len(found) == limit:
                 break

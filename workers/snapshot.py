@@ -16,6 +16,7 @@ from model.index import EXACT_SHARE
 from model.model import History, Model
 from model.queries import Rows, Vectors
 from model.rules import chances, diversify, explore
+from model.told import text_query
 from model.user_state import Entry, digest, unpack
 from stream.events import Artifact, Because, Ranked
 from workers.catalogue import Catalogue, Filters
@@ -53,7 +54,7 @@ class Query(NamedTuple):
     others: Mapping[str, Rules] = NOBODY  # of which the list says by `Ranked.under` what they would have shown
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Snapshot:
     """One generation and the items newer than it. Immutable: an answer never mixes two."""
 
@@ -114,6 +115,12 @@ class Snapshot:
         (ranked,) = self._lists(like, [Query((), b"", time.time_ns() // 1_000_000, others)], k)
         return ranked
 
+    def told(self, text: Vectors, query: Query, k: int) -> list[Ranked]:
+        """As recommend, for one who has just asked for this text (E,), as this generation's encoder reads it."""
+        user = text_query(self.model, self.history(query.history), text, query.now_ms)  # (1, D)
+        (ranked,) = self._lists(user, [query], k)
+        return ranked
+
     def explain(self, queries: Sequence[Query], lists: Sequence[list[Ranked]], places: int = 200) -> list[list[Ranked]]:
         """The lists of these queries, each with the reasons of its first places."""
         heads = [ranked[:places] for ranked in lists]
@@ -140,6 +147,10 @@ class Snapshot:
         known = [(self.rows[e.item_id], e.weight, e.ts_ms) for e in entries if e.item_id in self.rows]
         rows, weights, stamps = zip(*known, strict=True) if known else ((), (), ())
         return History(np.array(rows, np.int64), np.array(weights, np.float32), np.array(stamps, np.int64))  # (T,) each
+
+    def knows(self, entries: Sequence[Entry]) -> bool:
+        """Whether a list made from this history is personal: of other items this generation has learned nothing."""
+        return any(entry.item_id in self.rows for entry in entries)
 
     def _lists(self, users: Vectors, queries: Sequence[Query], k: int) -> list[list[Ranked]]:
         """Queries that ask for the same kind of search are searched together: without rules that is all of them."""

@@ -15,6 +15,7 @@ import structlog
 from model.user_state import DIGEST_BYTES, EMPTY, Applied, Entry, Fold, Limits, encode_state
 from stream.events import Artifact, BadEvent, Click, DeadLetter, Ranked, Recommendations, decode_click, encode
 from workers import metrics
+from workers.arms import arm_of, query_of
 from workers.live import Live, NotReady
 from workers.prequential import K, LiveScore, Trial
 from workers.search import SearchProcessDied
@@ -26,6 +27,7 @@ from workers.states import Owned, OwnedStates, States
 
 log = structlog.get_logger()
 
+EXPLAINED = 3  # places of a sent list with reasons: what a page has room for; each costs 100 bytes of the record
 RATIO_WINDOW = 1000  # messages over which the share of bad ones is taken
 RATIO_MIN = 100
 MAX_DEAD_PAYLOAD = 512 * 1024  # base64 and the other fields must fit one record
@@ -58,6 +60,12 @@ class Folded(NamedTuple):
     applied: list[Before]
 
 
+class Recommended(NamedTuple):
+    generation: str
+    lists: dict[str, list[Ranked]]  # of every touched user; none before the first generation serves
+    known: set[str]  # users of whose clicks the generation knows at least one
+
+
 class UserWorker:
     """The work of one fetched partition batch; `workers/worker_process.py` hands on Faust's events in their order."""
 
@@ -88,9 +96,9 @@ class UserWorker:
         owned.states.update(folded.states)
         await owned.writer.put({u.encode(): encode_state(folded.states[u]) for u in folded.changed})
         folded_at = time.perf_counter()
-        generation, lists = await asyncio.to_thread(self._recommend, folded)
+        recommended = await asyncio.to_thread(self._recommend, folded)
         recommended_at = time.perf_counter()
-        await self._send(partition, folded, generation, lists, dead)
+        await self._send(partition, folded, recommended, dead)
         await self._go_back()
         sent_ms = time.time() * 1000
         for read in reads:
@@ -133,33 +141,35 @@ class UserWorker:
         changed = [user_id for user_id, state in after.items() if state is not folds[user_id].before]
         return Folded(after, changed, newest, applied)
 
-    def _recommend(self, folded: Folded) -> tuple[str, dict[str, list[Ranked]]]:
-        """Scored clicks and touched users in one embedding pass and one search -> generation, list a user."""
+    def _recommend(self, folded: Folded) -> Recommended:
+        """Scored clicks and touched users in one embedding pass and one search."""
+        settings, states, newest = self._settings, folded.states, folded.newest
         before = [
-            Query(b.history, folded.states[b.click.user_id].seen[: b.num_seen * DIGEST_BYTES], b.click.ts_ms)
-            for b in folded.applied
-            if b.history is not None
+            query_of(settings, click, history, states[click.user_id].seen[: num_seen * DIGEST_BYTES], sent=False)
+            for click, history, num_seen in folded.applied
+            if history is not None
         ]
         after = [
-            Query(state.history, state.seen, folded.newest[user_id].click.ts_ms)
-            for user_id, state in folded.states.items()
+            query_of(settings, newest[u].click, state.history, state.seen, sent=True) for u, state in states.items()
         ]
-        k = self._settings.worker.k
+        k = settings.worker.k
         try:
             snapshot, lists = self._live.recommend(before + after, max(k, K))
         except NotReady:
-            return "", {}
+            return Recommended("", {}, set())
         self._test(folded.applied, before, lists)
         self._try(snapshot, before, folded.applied, lists)
-        fresh = lists[len(before) :]
-        return snapshot.name, {u: ranked[:k] for u, ranked in zip(folded.states, fresh, strict=True)}
+        fresh = snapshot.explain(after, [ranked[:k] for ranked in lists[len(before) :]], EXPLAINED)
+        known = {u for u, state in states.items() if snapshot.knows(state.history)}
+        return Recommended(snapshot.name, dict(zip(states, fresh, strict=True)), known)
 
     def _test(self, applied: Sequence[Before], before: Sequence[Query], lists: Sequence[list[Ranked]]) -> None:
         answers = iter(zip(before, lists, strict=False))
         for click, history, _ in applied:
             if history is not None:
                 query, ranked = next(answers)
-                self._score.add(click.item_id, query.seen, [place.item_id for place in ranked])
+                served = [place.item_id for place in ranked]
+                self._score.add(click.item_id, query.seen, served, arm_of(self._settings, click.user_id))
             self._score.popularity.learn(click.item_id)
 
     def _try(
@@ -172,7 +182,7 @@ class UserWorker:
         if self._trial is None or (self._trial.serving, self._trial.previous) != (serving.name, previous.name):
             self._trial = Trial(serving.name, previous.name)
         try:
-            old_lists = previous.recommend(before, K)
+            old_lists = previous.recommend(before, max(self._settings.worker.k, K))
         except SearchProcessDied:
             return  # released, or replaced by the next swap
         scored = [item.click.item_id for item in applied if item.history is not None]
@@ -183,24 +193,33 @@ class UserWorker:
         if self._trial.worse or self._trial.over:
             self._live.release_previous()
 
-    async def _send(
-        self,
-        partition: int,
-        folded: Folded,
-        generation: str,
-        lists: dict[str, list[Ranked]],
-        dead: list[DeadLetter],
-    ) -> None:
+    async def _send(self, partition: int, folded: Folded, recommended: Recommended, dead: list[DeadLetter]) -> None:
         """Lists and dead letters together."""
         topics, now_ms = self._topics, time.time_ns() // 1_000_000
         answers = [
-            (u.encode(), encode(_answer(u, folded, partition, generation, ranked, now_ms)))
-            for u, ranked in lists.items()
+            (u.encode(), encode(self._answer(u, folded, partition, recommended, now_ms))) for u in recommended.lists
         ]
         letters = [(letter.key, encode(letter)) for letter in dead]
         await asyncio.gather(
             self._sender.send(topics.recommendations.name, partition, answers),
             self._sender.send(topics.dead_letters.name, 0, letters),
+        )
+
+    def _answer(
+        self, user_id: str, folded: Folded, partition: int, recommended: Recommended, now_ms: int
+    ) -> Recommendations:
+        read, state = folded.newest[user_id], folded.states[user_id]
+        return Recommendations(
+            user_id=user_id,
+            items=recommended.lists[user_id],
+            generation=recommended.generation,
+            source="personal" if user_id in recommended.known else "popular",
+            partition=partition,
+            offset=state.offset,
+            event_id=read.click.event_id,
+            clicked_ms=read.kafka_ms,
+            sent_ms=now_ms,
+            arm=arm_of(self._settings, user_id),
         )
 
     async def _go_back(self) -> None:
@@ -233,21 +252,4 @@ def dead_letter(record: Any, cause: str) -> DeadLetter:
         payload=None if record.value is None else record.value[:MAX_DEAD_PAYLOAD],
         truncated=record.value is not None and len(record.value) > MAX_DEAD_PAYLOAD,
         ts_ms=record.timestamp,
-    )
-
-
-def _answer(
-    user_id: str, folded: Folded, partition: int, generation: str, ranked: list[Ranked], now_ms: int
-) -> Recommendations:
-    read, state = folded.newest[user_id], folded.states[user_id]
-    return Recommendations(
-        user_id=user_id,
-        items=ranked,
-        generation=generation,
-        source="personal" if state.history else "popular",
-        partition=partition,
-        offset=state.offset,
-        event_id=read.click.event_id,
-        clicked_ms=read.kafka_ms,
-        sent_ms=now_ms,
     )
