@@ -11,7 +11,7 @@ const K = 12, CATALOGUE = 200, FIGURES_MS = 2000;
 const TYPES = ["click", "view", "like", "play", "complete", "cart", "purchase", "share", "skip", "hide", "dislike"];
 const THEMES = ["light dark", "light", "dark"];
 
-let user = people[0].id, answer = null, updated_ms = null, stream = null, health = { state: "connecting" };
+let user = people[0].id, answer = null, previous = null, updated_ms = null, stream = null, health = { state: "connecting" };
 let items = [], catalogue = [], click = null; // click: the one whose path is drawn
 let figures = null, profile = null, receipt = null;
 
@@ -41,19 +41,25 @@ function explain(error) {
 
 // ---- the list of the chosen user
 
+const ids = list => list.items.map(item => item.item_id).join();
+
 function show(next) {
-  const before = answer?.user_id === next.user_id ? answer : null;
+  const same = answer?.user_id === next.user_id;
+  if (!same || ids(answer) !== ids(next)) previous = same ? answer : null; // the same list, explained, has not moved
   answer = next;
   updated_ms = Date.now();
-  drawList(answer, before, item => send(user, item, $("type").value));
+  drawList(answer, previous, item => send(user, item, $("type").value));
 }
 
-async function refresh() {
-  const [list, known] = await Promise.allSettled([call(path(user, `/recommendations?k=${K}&explain=true`)), call(path(user))]);
-  profile = known.status === "fulfilled" ? known.value : null;
+// least: the offset that the list must not be older than. Who may not read the state still sees the list.
+async function refresh(least = -1) {
+  const asked = `/recommendations?k=${K}&explain=true${least < 0 ? "" : `&min_offset=${least}`}`;
+  const [list, known] = await Promise.allSettled([call(path(user, asked)), call(path(user))]);
+  profile = known.status === "fulfilled" && known.value.user_id === user ? known.value : null;
   drawProfile();
   if (list.status === "rejected") throw list.reason;
-  if (list.value.user_id === user) show(list.value);
+  const newer = answer?.user_id === user && answer.as_of?.offset > (list.value.as_of?.offset ?? -1);
+  if (list.value.user_id === user && !newer) show(list.value);
 }
 
 function watch(id) {
@@ -92,7 +98,7 @@ function arrived(next) {
       drawPath(click);
     });
   }
-  call(path(user)).then(known => { profile = known; drawProfile(); }, () => {});
+  refresh(next.as_of?.offset).catch(explain); // the worker explains the first places only
 }
 
 // A list answers the newest click of its batch: ours is in it when it is that one or came before it.
@@ -140,6 +146,7 @@ async function forget() {
     const given = await call(path(user), "DELETE");
     receipt = { receipt: given.receipt, date: day(given.gone_by_ms) };
     drawPath((click = null));
+    answer = null;
     await refresh();
   } catch (error) {
     explain(error);
@@ -195,7 +202,7 @@ function drawAll() {
   drawPath();
   drawHealth();
   buildCharts();
-  if (answer) drawList(answer, null, item => send(user, item, $("type").value));
+  if (answer) drawList(answer, previous, item => send(user, item, $("type").value));
 }
 
 // ---- the page

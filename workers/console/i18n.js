@@ -16,8 +16,8 @@ const TEXTS = {
   theme: ["Light or dark", "浅色或深色"],
   key: ["API key", "API 密钥"],
   keyHelp: [
-    "Kept in this tab until it is closed, sent only to this server. It needs the scopes read and ingest; forgetting needs admin.",
-    "仅保存在此标签页中，关闭即清除，只发送给本服务器。需要 read 和 ingest 权限；遗忘用户需要 admin 权限。",
+    "Kept in this tab until it is closed, sent only to this server. It needs the scopes read and ingest; admin for the clicks behind a list and for forgetting.",
+    "仅保存在此标签页中，关闭即清除，只发送给本服务器。需要 read 和 ingest 权限；查看点击依据和遗忘用户需要 admin 权限。",
   ],
   save: ["Use this key", "使用此密钥"],
   cancel: ["Cancel", "取消"],

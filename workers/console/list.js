@@ -32,7 +32,7 @@ function fill(li, item, at, change, top) {
   score.style.setProperty("--part", top > 0 ? Math.max(0, item.score / top) : 0);
 }
 
-// Draws `answer`; `before` (the answer shown until now, of the same user) says what has moved. True if it differs.
+// Draws `answer`; `before` (the answer shown until now, of the same user) says what has moved.
 export function drawList(answer, before, onClick) {
   const places = new Map(before?.items.map((item, at) => [item.item_id, at]));
   const focused = document.activeElement, focusedAt = [...list.children].findIndex(li => li.contains(focused));
@@ -55,8 +55,11 @@ export function drawList(answer, before, onClick) {
   const moved = Boolean(before) && answer.items.some((item, at) => places.get(item.item_id) !== at);
   if (moved && !calm()) animate(tops);
   drawFacts(answer);
-  if (moved) $("announce").textContent = t("updated", { title: name(answer.items[0]) });
-  return moved;
+  if (moved) announce(t("updated", { title: name(answer.items[0]) }));
+}
+
+function announce(text) {
+  if ($("announce").textContent !== text) $("announce").textContent = text; // set again, it is read out again
 }
 
 function animate(tops) {
