@@ -2,14 +2,17 @@
 
 import contextlib
 import threading
+import time
 from types import TracebackType
 from typing import Any, Self
 
 import kafka
+import msgspec
 from kafka.partitioner.default import murmur2
 
 from stream.connection import Connection
-from stream.events import MAX_ITEM_BYTES, Click, Item, decode, decode_click, encode
+from stream.events import MAX_ITEM_BYTES, Click, Erasure, Item, decode, decode_click, encode
+from stream.pseudonyms import Pseudonyms
 from stream.topics import Topics
 
 METADATA_MS = 5000
@@ -85,8 +88,8 @@ class Producer:
     ) -> None:
         self.close()
 
-    def send_raw(self, topic: str, key: bytes | None, raw: bytes | None) -> None:
-        """Raises BufferFull, DeliveryError (of earlier records)."""
+    def send_raw(self, topic: str, key: bytes | None, raw: bytes | None) -> Any:
+        """kafka-python's future of the record's place. Raises BufferFull, DeliveryError (of earlier records)."""
         self._raise_failures()
         ticket = object()
         with self._changed:
@@ -97,7 +100,7 @@ class Producer:
                 )
             self._in_flight.add(ticket)
         try:
-            self._open().send(topic, raw, key).add_both(self._done, ticket)
+            return self._open().send(topic, raw, key).add_both(self._done, ticket)
         except BaseException as error:
             self._done(ticket, None)
             if isinstance(error, kafka.errors.KafkaTimeoutError):
@@ -139,17 +142,32 @@ class Producer:
 
 
 class ClickProducer(Producer):
-    """Clicks keyed by user, items keyed by item. The options are Producer's."""
+    """Clicks keyed by user, items keyed by item. With `pseudonyms` no user id leaves as it came. More: Producer's."""
 
-    def __init__(self, connection: Connection, topics: Topics, **options: Any) -> None:
+    def __init__(
+        self, connection: Connection, topics: Topics, pseudonyms: Pseudonyms | None = None, **options: Any
+    ) -> None:
         super().__init__(connection, **options)
-        self._topics = topics
+        self._topics, self._pseudonyms = topics, pseudonyms
 
     def send(self, click: Click) -> None:
         """Raises BadEvent for a click that every reader would refuse, BufferFull, DeliveryError (of earlier)."""
         raw = encode(click)
-        decode_click(raw)
+        decode_click(raw)  # before the id is replaced: a pseudonym would hide one that is none
+        if self._pseudonyms:
+            click = msgspec.structs.replace(click, user_id=self._pseudonyms.of(click.user_id))
+            raw = encode(click)
         self.send_raw(self._topics.clicks.name, click.user_id.encode(), raw)
+
+    def erase(self, user_id: str) -> tuple[int, int]:
+        """Erases a user: partition and offset that Kafka gave the wish. Raises as `send` does."""
+        decode(encode(Erasure(event_type="erase", user_id=user_id, requested_ms=0)), Erasure)
+        user_id = self._pseudonyms.of(user_id) if self._pseudonyms else user_id
+        wish = Erasure(event_type="erase", user_id=user_id, requested_ms=time.time_ns() // 1_000_000)
+        future = self.send_raw(self._topics.clicks.name, user_id.encode(), encode(wish))
+        self.flush()
+        place = future.get(timeout=0)
+        return int(place.partition), int(place.offset)
 
     def send_item(self, item: Item) -> None:
         """Adds or replaces a catalogue item. Raises as `send` does."""

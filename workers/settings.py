@@ -156,7 +156,7 @@ class Settings(BaseSettings):
 
     @property
     def topics(self) -> Topics:
-        return Topics(self.kafka.prefix, self.kafka.partitions)
+        return Topics(self.kafka.prefix, self.kafka.partitions, self.trainer.window_days)
 
     @field_validator("event_values")
     @classmethod
