@@ -148,8 +148,8 @@ class EventLog:
         places = np.isin(self._whole["user"], indices)
         for name, column in self._whole.items():
             column[places] = 0 if name in ("row", "ts") else -1
-        for column in self._real.values():
-            column[places] = 0
+        for real in self._real.values():
+            real[places] = 0
 
     def users(self, numbers: Rows) -> Rows:
         """(B,) user index of each event, -1 of one forgotten."""

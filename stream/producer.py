@@ -159,15 +159,15 @@ class ClickProducer(Producer):
             raw = encode(click)
         self.send_raw(self._topics.clicks.name, click.user_id.encode(), raw)
 
-    def erase(self, user_id: str) -> tuple[int, int]:
-        """Erases a user: partition and offset that Kafka gave the wish. Raises as `send` does."""
+    def erase(self, user_id: str) -> tuple[int, int, int]:
+        """Erases a user: partition, offset and stamp (ms) that Kafka gave the wish. Raises as `send` does."""
         decode(encode(Erasure(event_type="erase", user_id=user_id, requested_ms=0)), Erasure)
         user_id = self._pseudonyms.of(user_id) if self._pseudonyms else user_id
         wish = Erasure(event_type="erase", user_id=user_id, requested_ms=time.time_ns() // 1_000_000)
         future = self.send_raw(self._topics.clicks.name, user_id.encode(), encode(wish))
         self.flush()
         place = future.get(timeout=0)
-        return int(place.partition), int(place.offset)
+        return int(place.partition), int(place.offset), int(place.timestamp)
 
     def send_item(self, item: Item) -> None:
         """Adds or replaces a catalogue item. Raises as `send` does."""

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from workers.cli_erase import erase
 from workers.logs import configure
 from workers.settings import ConfigError, Settings, load_settings
 
@@ -17,6 +18,7 @@ dead_letters = typer.Typer(no_args_is_help=True, help="Messages that could not b
 generations = typer.Typer(no_args_is_help=True, help="What serves, and the way back.")
 app.add_typer(dead_letters, name="dead-letters")
 app.add_typer(generations, name="generations")
+app.command()(erase)
 
 Broker = Annotated[str | None, typer.Option(help="HOST:PORT of your own Kafka; default: a local one.")]
 
@@ -83,7 +85,7 @@ def topics() -> None:
 
     ensure(settings.topics, settings.connection)
     for topic in settings.topics.all():
-        kept = "compacted" if topic.compacted else f"{(topic.retention_ms or 0) // 86_400_000} days"
+        kept = "compacted" if topic.retention_ms is None else f"{topic.retention_ms / 86_400_000:g} days"
         typer.echo(f"{topic.name}  {topic.partitions} partitions, {kept}: {topic.about}")
 
 

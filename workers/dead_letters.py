@@ -10,12 +10,15 @@ from typing import Any
 
 import msgspec
 
+from model.user_state import EMPTY
 from stream.consumer import read_window
 from stream.events import DeadLetter, decode
 from stream.producer import Producer
+from workers import metrics
 from workers.sender import BatchSender
 from workers.settings import Settings
 from workers.state_writer import Acknowledge
+from workers.states import States
 
 SHOWN_BYTES = 80
 MAX_LETTER_BYTES = 2 * 1024 * 1024
@@ -28,12 +31,16 @@ def place(letter: DeadLetter) -> bytes:
 
 def read(settings: Settings) -> list[tuple[int, DeadLetter]]:
     """All that are kept, oldest first, each with its number in the dead-letter topic."""
+    return list(_kept(settings).values())
+
+
+def _kept(settings: Settings) -> dict[bytes | None, tuple[int, DeadLetter]]:
     found: dict[bytes | None, tuple[int, DeadLetter]] = {}
     for record in (r for batch in read_window(settings.connection, settings.topics.dead_letters.name) for r in batch):
         found.pop(record.key, None)
         if record.value is not None:
             found[record.key] = record.offset, decode(record.value, DeadLetter, MAX_LETTER_BYTES)
-    return list(found.values())
+    return found
 
 
 def describe(number: int, letter: DeadLetter) -> str:
@@ -53,7 +60,7 @@ def resend(settings: Settings, letters: Sequence[DeadLetter]) -> tuple[int, int]
 
 
 def names_one(letter: DeadLetter, user_ids: Collection[str]) -> bool:
-    """Whether a dead letter is of one of these users: by its key, a string in its JSON, or, where it is none, a word."""
+    """Whether a dead letter is of one of these users: by its key, a string in its JSON, else a word."""
     if letter.key is not None and letter.key.decode(errors="replace") in user_ids:
         return True
     payload = letter.payload or b""
@@ -81,9 +88,12 @@ class DeadLetters:
         self._waiting: set[str] = set()
         self._reading = asyncio.Lock()
 
-    def cleared_of(self, user_ids: Collection[str], acknowledge: Acknowledge) -> Acknowledge:
-        """Acknowledges when that is done: a worker that dies before reads the wish again."""
+    def cleared_of(self, user_ids: Collection[str], acknowledge: Acknowledge, states: States) -> Acknowledge:
+        """Acknowledges when that is done: a worker that dies before reads the wish again. Then, too, no mark of the
+        users is needed in the states any more: no click from before the wish will come again.
+        """
         self._waiting |= set(user_ids)
+        metrics.pending_erasures.inc(len(user_ids))
 
         async def cleared() -> None:
             async with self._reading:  # who finds nothing waiting has waited for the reading that took its users along
@@ -91,9 +101,14 @@ class DeadLetters:
                 if users:
                     found = await asyncio.to_thread(self._of, users)
                     await self._sender.send(self._settings.topics.dead_letters.name, 0, [(key, None) for key in found])
+            metrics.pending_erasures.dec(len(user_ids))
+            metrics.erasures.labels("cleared").inc(len(user_ids))
             await acknowledge()
+            for user_id in user_ids:
+                if states.get(user_id, EMPTY).erased:
+                    del states[user_id]
 
         return cleared
 
-    def _of(self, user_ids: Collection[str]) -> list[bytes]:
-        return [place(letter) for _, letter in read(self._settings) if names_one(letter, user_ids)]
+    def _of(self, user_ids: Collection[str]) -> list[bytes | None]:
+        return [key for key, (_, letter) in _kept(self._settings).items() if names_one(letter, user_ids)]

@@ -88,6 +88,16 @@ answers = Counter(
     "Lists answered, by source (personal, popular) and fullness (full, short, empty).",
     ["source", "fullness"],
 )
+erasures = Counter(
+    "upwell_erasures_total",
+    "Users' erasures, by stage: asked (serve), cleared (worker: state, lists and dead letters are gone).",
+    ["stage"],
+)
+pending_erasures = Gauge(
+    "upwell_pending_erasures",
+    "Erasures on their way here: asked for and not yet seen in the users topic (serve), read and not yet cleared "
+    "(worker). Not falling: look at the worker's lag.",
+)
 
 
 def serve(port: int) -> None:

@@ -24,7 +24,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from model.user_state import EMPTY
 from stream.events import BadEvent, Click, EventType, Id, Item, Milliseconds
 from stream.producer import BufferFull, DeliveryError
-from workers import metrics
+from workers import metrics, routes_erasure
 from workers.live import NotReady
 from workers.processes import end_with_threads
 from workers.service import RecentUser, RecommendationsOut, Service
@@ -178,8 +178,9 @@ def build_app(service: Service) -> Litestar:
     async def provide() -> Service:
         return service
 
+    pages = [livez, readyz, prometheus, page]
     return Litestar(
-        [recommendations, recent_users, post_events, post_items, livez, readyz, prometheus, page],
+        [recommendations, recent_users, post_events, post_items, *routes_erasure.routes, *pages],
         dependencies={"service": Provide(provide)},
         middleware=[_measured],
         request_max_body_size=service.settings.serve.max_body_bytes,

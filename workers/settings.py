@@ -16,6 +16,7 @@ from pydantic_settings import (
 
 from stream.connection import Connection
 from stream.events import EVENT_TYPES, Click, EventType
+from stream.pseudonyms import Pseudonyms
 from stream.topics import Topics
 
 PREFIX = "UPWELL_"
@@ -120,6 +121,23 @@ class Serve(Section):
     max_body_bytes: int = Field(1 << 20, ge=1024)
 
 
+class Privacy(Section):
+    key_file: Path | None = Field(None, description="key of the pseudonyms in the place of user ids; None: no")
+
+    @field_validator("key_file")
+    @classmethod
+    def _is_key(cls, path: Path | None) -> Path | None:
+        try:
+            _ = path and Pseudonyms.read(path)
+        except OSError as error:
+            raise ValueError(str(error)) from error
+        return path
+
+    @property
+    def pseudonyms(self) -> Pseudonyms | None:
+        return Pseudonyms.read(self.key_file) if self.key_file else None
+
+
 class Settings(BaseSettings):
     """Frozen; read once at start."""
 
@@ -132,6 +150,7 @@ class Settings(BaseSettings):
     trainer: Trainer = Trainer()
     indexer: Indexer = Indexer()
     serve: Serve = Serve()
+    privacy: Privacy = Privacy()
     event_weights: Weights = DEFAULT_WEIGHTS
     event_values: Scales = DEFAULT_VALUES
     artifacts: str = Field("data/artifacts", description="fsspec URL or folder: models and generations")

@@ -33,6 +33,7 @@ class Tombstone(NamedTuple):
 
 
 OFFSET_HEADER = "offset"
+States = Mapping[bytes, bytes | Tombstone]
 
 
 class StateWriter:
@@ -43,7 +44,7 @@ class StateWriter:
     ) -> None:
         self._topic, self._partition, self._failed = topic, partition, failed
         self._sender = BatchSender(connection, transactional_id=f"{topic}-{partition}", timeout_ms=TIMEOUT_MS)
-        self._waiting: asyncio.Queue[tuple[Mapping[bytes, bytes | Tombstone], Acknowledge | None]] = asyncio.Queue(WAITING)
+        self._waiting: asyncio.Queue[tuple[States, Acknowledge | None]] = asyncio.Queue(WAITING)
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -51,7 +52,7 @@ class StateWriter:
         await self._sender.start()
         self._task = asyncio.create_task(self._run())
 
-    async def put(self, states: Mapping[bytes, bytes | Tombstone], acknowledge: Acknowledge | None = None) -> None:
+    async def put(self, states: States, acknowledge: Acknowledge | None = None) -> None:
         """User id -> encoded state; `acknowledge` is called when these and all before them are committed."""
         await self._waiting.put((states, acknowledge))
 

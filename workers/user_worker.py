@@ -81,7 +81,9 @@ class UserWorker:
         erased: set[str] = set()
         for at in range(0, len(records), self._settings.worker.batch_clicks):
             erased |= await self._micro_batch(partition, records[at : at + self._settings.worker.batch_clicks], owned)
-        await owned.writer.put({}, self._letters.cleared_of(erased, acknowledge) if erased else acknowledge)
+        if erased:
+            acknowledge = self._letters.cleared_of(erased, acknowledge, owned.states)
+        await owned.writer.put({}, acknowledge)
 
     async def _micro_batch(self, partition: int, records: Sequence[Any], owned: Owned) -> Set[str]:
         """The users that were erased."""
