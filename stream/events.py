@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 VERSION = 1
+DEFAULT_ARM = "default"  # whoever is in no arm of the A/B test
 MAX_EVENT_BYTES = 64 * 1024  # an event is a few hundred bytes; 64 KiB leaves room for context
 MAX_ITEM_BYTES = 1024 * 1024
 FUTURE_TOLERANCE_MS = 10 * 60 * 1000  # clocks of producers differ; ten minutes ahead is a broken clock
@@ -73,25 +74,44 @@ class ItemVector(Event, frozen=True, kw_only=True):
     vector: bytes  # float16, little-endian, E values; unit norm, or zeros for an item without text
 
 
-class Ranked(Struct, frozen=True):
+class Because(Struct, frozen=True):
+    """A click that speaks for a recommended item."""
+
+    item_id: str
+    share: float  # of what the user's clicks say for the item through co-visitation and text; see Ranked.explained
+
+
+class Ranked(Struct, frozen=True, omit_defaults=True):
     """One place in a list of recommendations."""
 
     item_id: str
     score: float
+    propensity: float = 1.0  # the chance with which the item was in this list: below 1 where the list explores
+    because: list[Because] = []
+    explained: float = (
+        0.0  # part of what speaks for the item that the shares divide; the tower and popularity: the rest
+    )
 
 
 class Recommendations(Event, frozen=True, kw_only=True):
-    """Fresh recommendations for one user. Keyed by user."""
+    """Fresh recommendations for one user. Keyed by user.
+
+    source: what the list rests on. "personal": the kept history of the user; "session": a history that came with the
+    request and is not kept (a guest's clicks, seed items, a text), over HTTP only; "popular": nothing, for a user
+    without history or with clicks on unknown items alone.
+    """
 
     user_id: Id
     items: list[Ranked]
     generation: str
-    source: Literal["personal", "popular"]
+    source: Literal["personal", "session", "popular"]
     partition: int  # as_of: the last click folded in, so that a reader can ask for "at least offset X"
     offset: int
     event_id: str  # the newest click behind this list
     clicked_ms: int  # when Kafka took that click (record timestamp)
     sent_ms: int
+    arm: str = DEFAULT_ARM
+    under: dict[str, list[float]] = {}  # other arm -> the chance with which it would have shown each of the items
 
 
 class Artifact(Event, frozen=True, kw_only=True):

@@ -2,9 +2,9 @@
 
 import contextlib
 import threading
-import time
+from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import kafka
 import msgspec
@@ -29,6 +29,13 @@ class BufferFull(RuntimeError):
     """The cluster takes events more slowly than they are sent; this event was not taken."""
 
 
+class Place(NamedTuple):
+    """Where a record lies in its topic."""
+
+    partition: int
+    offset: int
+
+
 class Producer:
     """Raw records; idempotent, acks of all replicas; usable from several threads.
 
@@ -47,7 +54,7 @@ class Producer:
     ) -> None:
         self._block_s, self._delivery_s = block_s, delivery_s
         self._max_in_flight = max_in_flight
-        self._in_flight: set[object] = set()
+        self._in_flight: set[Future[Place]] = set()
         self._failures: list[BaseException] = []
         self._changed = threading.Condition()  # guards the two above
         self._options = connection.kafka_python() | {
@@ -88,10 +95,11 @@ class Producer:
     ) -> None:
         self.close()
 
-    def send_raw(self, topic: str, key: bytes | None, raw: bytes | None) -> Any:
-        """kafka-python's future of the record's place. Raises BufferFull, DeliveryError (of earlier records)."""
+    def send_raw(self, topic: str, key: bytes | None, raw: bytes | None) -> Future[Place]:
+        """Its place, once it is acknowledged. Raises BufferFull, DeliveryError (of earlier records)."""
         self._raise_failures()
-        ticket = object()
+        ticket: Future[Place] = Future()
+        ticket.set_running_or_notify_cancel()  # nobody who waits for it can take it back
         with self._changed:
             if not self._changed.wait_for(self._has_room, timeout=self._block_s):
                 raise BufferFull(
@@ -100,14 +108,16 @@ class Producer:
                 )
             self._in_flight.add(ticket)
         try:
-            return self._open().send(topic, raw, key).add_both(self._done, ticket)
+            self._open().send(topic, raw, key).add_both(self._done, ticket)
         except BaseException as error:
-            self._done(ticket, None)
+            with self._changed:
+                self._in_flight.discard(ticket)
             if isinstance(error, kafka.errors.KafkaTimeoutError):
                 raise BufferFull(f"{topic}: no metadata in {METADATA_MS} ms; is the cluster reachable?") from error
             if isinstance(error, kafka.errors.KafkaError):
                 raise DeliveryError(f"{topic}: not taken: {error!r}") from error
             raise
+        return ticket
 
     def _open(self) -> kafka.KafkaProducer:
         with self._opening:
@@ -125,12 +135,14 @@ class Producer:
     def _has_room(self) -> bool:
         return len(self._in_flight) < self._max_in_flight
 
-    def _done(self, ticket: object, outcome: object) -> None:
+    def _done(self, ticket: Future[Place], outcome: Any) -> None:
+        failed = isinstance(outcome, BaseException)
         with self._changed:
             self._in_flight.discard(ticket)
-            if isinstance(outcome, BaseException):
+            if failed:
                 self._failures.append(outcome)
             self._changed.notify_all()
+        ticket.set_exception(outcome) if failed else ticket.set_result(Place(outcome.partition, outcome.offset))
 
     def _raise_failures(self) -> None:
         with self._changed:
@@ -150,30 +162,30 @@ class ClickProducer(Producer):
         super().__init__(connection, **options)
         self._topics, self._pseudonyms = topics, pseudonyms
 
-    def send(self, click: Click) -> None:
-        """Raises BadEvent for a click that every reader would refuse, BufferFull, DeliveryError (of earlier)."""
+    def send(self, click: Click) -> Future[Place]:
+        """As send_raw. Raises BadEvent for what every reader would refuse, BufferFull, DeliveryError (of earlier)."""
         raw = encode(click)
         decode_click(raw)  # before the id is replaced: a pseudonym would hide one that is none
         if self._pseudonyms:
             click = msgspec.structs.replace(click, user_id=self._pseudonyms.of(click.user_id))
             raw = encode(click)
-        self.send_raw(self._topics.clicks.name, click.user_id.encode(), raw)
+        return self.send_raw(self._topics.clicks.name, click.user_id.encode(), raw)
 
-    def erase(self, user_id: str) -> tuple[int, int, int]:
-        """Erases a user: partition, offset and stamp (ms) that Kafka gave the wish. Raises as `send` does."""
-        decode(encode(Erasure(event_type="erase", user_id=user_id, requested_ms=0)), Erasure)
-        user_id = self._pseudonyms.of(user_id) if self._pseudonyms else user_id
-        wish = Erasure(event_type="erase", user_id=user_id, requested_ms=time.time_ns() // 1_000_000)
-        future = self.send_raw(self._topics.clicks.name, user_id.encode(), encode(wish))
+    def erase(self, user_id: str, now_ms: int) -> Place:
+        """Sends a user's wish to be erased, and waits for its place. Raises as `send` does."""
+        wish = Erasure(event_type="erase", user_id=user_id, requested_ms=now_ms)
+        decode(encode(wish), Erasure)
+        if self._pseudonyms:
+            wish = msgspec.structs.replace(wish, user_id=self._pseudonyms.of(user_id))
+        sent = self.send_raw(self._topics.clicks.name, wish.user_id.encode(), encode(wish))
         self.flush()
-        place = future.get(timeout=0)
-        return int(place.partition), int(place.offset), int(place.timestamp)
+        return sent.result()
 
-    def send_item(self, item: Item) -> None:
+    def send_item(self, item: Item) -> Future[Place]:
         """Adds or replaces a catalogue item. Raises as `send` does."""
         raw = encode(item)
         decode(raw, Item)
-        self.send_raw(self._topics.items.name, item.item_id.encode(), raw)
+        return self.send_raw(self._topics.items.name, item.item_id.encode(), raw)
 
     def remove_item(self, item_id: str) -> None:
         """Takes an item out of the catalogue."""

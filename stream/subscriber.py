@@ -5,7 +5,7 @@ from types import TracebackType
 from typing import Self
 
 from stream.connection import Connection
-from stream.consumer import open_consumer, partitions_of
+from stream.consumer import Record, open_consumer, partitions_of
 from stream.events import Recommendations, decode
 from stream.topics import Topics
 
@@ -36,15 +36,24 @@ class Subscriber:
             for partition, end in self._consumer.end_offsets(partitions).items():
                 self._consumer.seek(partition, end)
 
+    @property
+    def connected(self) -> bool:
+        """Whether a connection to any broker is open."""
+        return bool(self._consumer.metrics()["consumer-metrics"]["connection-count"])
+
+    def records(self, timeout_s: float = 1.0) -> list[Record]:
+        """As `poll`, not decoded."""
+        polled = self._consumer.poll(timeout_ms=int(timeout_s * 1000))
+        return [record for records in polled.values() for record in records]
+
     def poll(self, timeout_s: float = 1.0) -> list[Recommendations]:
         """What has come since the last poll, waiting up to timeout_s for the first. Raises BadEvent."""
-        polled = self._consumer.poll(timeout_ms=int(timeout_s * 1000))
         found = []
-        for record in (record for records in polled.values() for record in records):
-            if record.value is None:
-                self._on_erased(record.key.decode())
-            else:
+        for record in self.records(timeout_s):
+            if record.value is not None:
                 found.append(decode(record.value, Recommendations))
+            elif record.key is not None:
+                self._on_erased(record.key.decode())
         return found
 
     def __iter__(self) -> Iterator[Recommendations]:

@@ -6,6 +6,7 @@ The receipt is the wish's place, which names nobody: what has become of it is re
 """
 
 import re
+import time
 from contextlib import closing
 
 import kafka
@@ -43,7 +44,8 @@ class Receipt(msgspec.Struct, kw_only=True):
 
 def ask(producer: ClickProducer, user_id: str, longest_ms: int) -> Receipt:
     """The wish is in Kafka when this returns. Raises BadEvent, BufferFull, DeliveryError as `ClickProducer.send`."""
-    partition, offset, now_ms = producer.erase(user_id)
+    now_ms = time.time_ns() // 1_000_000
+    partition, offset = producer.erase(user_id, now_ms)
     return Receipt(
         receipt=f"{partition}-{offset}",
         partition=partition,

@@ -6,8 +6,9 @@ import numpy as np
 
 from model.user_state import digest, split
 from workers import metrics
+from workers.settings import SCORED_K
 
-K = 10
+K = SCORED_K
 WINDOW = 5000
 TRIAL_CLICKS = 2000  # after a swap, scored by both generations
 TRIAL_MIN = 200

@@ -15,12 +15,13 @@ from pydantic_settings import (
 )
 
 from stream.connection import Connection
-from stream.events import EVENT_TYPES, Click, EventType
+from stream.events import DEFAULT_ARM, EVENT_TYPES, Click, EventType
 from stream.pseudonyms import Pseudonyms
 from stream.topics import Topics
 
 PREFIX = "UPWELL_"
 CONFIG_VARIABLE = "UPWELL_CONFIG"
+SCORED_K = 10  # places of a list that the live hit rate looks at
 
 Weights = dict[EventType, Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)]]
 
@@ -138,6 +139,14 @@ class Privacy(Section):
         return Pseudonyms.read(self.key_file) if self.key_file else None
 
 
+class Arm(Section):
+    """One arm of an A/B test. Who is in none is in the arm `default`, the control: no diversity, no exploration."""
+
+    share: float = Field(gt=0, le=1, description="of the users")
+    diversity: float = Field(0.0, ge=0, le=1, description="0: the best; 1: the most different")
+    explore: float = Field(0.0, ge=0, le=1, description="share of a list's places that are drawn")
+
+
 class Settings(BaseSettings):
     """Frozen; read once at start."""
 
@@ -153,6 +162,8 @@ class Settings(BaseSettings):
     privacy: Privacy = Privacy()
     event_weights: Weights = DEFAULT_WEIGHTS
     event_values: Scales = DEFAULT_VALUES
+    arms: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")], Arm] = {}
+    arms_key: str = Field("", max_length=64, description="of the hash that deals the users: another one deals anew")
     artifacts: str = Field("data/artifacts", description="fsspec URL or folder: models and generations")
     cache: Path = Field(Path(".cache/upwell"), description="text vectors, fetched generations")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
@@ -184,6 +195,18 @@ class Settings(BaseSettings):
             if nothing == full:
                 raise ValueError(f"{kind}: [{nothing}, {full}] are one value")
         return values
+
+    @model_validator(mode="after")
+    def _dealt(self) -> Self:
+        if DEFAULT_ARM in self.arms:
+            raise ValueError(f"arms: {DEFAULT_ARM} is the name of the control, which is not configured")
+        if (total := sum(arm.share for arm in self.arms.values())) > 1 + 1e-9:
+            raise ValueError(f"arms: the shares add up to {total:g}, more than 1")
+        if self.worker.k < SCORED_K and any(arm.explore for arm in self.arms.values()):
+            raise ValueError(
+                f"arms: with explore, worker.k has to be at least {SCORED_K}: propensities are of whole lists"
+            )
+        return self
 
     def weight(self, click: Click) -> float:
         """Strength of this click; a type left out of the tables weighs as by default."""

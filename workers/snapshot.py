@@ -52,12 +52,29 @@ class Catalogue:
         return new
 
 
+class Rules(NamedTuple):
+    """What may stand in a list, and how it is chosen among that. Items that were removed never come."""
+
+    categories: frozenset[str] = frozenset()  # one of them; empty: any
+    exclude: frozenset[str] = frozenset()  # item ids
+    exclude_seen: bool = True
+    available_only: bool = True
+    max_age_ms: int | None = None  # since Item.published_ms; an item without that stamp is not known to be young
+    diversity: float = 0.0  # 0..1: the best, to the most different (model.rules.diversify)
+    explore: float = 0.0  # 0..1: share of the places that are drawn (model.rules.explore); says the propensities
+    seed: int = 0  # of the draw: another one for each list
+
+
+PLAIN = Rules()
+
+
 class Query(NamedTuple):
-    """What a list is made from: a user's history, what is excluded (packed digests), and the moment."""
+    """What a list is made from: a user's history, what is seen (packed digests), the moment, the rules."""
 
     history: Sequence[Entry]
     seen: bytes
     now_ms: int
+    rules: Rules = PLAIN
 
 
 @dataclass(frozen=True)
@@ -102,10 +119,12 @@ class Snapshot:
     def num_indexed(self) -> int:
         return len(self.indexed.ids)
 
-    def recommend(self, queries: Sequence[Query], k: int) -> list[list[Ranked]]:
+    def recommend(self, queries: Sequence[Query], k: int, explain: bool = False) -> list[list[Ranked]]:
         """k items a query, best first; fewer only when fewer are eligible. Raises SearchProcessDied."""
         if not queries:
             return []
+        if explain or any(query.rules != PLAIN for query in queries):
+            raise NotImplementedError("rules and explanations come with the next commit")
         histories = [self.history(query.history) for query in queries]
         users = self.model.user_vectors(histories, [query.now_ms for query in queries])  # (B, D)
         excluded = [self._rows_of(query.seen) for query in queries]
@@ -119,6 +138,10 @@ class Snapshot:
             [Ranked(ids[row], round(float(score), 5)) for row, score in zip(r, s, strict=True) if row >= 0]
             for r, s in zip(rows, scores, strict=True)
         ]
+
+    def similar(self, item_id: str, k: int, rules: Rules = PLAIN) -> list[Ranked]:
+        """KeyError for an item that this generation does not know."""
+        raise NotImplementedError("rules and explanations come with the next commit")
 
     def history(self, entries: Sequence[Entry]) -> History:
         """The entries whose items this generation knows."""
