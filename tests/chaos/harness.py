@@ -29,7 +29,7 @@ from stream.topics import ensure
 from tests.chaos.worker import Trap, start, worker
 from tests.workers.service import ITEMS, free_port
 from workers.observe import scrape
-from workers.settings import Kafka, Settings, Worker
+from workers.settings import Kafka, Serve, Settings, Trainer, Worker
 from workers.states import raw_states
 from workers.up import HOPELESS
 
@@ -128,13 +128,17 @@ class Fleet:
         *,
         partitions: int = 4,
         session_s: float | None = None,
+        window_days: float = 30.0,
         **settings: Any,
     ) -> None:
         name = f"c{secrets.token_hex(4)}"
         self.settings = Settings(
             kafka=Kafka(bootstrap=connection.bootstrap, prefix=name, partitions=partitions),
             worker=Worker(group=name, **settings),
+            trainer=Trainer(window_days=window_days, min_events=100, holdout=20, round_s=1.0),
+            serve=Serve(port=free_port()),
             cache=folder / "cache",
+            artifacts=str(folder / "artifacts"),
         )
         self.folder, self._session_s = folder, session_s
         self.exits: list[tuple[str, int]] = []
