@@ -130,9 +130,9 @@ def lists_not_tombstoned() -> None:
     send = UserWorker._send
 
     async def untold(self: UserWorker, *arguments: Any) -> None:
-        await send(self, *arguments[:-1], ())
+        await send(self, *cast(Any, (*arguments[:-1], ())))
 
-    UserWorker._send = untold  # type: ignore[method-assign]
+    UserWorker._send = untold  # type: ignore[method-assign, assignment]
 
 
 def erasure_passed_over() -> None:

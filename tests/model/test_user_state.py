@@ -143,7 +143,8 @@ def test_an_erased_user_starts_anew_and_nothing_older_comes_back() -> None:
     state = apply_clicks(EMPTY, before, Limits())
     fold = Fold(state, Limits())
     fold.erase(7)
-    assert (erased := fold.state()) == UserState(offset=7) and erased.erased
+    erased = fold.state()
+    assert erased == UserState(offset=7) and erased.erased
     assert not EMPTY.erased and not state.erased
     assert apply_clicks(erased, before, Limits()) == erased  # redelivered
     again = Applied(before[0].click, 1.0, 9)  # the same event sent anew: what would know it has been erased
