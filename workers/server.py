@@ -21,7 +21,6 @@ from litestar.params import Parameter
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from model.user_state import EMPTY
 from stream.events import BadEvent, Click, EventType, Id, Item, Milliseconds
 from stream.producer import BufferFull, DeliveryError
 from workers import metrics, routes_erasure
@@ -91,7 +90,7 @@ def recommendations(
 def recent_users(service: Service) -> list[RecentUser]:
     """The users whose state moved last, newest first, for the page."""
     users = list(reversed(service.users.recent))
-    known = [(user_id, service.users.states.get(user_id, EMPTY)) for user_id in users]
+    known = [(user_id, service.users.of(user_id)) for user_id in users]
     return [RecentUser(user_id, state.applied, service.history(state)[:10]) for user_id, state in known]
 
 

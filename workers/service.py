@@ -82,6 +82,11 @@ class UserStates:
                 self.recent.popitem(last=False)
             self._drop_marks()
 
+    def of(self, user_id: str) -> UserState:
+        """EMPTY for a stranger and for who is erased."""
+        state = self.states.get(user_id, EMPTY)
+        return EMPTY if state.erased else state
+
     def erase(self, user_id: str, offset: int) -> None:
         """Forgets a user up to this offset of the clicks, ahead of the worker."""
         with self._changing:
@@ -89,6 +94,7 @@ class UserStates:
                 self.states[user_id] = UserState(offset=offset)
                 self._erasing.add(user_id)
                 self._forget(user_id)
+                metrics.pending_erasures.set(len(self._erasing))
 
     def _take(self, record: Record) -> None:
         with self._changing:
@@ -168,7 +174,7 @@ class Service:
     def recommend(self, user_id: str, k: int) -> RecommendationsOut:
         """Raises NotReady."""
         stored_id = self.stored_id(user_id)
-        state = self.users.states.get(stored_id, EMPTY)
+        state = self.users.of(stored_id)
         query = Query(state.history, state.seen, time.time_ns() // 1_000_000)
         snapshot, lists = self.live.recommend([query], k)
         items = [RankedItem(place.item_id, place.score, self.title(place.item_id)) for place in lists[0]]
