@@ -88,9 +88,8 @@ class Ranked(Struct, frozen=True, omit_defaults=True):
     score: float
     propensity: float = 1.0  # the chance with which the item was in this list: below 1 where the list explores
     because: list[Because] = []
-    explained: float = (
-        0.0  # part of what speaks for the item that the shares divide; the tower and popularity: the rest
-    )
+    explained: float = 0.0  # part of what speaks for the item that the shares divide; the rest: tower, popularity
+    under: dict[str, float] = {}  # other arm of the A/B test -> the chance with which it would have shown the item
 
 
 class Recommendations(Event, frozen=True, kw_only=True):
@@ -110,8 +109,7 @@ class Recommendations(Event, frozen=True, kw_only=True):
     event_id: str  # the newest click behind this list
     clicked_ms: int  # when Kafka took that click (record timestamp)
     sent_ms: int
-    arm: str = DEFAULT_ARM
-    under: dict[str, list[float]] = {}  # other arm -> the chance with which it would have shown each of the items
+    arm: str = DEFAULT_ARM  # of the A/B test
 
 
 class Artifact(Event, frozen=True, kw_only=True):

@@ -163,7 +163,7 @@ class ClickProducer(Producer):
         self._topics, self._pseudonyms = topics, pseudonyms
 
     def send(self, click: Click) -> Future[Place]:
-        """As send_raw. Raises BadEvent for what every reader would refuse, BufferFull, DeliveryError (of earlier)."""
+        """As send_raw. Raises BadEvent, too, for a click that every reader would refuse."""
         raw = encode(click)
         decode_click(raw)  # before the id is replaced: a pseudonym would hide one that is none
         if self._pseudonyms:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from workers.cli_erase import erase
+from workers.cli_keys import keys
 from workers.logs import configure
 from workers.settings import ConfigError, Settings, load_settings
 
@@ -18,6 +19,7 @@ dead_letters = typer.Typer(no_args_is_help=True, help="Messages that could not b
 generations = typer.Typer(no_args_is_help=True, help="What serves, and the way back.")
 app.add_typer(dead_letters, name="dead-letters")
 app.add_typer(generations, name="generations")
+app.add_typer(keys, name="keys")
 app.command()(erase)
 
 Broker = Annotated[str | None, typer.Option(help="HOST:PORT of your own Kafka; default: a local one.")]
@@ -72,9 +74,16 @@ def indexer() -> None:
 def serve() -> None:
     """HTTP: recommendations, events in, health, metrics, the page."""
     settings = settings_for("serve")
+    from workers.keys import load_keys
+
+    try:
+        keys = load_keys(settings.serve)
+    except ConfigError as error:
+        typer.echo(f"configuration:\n{error}", err=True)
+        raise typer.Exit(EX_CONFIG) from error
     from workers.server import run_server
 
-    raise typer.Exit(run_server(settings))
+    raise typer.Exit(run_server(settings, keys))
 
 
 @app.command()

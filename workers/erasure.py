@@ -27,7 +27,7 @@ class UnknownReceipt(ValueError):
     """No erasure stands there."""
 
 
-class Receipt(msgspec.Struct, kw_only=True):
+class Erased(msgspec.Struct, kw_only=True):
     """cleared: state, seen items, lists and dead letters are gone. gone: the wish and all before it left Kafka, too.
 
     gone_by_ms: by then at the latest, as the topics are set now; the trainer has left the user out long before.
@@ -42,11 +42,11 @@ class Receipt(msgspec.Struct, kw_only=True):
     gone_by_ms: int | None = None
 
 
-def ask(producer: ClickProducer, user_id: str, longest_ms: int) -> Receipt:
+def ask(producer: ClickProducer, user_id: str, longest_ms: int) -> Erased:
     """The wish is in Kafka when this returns. Raises BadEvent, BufferFull, DeliveryError as `ClickProducer.send`."""
     now_ms = time.time_ns() // 1_000_000
     partition, offset = producer.erase(user_id, now_ms)
-    return Receipt(
+    return Erased(
         receipt=f"{partition}-{offset}",
         partition=partition,
         offset=offset,
@@ -55,7 +55,7 @@ def ask(producer: ClickProducer, user_id: str, longest_ms: int) -> Receipt:
     )
 
 
-def status(settings: Settings, receipt: str) -> Receipt:
+def status(settings: Settings, receipt: str) -> Erased:
     """What has become of an erasure. Raises UnknownReceipt."""
     connection, topic = settings.connection, settings.topics.clicks.name
     if not re.fullmatch(r"\d{1,9}-\d{1,18}", receipt):
@@ -69,7 +69,7 @@ def status(settings: Settings, receipt: str) -> Receipt:
     if offset >= end:
         raise UnknownReceipt(f"{receipt}: nothing stands there yet")
     cleared = committed_offsets(connection, settings.worker.group, topic).get(partition, 0) > offset
-    found = Receipt(receipt=receipt, partition=partition, offset=offset, requested_ms=None, cleared=cleared)
+    found = Erased(receipt=receipt, partition=partition, offset=offset, requested_ms=None, cleared=cleared)
     if offset < first:
         found.gone = True
         return found

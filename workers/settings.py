@@ -117,9 +117,28 @@ class Indexer(Section):
 
 
 class Serve(Section):
-    host: str = "127.0.0.1"
+    host: str = Field("127.0.0.1", description="beyond loopback API keys are required (serve.keys_file)")
     port: int = Field(8080, ge=0, le=65535)
+    keys_file: Path | None = Field(None, description="`upwell keys new` prints its lines; read at the start")
+    cert_file: Path | None = Field(None, description="PEM: HTTPS; else put a proxy that speaks TLS in front")
+    key_file: Path | None = None
+    cors_origins: list[str] = Field([], description="origins whose pages may call the API; none by default")
     max_body_bytes: int = Field(1 << 20, ge=1024)
+    max_batch: int = Field(1000, ge=1, le=100_000, description="events or items in one POST")
+    max_requests: int = Field(64, ge=1, description="at a time; more are answered 503")
+    max_streams: int = Field(1000, ge=0, description="open /v1/stream at a time; more are answered 503")
+    rate: float = Field(1000.0, ge=0, description="requests a second of one key or address; 0: without bound")
+    burst: int = Field(2000, ge=1, description="requests that may come at once")
+    timeout_s: float = Field(10.0, gt=0, description="of a request; of one write to a stream that is not read")
+    wait_s: float = Field(2.0, ge=0, le=60, description="for min_offset at most; then the answer says stale")
+
+    @model_validator(mode="after")
+    def _guarded(self) -> Self:
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file belong together: one of them is missing")
+        if self.wait_s >= self.timeout_s:
+            raise ValueError(f"wait_s {self.wait_s:g} must be below timeout_s {self.timeout_s:g}")
+        return self
 
 
 class Privacy(Section):

@@ -74,12 +74,12 @@ GOLDEN: dict[bytes, Event] = {
         item_id="i1", encoder="minilm", text_hash="ab", vector=b"\x00\x3c\x00\xbc"
     ),
     b'{"version":1,"user_id":"u1","items":[{"item_id":"i2","score":0.25},{"item_id":"i3","score":0.125,'
-    b'"propensity":0.5,"because":[{"item_id":"i1","share":0.75}],"explained":0.25}],"generation":"g1",'
-    b'"source":"personal","partition":3,"offset":7,"event_id":"e1","clicked_ms":1,"sent_ms":2,"arm":"wide",'
-    b'"under":{"default":[1.0,0.0]}}': Recommendations(
-        user_id="u1", items=[Ranked("i2", 0.25), Ranked("i3", 0.125, 0.5, [Because("i1", 0.75)], 0.25)],
-        generation="g1", source="personal", partition=3, offset=7, event_id="e1", clicked_ms=1, sent_ms=2,
-        arm="wide", under={"default": [1.0, 0.0]},
+    b'"propensity":0.5,"because":[{"item_id":"i1","share":0.75}],"explained":0.25,"under":{"default":0.0}}],'
+    b'"generation":"g1","source":"personal","partition":3,"offset":7,"event_id":"e1","clicked_ms":1,"sent_ms":2,'
+    b'"arm":"wide"}': Recommendations(
+        user_id="u1", generation="g1", source="personal", partition=3, offset=7, event_id="e1", clicked_ms=1,
+        items=[Ranked("i2", 0.25), Ranked("i3", 0.125, 0.5, [Because("i1", 0.75)], 0.25, {"default": 0.0})],
+        sent_ms=2, arm="wide",
     ),
     b'{"version":1,"name":"g1","url":"s3://b/g1","manifest_sha256":"ff","created_ms":1,"encoder":"minilm",'
     b'"metrics":{"ndcg@10":0.125},"offsets":{"0":5},"parent":"m1"}': Artifact(
