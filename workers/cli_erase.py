@@ -2,6 +2,7 @@
 
 import sys
 import time
+from functools import cache, partial
 from typing import Annotated
 
 import msgspec
@@ -25,7 +26,7 @@ def erase(
     wanted = [line.strip() for line in sys.stdin] if users == ["-"] else users or []
     try:
         receipts = [erasure.status(settings, receipt) for receipt in status or []]
-        longest_ms = erasure.longest_ms(settings)
+        longest_ms = cache(partial(erasure.longest_ms, settings))
         with ClickProducer(settings.connection, settings.topics, settings.privacy.pseudonyms) as producer:
             receipts += [erasure.ask(producer, user_id, longest_ms) for user_id in wanted]
     except (BadEvent, erasure.UnknownReceipt) as error:

@@ -7,6 +7,7 @@ The receipt is the wish's place, which names nobody: what has become of it is re
 
 import re
 import time
+from collections.abc import Callable
 from contextlib import closing
 
 import kafka
@@ -42,7 +43,7 @@ class Erased(msgspec.Struct, kw_only=True):
     gone_by_ms: int | None = None
 
 
-def ask(producer: ClickProducer, user_id: str, longest_ms: int) -> Erased:
+def ask(producer: ClickProducer, user_id: str, longest_ms: Callable[[], int]) -> Erased:
     """The wish is in Kafka when this returns. Raises BadEvent, BufferFull, DeliveryError as `ClickProducer.send`."""
     now_ms = time.time_ns() // 1_000_000
     partition, offset = producer.erase(user_id, now_ms)
@@ -51,7 +52,7 @@ def ask(producer: ClickProducer, user_id: str, longest_ms: int) -> Erased:
         partition=partition,
         offset=offset,
         requested_ms=now_ms,
-        gone_by_ms=now_ms + longest_ms,
+        gone_by_ms=now_ms + longest_ms(),
     )
 
 

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cache, partial
 from typing import Literal
 
 from model.user_state import EMPTY, UserState
@@ -37,6 +37,7 @@ class Service:
         self._encoder = TextEncoder(settings)
         self._producer: ClickProducer | None = None
         self._opening = threading.Lock()
+        self._longest_ms = cache(partial(longest_ms, settings))
 
     async def start(self) -> None:
         self.live.start()
@@ -59,10 +60,6 @@ class Service:
                 connection, topics = self.settings.connection, self.settings.topics
                 self._producer = ClickProducer(connection, topics, self.pseudonyms, block_s=2.0, delivery_s=5.0)
             return self._producer
-
-    @cached_property
-    def _longest_ms(self) -> int:
-        return longest_ms(self.settings)
 
     def stored_id(self, user_id: str) -> str:
         """The id under which a user is known behind the edge."""

@@ -133,7 +133,7 @@ def test_the_trainer_s_window_leaves_out_what_was_before(
 def test_a_receipt_says_where_the_erasure_stands(settings: Settings, click: Callable[[str, str], Click]) -> None:
     with ClickProducer(settings.connection, settings.topics) as producer:
         place = producer.send(click("e1", "u"))
-        receipt = ask(producer, "u", longest_ms(settings))
+        receipt = ask(producer, "u", lambda: longest_ms(settings))
     assert "u" not in receipt.receipt and not receipt.cleared
     day_ms = 24 * 3600 * 1000
     assert receipt.requested_ms and receipt.gone_by_ms and receipt.gone_by_ms - receipt.requested_ms < 32 * day_ms
