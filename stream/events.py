@@ -28,7 +28,7 @@ EVENT_TYPES: tuple[str, ...] = get_args(EventType)
 
 Id = Annotated[str, Meta(min_length=1, max_length=256)]
 Version = Annotated[int, Meta(ge=1, le=VERSION)]
-Milliseconds = Annotated[int, Meta(ge=0, description="milliseconds since the epoch, UTC")]
+Milliseconds = Annotated[int, Meta(ge=0, lt=2**53, description="milliseconds since the epoch, UTC")]
 
 
 class BadEvent(ValueError):

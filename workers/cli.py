@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from workers import cli_arms
 from workers.cli_erase import erase
 from workers.cli_keys import keys
 from workers.logs import configure
@@ -20,6 +21,7 @@ generations = typer.Typer(no_args_is_help=True, help="What serves, and the way b
 app.add_typer(dead_letters, name="dead-letters")
 app.add_typer(generations, name="generations")
 app.add_typer(keys, name="keys")
+app.add_typer(cli_arms.app, name="arms")
 app.command()(erase)
 
 Broker = Annotated[str | None, typer.Option(help="HOST:PORT of your own Kafka; default: a local one.")]

@@ -22,6 +22,21 @@ from workers.states import States
 
 SHOWN_BYTES = 80
 MAX_LETTER_BYTES = 2 * 1024 * 1024
+MAX_DEAD_PAYLOAD = 512 * 1024  # base64 and the other fields must fit one record
+
+
+def dead_letter(record: Any, cause: str) -> DeadLetter:
+    """A consumed record as a dead letter; of an oversized payload the first part is kept."""
+    return DeadLetter(
+        topic=record.topic,
+        partition=record.partition,
+        offset=record.offset,
+        cause=cause,
+        key=record.key,
+        payload=None if record.value is None else record.value[:MAX_DEAD_PAYLOAD],
+        truncated=record.value is not None and len(record.value) > MAX_DEAD_PAYLOAD,
+        ts_ms=record.timestamp,
+    )
 
 
 def place(letter: DeadLetter) -> bytes:

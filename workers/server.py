@@ -14,7 +14,7 @@ import uvicorn
 from litestar import Litestar, Router
 from litestar.config.cors import CORSConfig
 from litestar.di import Provide
-from litestar.exceptions import ValidationException
+from litestar.exceptions import HTTPException, ValidationException
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
@@ -72,6 +72,12 @@ async def harden(message: Message, _: Scope) -> None:
         message["headers"] = [*message["headers"], *new]
 
 
+async def tell(error: Exception, scope: Scope) -> None:
+    """A bug is logged with its trace, under the route: the path and the query hold user ids."""
+    if not isinstance(error, (HTTPException, NotReady, OtherEncoder)):
+        log.error("request failed", route=scope.get("path_template"), exc_info=error)
+
+
 def build_app(service: Service, keys: Keys) -> Litestar:
     async def provide() -> Service:
         return service
@@ -83,6 +89,7 @@ def build_app(service: Service, keys: Keys) -> Litestar:
         dependencies={"service": Provide(provide)},
         middleware=[measured, Gate(serve, keys)],
         before_send=[harden],
+        after_exception=[tell],
         exception_handlers={ValidationException: invalid, NotReady: not_ready, OtherEncoder: other_encoder},
         request_max_body_size=serve.max_body_bytes,
         cors_config=CORSConfig(allow_origins=serve.cors_origins) if serve.cors_origins else None,
@@ -95,7 +102,7 @@ def build_app(service: Service, keys: Keys) -> Litestar:
             render_plugins=[
                 JsonRenderPlugin(path=["/openapi.json", "/"])
             ],  # the pages would load scripts from elsewhere
-            openapi_router=Router("/schema", route_handlers=[], opt={"scope": None}),
+            openapi_router=Router("/schema", route_handlers=[], opt={"scope": None}, include_in_schema=False),
         ),
         on_startup=[service.start],
         on_shutdown=[service.stop],

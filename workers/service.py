@@ -48,7 +48,7 @@ class Service:
         self.updates.stop()
         self.users.stop()
         self.live.stop()
-        self.sending.shutdown()
+        self.sending.shutdown(wait=False, cancel_futures=True)
         if self._producer is not None:
             self._producer.close()
 

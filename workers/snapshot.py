@@ -54,7 +54,7 @@ class Query(NamedTuple):
     others: Mapping[str, Rules] = NOBODY  # of which the list says by `Ranked.under` what they would have shown
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Snapshot:
     """One generation and the items newer than it. Immutable: an answer never mixes two."""
 
@@ -147,6 +147,10 @@ class Snapshot:
         known = [(self.rows[e.item_id], e.weight, e.ts_ms) for e in entries if e.item_id in self.rows]
         rows, weights, stamps = zip(*known, strict=True) if known else ((), (), ())
         return History(np.array(rows, np.int64), np.array(weights, np.float32), np.array(stamps, np.int64))  # (T,) each
+
+    def knows(self, entries: Sequence[Entry]) -> bool:
+        """Whether a list made from this history is personal: of other items this generation has learned nothing."""
+        return any(entry.item_id in self.rows for entry in entries)
 
     def _lists(self, users: Vectors, queries: Sequence[Query], k: int) -> list[list[Ranked]]:
         """Queries that ask for the same kind of search are searched together: without rules that is all of them."""

@@ -15,7 +15,8 @@ import structlog
 from model.user_state import DIGEST_BYTES, EMPTY, Applied, Entry, Fold, Limits
 from stream.events import Artifact, BadEvent, Click, DeadLetter, Erasure, Ranked, Recommendations, decode_record, encode
 from workers import metrics
-from workers.dead_letters import DeadLetters, place
+from workers.arms import arm_of, query_of
+from workers.dead_letters import DeadLetters, dead_letter, place
 from workers.live import Live, NotReady
 from workers.prequential import K, LiveScore, Trial
 from workers.search import SearchProcessDied
@@ -27,9 +28,9 @@ from workers.states import Owned, OwnedStates, States, encoded
 
 log = structlog.get_logger()
 
+EXPLAINED = 3  # places of a sent list with reasons: what a page has room for; each costs 100 bytes of the record
 RATIO_WINDOW = 1000  # messages over which the share of bad ones is taken
 RATIO_MIN = 100
-MAX_DEAD_PAYLOAD = 512 * 1024  # base64 and the other fields must fit one record
 
 
 class TooManyBadEvents(RuntimeError):
@@ -57,6 +58,12 @@ class Folded(NamedTuple):
     changed: list[str]  # users whose state moved: redelivered clicks leave it as it was
     newest: dict[str, Read]  # of every user with a click
     applied: list[Before]
+
+
+class Recommended(NamedTuple):
+    generation: str
+    lists: dict[str, list[Ranked]]  # of every touched user; none before the first generation serves
+    known: set[str]  # users of whose clicks the generation knows at least one
 
 
 class UserWorker:
@@ -94,9 +101,9 @@ class UserWorker:
         owned.states.update(folded.states)
         await owned.writer.put({u.encode(): encoded(folded.states[u]) for u in folded.changed})
         folded_at = time.perf_counter()
-        generation, lists = await asyncio.to_thread(self._recommend, folded)
+        recommended = await asyncio.to_thread(self._recommend, folded)
         recommended_at = time.perf_counter()
-        await self._send(partition, folded, generation, lists, dead, erased)
+        await self._send(partition, folded, recommended, dead, erased)
         await self._go_back()
         sent_ms = time.time() * 1000
         for read in reads:
@@ -145,33 +152,36 @@ class UserWorker:
         changed = [user_id for user_id, state in after.items() if state is not folds[user_id].before]
         return Folded(after, changed, newest, applied)
 
-    def _recommend(self, folded: Folded) -> tuple[str, dict[str, list[Ranked]]]:
-        """Scored clicks and touched users in one embedding pass and one search -> generation, list a user."""
+    def _recommend(self, folded: Folded) -> Recommended:
+        """Scored clicks and touched users in one embedding pass and one search."""
+        settings, states, newest = self._settings, folded.states, folded.newest
         before = [
-            Query(b.history, folded.states[b.click.user_id].seen[: b.num_seen * DIGEST_BYTES], b.click.ts_ms)
-            for b in folded.applied
-            if b.history is not None
+            query_of(settings, click, history, states[click.user_id].seen[: num_seen * DIGEST_BYTES], sent=False)
+            for click, history, num_seen in folded.applied
+            if history is not None
         ]
         after = [
-            Query(folded.states[user_id].history, folded.states[user_id].seen, read.click.ts_ms)
-            for user_id, read in folded.newest.items()
+            query_of(settings, read.click, states[user_id].history, states[user_id].seen, sent=True)
+            for user_id, read in newest.items()
         ]
-        k = self._settings.worker.k
+        k = settings.worker.k
         try:
             snapshot, lists = self._live.recommend(before + after, max(k, K))
         except NotReady:
-            return "", {}
+            return Recommended("", {}, set())
         self._test(folded.applied, before, lists)
         self._try(snapshot, before, folded.applied, lists)
-        fresh = lists[len(before) :]
-        return snapshot.name, {u: ranked[:k] for u, ranked in zip(folded.newest, fresh, strict=True)}
+        fresh = snapshot.explain(after, [ranked[:k] for ranked in lists[len(before) :]], EXPLAINED)
+        known = {u for u in newest if snapshot.knows(states[u].history)}
+        return Recommended(snapshot.name, dict(zip(newest, fresh, strict=True)), known)
 
     def _test(self, applied: Sequence[Before], before: Sequence[Query], lists: Sequence[list[Ranked]]) -> None:
         answers = iter(zip(before, lists, strict=False))
         for click, history, _ in applied:
             if history is not None:
                 query, ranked = next(answers)
-                self._score.add(click.item_id, query.seen, [place.item_id for place in ranked])
+                served = [place.item_id for place in ranked]
+                self._score.add(click.item_id, query.seen, served, arm_of(self._settings, click.user_id))
             self._score.popularity.learn(click.item_id)
 
     def _try(
@@ -184,7 +194,7 @@ class UserWorker:
         if self._trial is None or (self._trial.serving, self._trial.previous) != (serving.name, previous.name):
             self._trial = Trial(serving.name, previous.name)
         try:
-            old_lists = previous.recommend(before, K)
+            old_lists = previous.recommend(before, max(self._settings.worker.k, K))
         except SearchProcessDied:
             return  # released, or replaced by the next swap
         scored = [item.click.item_id for item in applied if item.history is not None]
@@ -199,8 +209,7 @@ class UserWorker:
         self,
         partition: int,
         folded: Folded,
-        generation: str,
-        lists: dict[str, list[Ranked]],
+        recommended: Recommended,
         dead: list[DeadLetter],
         erased: Iterable[str],
     ) -> None:
@@ -208,13 +217,29 @@ class UserWorker:
         topics, now_ms = self._topics, time.time_ns() // 1_000_000
         answers: list[Keyed] = [(user_id.encode(), None) for user_id in erased]
         answers += [
-            (u.encode(), encode(_answer(u, folded, partition, generation, ranked, now_ms)))
-            for u, ranked in lists.items()
+            (u.encode(), encode(self._answer(u, folded, partition, recommended, now_ms))) for u in recommended.lists
         ]
         letters = [(place(letter), encode(letter)) for letter in dead]
         await asyncio.gather(
             self._sender.send(topics.recommendations.name, partition, answers),
             self._sender.send(topics.dead_letters.name, 0, letters),
+        )
+
+    def _answer(
+        self, user_id: str, folded: Folded, partition: int, recommended: Recommended, now_ms: int
+    ) -> Recommendations:
+        read, state = folded.newest[user_id], folded.states[user_id]
+        return Recommendations(
+            user_id=user_id,
+            items=recommended.lists[user_id],
+            generation=recommended.generation,
+            source="personal" if user_id in recommended.known else "popular",
+            partition=partition,
+            offset=state.offset,
+            event_id=read.click.event_id,
+            clicked_ms=read.kafka_ms,
+            sent_ms=now_ms,
+            arm=arm_of(self._settings, user_id),
         )
 
     async def _go_back(self) -> None:
@@ -234,34 +259,3 @@ class UserWorker:
             raise TooManyBadEvents(
                 f"{ratio:.0%} of the last {len(self._bad)} messages are bad, worker.dead_letter_ratio is {limit:.0%}"
             )
-
-
-def dead_letter(record: Any, cause: str) -> DeadLetter:
-    """A consumed record as a dead letter; of an oversized payload the first part is kept."""
-    return DeadLetter(
-        topic=record.topic,
-        partition=record.partition,
-        offset=record.offset,
-        cause=cause,
-        key=record.key,
-        payload=None if record.value is None else record.value[:MAX_DEAD_PAYLOAD],
-        truncated=record.value is not None and len(record.value) > MAX_DEAD_PAYLOAD,
-        ts_ms=record.timestamp,
-    )
-
-
-def _answer(
-    user_id: str, folded: Folded, partition: int, generation: str, ranked: list[Ranked], now_ms: int
-) -> Recommendations:
-    read, state = folded.newest[user_id], folded.states[user_id]
-    return Recommendations(
-        user_id=user_id,
-        items=ranked,
-        generation=generation,
-        source="personal" if state.history else "popular",
-        partition=partition,
-        offset=state.offset,
-        event_id=read.click.event_id,
-        clicked_ms=read.kafka_ms,
-        sent_ms=now_ms,
-    )

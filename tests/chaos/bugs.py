@@ -14,6 +14,7 @@ from workers import states as states_module
 from workers import user_worker as user_worker_module
 from workers import worker_process
 from workers.faust_batches import BatchApp
+from workers.handed import Handed
 from workers.sender import BatchSender
 from workers.state_writer import StateWriter
 from workers.states import OwnedStates, States
@@ -153,6 +154,15 @@ def hoards() -> None:
     UserWorker._decode = keep  # type: ignore[method-assign]
 
 
+def no_second_look() -> None:
+    """A dropped batch that nothing follows is not looked for."""
+
+    async def nothing(self: Handed, ends: Any) -> dict[int, int]:
+        return {}
+
+    Handed.behind = nothing  # type: ignore[method-assign]
+
+
 BUGS: dict[str, Callable[[], None]] = {
     bug.__name__: bug
     for bug in (
@@ -171,6 +181,7 @@ BUGS: dict[str, Callable[[], None]] = {
         lists_not_tombstoned,
         erasure_passed_over,
         hoards,
+        no_second_look,
     )
 }
 
