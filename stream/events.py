@@ -139,8 +139,9 @@ class DeadLetter(Event, frozen=True, kw_only=True):
 
 
 class Erasure(Event, frozen=True, kw_only=True):
-    """A user's wish to be forgotten."""
+    """A user's wish to be forgotten, in the topic of the clicks: what the user did before it counts for nothing."""
 
+    event_type: Literal["erase"]  # required: no malformed click may pass for an erasure
     user_id: Id
     requested_ms: Milliseconds
 
@@ -185,6 +186,23 @@ def decode_click(raw: bytes | None, now_ms: int | None = None) -> Click:
     if click.ts_ms > now_ms + FUTURE_TOLERANCE_MS:
         raise BadEvent(f"ts_ms: {click.ts_ms - now_ms} ms in the future, at most {FUTURE_TOLERANCE_MS}")
     return click
+
+
+def decode_record(raw: bytes | None, key: bytes | None, now_ms: int | None = None) -> Click | Erasure:
+    """A record of the clicks topic; every reader of the topic goes through here. Raises BadEvent as `decode_click`
+    does, and for a key that is not the user id: this user's order would be lost.
+    """
+    event: Click | Erasure
+    try:
+        event = decode_click(raw, now_ms)
+    except BadEvent as error:
+        try:
+            event = decode(raw, Erasure, MAX_EVENT_BYTES)
+        except BadEvent:
+            raise error from None
+    if key != event.user_id.encode():
+        raise BadEvent("key: not the user id: this user's order would be lost")
+    return event
 
 
 _PATH = re.compile(r" - at `\$(?:\.)?([^`]*)`$")

@@ -7,10 +7,12 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import kafka
+import msgspec
 from kafka.partitioner.default import murmur2
 
 from stream.connection import Connection
-from stream.events import MAX_ITEM_BYTES, Click, Item, decode, decode_click, encode
+from stream.events import MAX_ITEM_BYTES, Click, Erasure, Item, decode, decode_click, encode
+from stream.pseudonyms import Pseudonyms
 from stream.topics import Topics
 
 METADATA_MS = 5000
@@ -152,17 +154,32 @@ class Producer:
 
 
 class ClickProducer(Producer):
-    """Clicks keyed by user, items keyed by item. The options are Producer's."""
+    """Clicks keyed by user, items keyed by item. With `pseudonyms` no user id leaves as it came. More: Producer's."""
 
-    def __init__(self, connection: Connection, topics: Topics, **options: Any) -> None:
+    def __init__(
+        self, connection: Connection, topics: Topics, pseudonyms: Pseudonyms | None = None, **options: Any
+    ) -> None:
         super().__init__(connection, **options)
-        self._topics = topics
+        self._topics, self._pseudonyms = topics, pseudonyms
 
     def send(self, click: Click) -> Future[Place]:
         """As send_raw. Raises BadEvent, too, for a click that every reader would refuse."""
         raw = encode(click)
-        decode_click(raw)
+        decode_click(raw)  # before the id is replaced: a pseudonym would hide one that is none
+        if self._pseudonyms:
+            click = msgspec.structs.replace(click, user_id=self._pseudonyms.of(click.user_id))
+            raw = encode(click)
         return self.send_raw(self._topics.clicks.name, click.user_id.encode(), raw)
+
+    def erase(self, user_id: str, now_ms: int) -> Place:
+        """Sends a user's wish to be erased, and waits for its place. Raises as `send` does."""
+        wish = Erasure(event_type="erase", user_id=user_id, requested_ms=now_ms)
+        decode(encode(wish), Erasure)
+        if self._pseudonyms:
+            wish = msgspec.structs.replace(wish, user_id=self._pseudonyms.of(user_id))
+        sent = self.send_raw(self._topics.clicks.name, wish.user_id.encode(), encode(wish))
+        self.flush()
+        return sent.result()
 
     def send_item(self, item: Item) -> Future[Place]:
         """Adds or replaces a catalogue item. Raises as `send` does."""

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from workers import cli_arms
+from workers.cli_erase import erase
 from workers.cli_keys import keys
 from workers.logs import configure
 from workers.settings import ConfigError, Settings, load_settings
@@ -23,6 +24,7 @@ app.add_typer(generations, name="generations")
 app.command()(watch)
 app.add_typer(keys, name="keys")
 app.add_typer(cli_arms.app, name="arms")
+app.command()(erase)
 
 Broker = Annotated[str | None, typer.Option(help="HOST:PORT of your own Kafka; default: a local one.")]
 
@@ -96,7 +98,7 @@ def topics() -> None:
 
     ensure(settings.topics, settings.connection)
     for topic in settings.topics.all():
-        kept = "compacted" if topic.compacted else f"{(topic.retention_ms or 0) // 86_400_000} days"
+        kept = "compacted" if topic.retention_ms is None else f"{topic.retention_ms / 86_400_000:g} days"
         typer.echo(f"{topic.name}  {topic.partitions} partitions, {kept}: {topic.about}")
 
 

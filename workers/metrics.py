@@ -99,6 +99,16 @@ arm_hit_rate = Gauge(
     "Share of hits in the last 5,000 scored clicks of an arm. Arms apart: ask upwell arms report whether by chance.",
     ["arm"],
 )
+erasures = Counter(
+    "upwell_erasures_total",
+    "Users' erasures, by stage: asked (serve), cleared (worker: state, lists and dead letters are gone).",
+    ["stage"],
+)
+pending_erasures = Gauge(
+    "upwell_pending_erasures",
+    "Erasures on their way here: asked for and not yet seen in the users topic (serve), read and not yet cleared "
+    "(worker). Not falling: look at the worker's lag.",
+)
 
 
 def serve(port: int) -> None:

@@ -87,7 +87,7 @@ async def recommendations(
 
 async def _reach(service: Service, user_id: str, offset: int) -> bool:
     deadline = time.monotonic() + service.settings.serve.wait_s
-    while not service.users.reached(user_id, offset):
+    while not service.users.reached(service.stored_id(user_id), offset):
         if time.monotonic() > deadline:
             return False
         await asyncio.sleep(POLL_S)

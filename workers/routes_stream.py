@@ -35,7 +35,7 @@ class Stream:
     async def events(self) -> AsyncIterator[ServerSentEventMessage]:
         """Ends when the server does."""
         updates = self._service.updates
-        with updates.mailbox(self._user_id) as box:
+        with updates.mailbox(self._service.stored_id(self._user_id)) as box:
             yield ServerSentEventMessage(data=None, retry=RECONNECT_MS, comment="upwell")
             while not updates.closed:
                 box.wake.clear()
@@ -76,7 +76,7 @@ class Stream:
     def _answer_of(self, made: Recommendations) -> Answer:
         """The worker's list."""
         return Answer(
-            user_id=made.user_id,
+            user_id=self._user_id,
             items=self._service.places(made.items),
             generation=made.generation,
             source=made.source,

@@ -20,7 +20,7 @@ from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
 from litestar.types import Message, Scope
 
-from workers import routes_ingest, routes_ops, routes_read, routes_recommend, routes_stream
+from workers import routes_erasure, routes_ingest, routes_ops, routes_read, routes_recommend, routes_stream
 from workers.guests import OtherEncoder
 from workers.keys import OPEN, Keys
 from workers.limits import Gate, measured
@@ -40,6 +40,8 @@ ROUTES: list[Any] = [
     routes_read.items,
     routes_read.recent_users,
     routes_read.user,
+    routes_erasure.erase_user,
+    routes_erasure.erasure,
     routes_ingest.post_events,
     routes_ingest.post_items,
     routes_ops.livez,

@@ -3,102 +3,41 @@
 import random
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, NamedTuple
+from functools import cache, partial
+from typing import Literal
 
 from model.user_state import EMPTY, UserState
 from stream.answers import Answer, AsOf, Guest, ItemOut, Past, Place, Reason, Similar, UserOut, Wishes
-from stream.consumer import tail
 from stream.events import Ranked
-from stream.producer import ClickProducer, partition_of
+from stream.producer import ClickProducer
 from stream.text import clean
 from workers import metrics
 from workers.arms import arm_of, rules_of
+from workers.erasure import Erased, ask, longest_ms
 from workers.guests import TextEncoder, session
 from workers.live import Live
 from workers.settings import Settings
 from workers.snapshot import Query, Rules, Snapshot
-from workers.states import States, keep_newest, user_of
 from workers.updates import Updates
+from workers.user_states import UserStates
 
-RECENT_USERS = 50
 SENDING_THREADS = 4  # of their own: events that Kafka does not take hold up no request for a list
-
-
-class At(NamedTuple):
-    """Where a user's newest state lies, and when Kafka took it."""
-
-    partition: int
-    kafka_ms: int
-
-
-class UserStates:
-    """All users' states, followed from the compacted topic in a thread."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.states: States = {}
-        self.places: dict[str, At] = {}
-        self.progress: dict[int, int] = {}  # partition -> newest offset of the clicks that a state has
-        self.applied = 0
-        self.recent: OrderedDict[str, None] = OrderedDict()  # newest last
-        self.caught_up = threading.Event()
-        self._stop = threading.Event()
-        self._settings = settings
-        self._thread = threading.Thread(target=self._follow, name="states", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def partition(self, user_id: str) -> int:
-        at = self.places.get(user_id)
-        return at.partition if at else partition_of(user_id, self._settings.kafka.partitions)
-
-    def reached(self, user_id: str, offset: int) -> bool:
-        """Whether the clicks of the user's partition are folded up to this offset."""
-        own = self.states.get(user_id, EMPTY).offset
-        return max(own, self.progress.get(self.partition(user_id), -1)) >= offset
-
-    def _follow(self) -> None:
-        topic = self._settings.topics.users.name
-        for records in tail(self._settings.connection, [topic], self._stop, self.caught_up.set):
-            progress: dict[int, int] = {}
-            for record in records:
-                user_id = user_of(record)
-                before = self.states.get(user_id, EMPTY)
-                keep_newest(self.states, user_id, record.value)
-                after = self.states.get(user_id, EMPTY)
-                self.applied += after.applied - before.applied
-                if record.value is None:
-                    self.places.pop(user_id, None)
-                    self.recent.pop(user_id, None)
-                    continue
-                self.places[user_id] = At(record.partition, record.timestamp)
-                progress[record.partition] = max(progress.get(record.partition, -1), after.offset)
-                self.recent[user_id] = None
-                self.recent.move_to_end(user_id)
-            for partition, offset in progress.items():  # once all states of the read are there
-                self.progress[partition] = max(self.progress.get(partition, -1), offset)
-            while len(self.recent) > RECENT_USERS:
-                self.recent.popitem(last=False)
 
 
 class Service:
     """What the routes need; one a process."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+        self.settings, self.pseudonyms = settings, settings.privacy.pseudonyms
         self.live, self.users = Live(settings), UserStates(settings)
         self.updates = Updates(settings, self.live)
         self.sending = ThreadPoolExecutor(SENDING_THREADS, thread_name_prefix="sending")
         self._encoder = TextEncoder(settings)
         self._producer: ClickProducer | None = None
         self._opening = threading.Lock()
+        self._longest_ms = cache(partial(longest_ms, settings))
 
     async def start(self) -> None:
         self.live.start()
@@ -119,13 +58,25 @@ class Service:
         with self._opening:
             if self._producer is None:
                 connection, topics = self.settings.connection, self.settings.topics
-                self._producer = ClickProducer(connection, topics, block_s=2.0, delivery_s=5.0)
+                self._producer = ClickProducer(connection, topics, self.pseudonyms, block_s=2.0, delivery_s=5.0)
             return self._producer
+
+    def stored_id(self, user_id: str) -> str:
+        """The id under which a user is known behind the edge."""
+        return self.pseudonyms.of(user_id) if self.pseudonyms else user_id
+
+    def erase(self, user_id: str) -> Erased:
+        """Raises BadEvent, BufferFull, DeliveryError."""
+        erased = ask(self.producer, user_id, self._longest_ms)
+        self.users.erase(self.stored_id(user_id), erased.offset)
+        metrics.erasures.labels("asked").inc()
+        return erased
 
     def recommend(self, user_id: str, wishes: Wishes, reached: bool = True) -> Answer:
         """reached: the state asked for is there. Raises NotReady."""
-        state, at = self.users.states.get(user_id, EMPTY), self.users.places.get(user_id)
-        arm, now_ms = arm_of(self.settings, user_id), time.time_ns() // 1_000_000
+        stored_id = self.stored_id(user_id)
+        state, at = self.users.of(stored_id), self.users.places.get(stored_id)
+        arm, now_ms = arm_of(self.settings, stored_id), time.time_ns() // 1_000_000
         query = Query(state.history, state.seen, now_ms, self._rules(wishes, arm))
         snapshot, items = self._list(query, wishes)
         missing = _unknown(snapshot, query, "no event of this user is known")
@@ -137,7 +88,7 @@ class Service:
             generation=snapshot.name,
             source=source,
             fallback=missing,
-            as_of=AsOf(self.users.partition(user_id), state.offset),
+            as_of=AsOf(self.users.partition(stored_id), state.offset),
             age_ms=max(0, now_ms - at.kafka_ms) if at else None,
             stale=not (reached and self.updates.connected),
             arm=arm,
@@ -186,16 +137,17 @@ class Service:
 
     def user(self, user_id: str) -> UserOut | None:
         """None for a user of whom nothing is known."""
-        state = self.users.states.get(user_id)
-        if state is None:
+        stored_id = self.stored_id(user_id)
+        state = self.users.of(stored_id)
+        if state is EMPTY:
             return None
         return UserOut(
             user_id=user_id,
             clicks=state.applied,
             seen=_num_seen(state),
             history=[Past(e.item_id, self.title(e.item_id), e.weight, e.ts_ms) for e in reversed(state.history)],
-            as_of=AsOf(self.users.partition(user_id), state.offset),
-            arm=arm_of(self.settings, user_id),
+            as_of=AsOf(self.users.partition(stored_id), state.offset),
+            arm=arm_of(self.settings, stored_id),
         )
 
     def places(self, ranked: Sequence[Ranked]) -> list[Place]:

@@ -16,6 +16,7 @@ from pydantic_settings import (
 
 from stream.connection import Connection
 from stream.events import DEFAULT_ARM, EVENT_TYPES, Click, EventType
+from stream.pseudonyms import Pseudonyms
 from stream.topics import Topics
 
 PREFIX = "UPWELL_"
@@ -140,6 +141,23 @@ class Serve(Section):
         return self
 
 
+class Privacy(Section):
+    key_file: Path | None = Field(None, description="key of the pseudonyms in the place of user ids; None: no")
+
+    @field_validator("key_file")
+    @classmethod
+    def _is_key(cls, path: Path | None) -> Path | None:
+        try:
+            _ = path and Pseudonyms.read(path)
+        except OSError as error:
+            raise ValueError(str(error)) from error
+        return path
+
+    @property
+    def pseudonyms(self) -> Pseudonyms | None:
+        return Pseudonyms.read(self.key_file) if self.key_file else None
+
+
 class Arm(Section):
     """One arm of an A/B test. Who is in none is in the arm `default`, the control: no diversity, no exploration."""
 
@@ -160,6 +178,7 @@ class Settings(BaseSettings):
     trainer: Trainer = Trainer()
     indexer: Indexer = Indexer()
     serve: Serve = Serve()
+    privacy: Privacy = Privacy()
     event_weights: Weights = DEFAULT_WEIGHTS
     event_values: Scales = DEFAULT_VALUES
     arms: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")], Arm] = {}
@@ -186,7 +205,7 @@ class Settings(BaseSettings):
 
     @property
     def topics(self) -> Topics:
-        return Topics(self.kafka.prefix, self.kafka.partitions)
+        return Topics(self.kafka.prefix, self.kafka.partitions, self.trainer.window_days)
 
     @field_validator("event_values")
     @classmethod

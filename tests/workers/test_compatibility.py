@@ -90,7 +90,9 @@ GOLDEN: dict[bytes, Event] = {
     b'"payload":"e30=","truncated":false,"ts_ms":3}': DeadLetter(
         topic="upwell.clicks", partition=1, offset=2, cause="version: no", key=b"u1", payload=b"{}", ts_ms=3
     ),
-    b'{"version":1,"user_id":"u1","requested_ms":4}': Erasure(user_id="u1", requested_ms=4),
+    b'{"version":1,"event_type":"erase","user_id":"u1","requested_ms":4}': Erasure(
+        event_type="erase", user_id="u1", requested_ms=4
+    ),
 }  # fmt: skip
 GOLDEN_STATE = bytes.fromhex(
     "959193a26931cb3ff8000000000000cf0000018bcfe56800c408ae2a1effba11cf0ac4081b5d5e51f54f0f040104"
@@ -150,13 +152,14 @@ class Record(NamedTuple):
     partition: int = 1
     offset: int = 2
     timestamp: int = 3
+    headers: tuple[tuple[str, bytes], ...] = ()
 
 
 @pytest.mark.parametrize("later", [{"version": 2}, {"event_type": "stare"}])
 def test_a_later_releases_click_is_a_dead_letter_that_can_be_sent_again(later: dict[str, Any]) -> None:
     worker = UserWorker.__new__(UserWorker)  # decoding needs nothing of it
     raw = changed(KINDS[names.index("Click")], **later)
-    reads, (letter,) = worker._decode([Record("upwell.clicks", b"u1", raw)])
+    reads, _, (letter,) = worker._decode([Record("upwell.clicks", b"u1", raw)])
     assert reads == [] and (letter.payload, letter.key, letter.truncated) == (raw, b"u1", False)
     assert letter.cause.startswith(next(iter(later)))
 
@@ -173,7 +176,7 @@ def test_states_stay_and_a_field_more_is_passed_over() -> None:
 def test_a_state_of_another_form_stops_the_worker() -> None:
     """Going on would fold into an empty state and overwrite the real one."""
     with pytest.raises(msgspec.DecodeError):
-        keep_newest({}, "u1", msgspec.msgpack.encode({"version": 2}))
+        keep_newest({}, Record("upwell.users", b"u1", msgspec.msgpack.encode({"version": 2})))
 
 
 def test_manifests_stay_and_a_later_one_is_refused_by_name() -> None:

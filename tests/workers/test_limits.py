@@ -29,6 +29,8 @@ NEEDED = {
     ("GET", "/v1/figures"): "read",
     ("GET", "/v1/users"): "admin",
     ("GET", "/v1/users/u1"): "admin",
+    ("DELETE", "/v1/users/" + "u" * 257): "admin",
+    ("GET", "/v1/erasures/unknown"): "admin",
     ("POST", "/v1/events"): "ingest",
     ("POST", "/v1/items"): "ingest",
     ("GET", "/metrics"): "metrics",

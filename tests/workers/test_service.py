@@ -398,7 +398,7 @@ def test_dead_letters_are_listed_and_replayed(service: Service) -> None:
     cut = msgspec.structs.replace(letter, truncated=True, cause="size: too big")
     producer = Producer(service.settings.connection)
     for one in (letter, cut):
-        producer.send_raw(service.settings.topics.dead_letters.name, one.key, encode(one))
+        producer.send_raw(service.settings.topics.dead_letters.name, one.cause.encode(), encode(one))
     producer.close()
     listed = upwell("dead-letters", "list").stdout.splitlines()
     assert f"{topic}[1]@5  version: too new" in listed[-2]

@@ -51,15 +51,16 @@ function show(next) {
   drawList(answer, previous, item => send(user, item, $("type").value));
 }
 
-// least: the offset that the list must not be older than. Who may not read the state still sees the list.
+// least: the offset that the list must not be older than. Who may not read the state, or has none, sees the list alone.
 async function refresh(least = -1) {
   const asked = `/recommendations?k=${K}&explain=true${least < 0 ? "" : `&min_offset=${least}`}`;
-  const [list, known] = await Promise.allSettled([call(path(user, asked)), call(path(user))]);
-  profile = known.status === "fulfilled" && known.value.user_id === user ? known.value : null;
+  const list = await call(path(user, asked));
+  const newer = answer?.user_id === user && answer.as_of?.offset > (list.as_of?.offset ?? -1);
+  if (list.user_id === user && !newer) show(list);
+  const known = await call(path(list.user_id)).catch(() => null);
+  if (list.user_id !== user) return;
+  profile = known;
   drawProfile();
-  if (list.status === "rejected") throw list.reason;
-  const newer = answer?.user_id === user && answer.as_of?.offset > (list.value.as_of?.offset ?? -1);
-  if (list.value.user_id === user && !newer) show(list.value);
 }
 
 function watch(id) {
@@ -67,8 +68,10 @@ function watch(id) {
   stream = new AbortController();
   user = id;
   receipt = null;
+  profile = null;
   if (click?.user_id !== id) drawPath((click = null));
   drawUser();
+  drawProfile();
   const { signal } = stream;
   const current = () => !signal.aborted && user === id;
   refresh().catch(error => current() && explain(error));

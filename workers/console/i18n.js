@@ -10,7 +10,7 @@ const TEXTS = {
   locked: ["An API key is needed", "需要 API 密钥"],
   failed: ["Not answered: {why}", "请求失败：{why}"],
   generation: ["Generation", "代次"],
-  swaps: ["{n} swaps · {items} items", "切换 {n} 次 · {items} 个物品"],
+  swaps: ["swaps: {n} · items: {items}", "切换 {n} 次 · {items} 个物品"],
   since: ["since {time}", "始于 {time}"],
   language: ["中文", "English"],
   theme: ["Light or dark", "浅色或深色"],
