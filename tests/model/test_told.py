@@ -2,20 +2,16 @@
 
 import numpy as np
 
-from model.encoder import unit
 from model.told import text_query
-from tests.model.test_gate import good
+from tests.model.test_gate import learner
 
 
 def test_the_nearest_text_comes_first() -> None:
-    rng = np.random.default_rng(0)
-    model = good()
-    text = unit(rng.normal(size=(50, model.config.text_dim)).astype(np.float32))
-    grown = model.extended([f"new{n}" for n in range(50)], text)
-    vectors = grown.item_vectors()
-    first = len(model.ids)
-    found = [int(np.argmax(vectors[first:] @ text_query(grown, one)[0])) for one in text]
-    assert found == list(range(50))
-    popular = vectors.copy()
-    popular[:, -5:] += rng.normal(size=(len(vectors), 5)).astype(np.float32)
-    assert np.allclose(popular @ text_query(grown, text[0])[0], vectors @ text_query(grown, text[0])[0], atol=1e-5)
+    rng, model = np.random.default_rng(0), learner().model()
+    mean, directions = (model.arrays[name].numpy() for name in ("text.mean", "text.projection"))  # (E,), (E, P)
+    text = (mean + rng.normal(size=(50, directions.shape[1])) @ directions.T).astype(np.float32)  # (50, E)
+    vectors = model.extended([f"new{n}" for n in range(50)], text).item_vectors()[len(model.ids) :]
+    queries = np.concatenate([text_query(model, one) for one in text])  # (50, D)
+    assert (vectors @ queries.T).argmax(axis=0).tolist() == list(range(50))
+    vectors[:, -5:] += rng.normal(size=(50, 5)).astype(np.float32)  # popularity
+    assert (vectors @ queries.T).argmax(axis=0).tolist() == list(range(50))
