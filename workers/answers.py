@@ -39,11 +39,11 @@ class Visit(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Guest(Wishes, kw_only=True, forbid_unknown_fields=True):
-    """Nobody that is known: what is said here, and nothing else, makes the list. It is not kept."""
+    """Nobody that is known: what is said here makes the list, and is not kept."""
 
     history: Annotated[list[Visit], Meta(max_length=1000, description="oldest first")] = []
     items: Annotated[Ids, Meta(description="items to start from, each as one click now")] = []
-    text: Annotated[str, Meta(max_length=8000, description="what is wanted, in words")] = ""
+    text: Annotated[str, Meta(max_length=8000, description="what is wanted, in words; stands alone")] = ""
 
 
 class Reason(Struct):

@@ -117,8 +117,8 @@ def guest_recommendations(
         ),
     ],
 ) -> Answer:
-    if data.explain and data.text.strip():
-        raise HTTPException(status_code=400, detail="explain: words are no clicks; leave out text or explain")
+    if data.text.strip() and (data.history or data.items or data.explain):
+        raise HTTPException(status_code=400, detail="text: stands alone, without history, items and explain")
     return service.recommend_guest(data)
 
 

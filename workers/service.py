@@ -96,15 +96,16 @@ class Service:
 
     def recommend_guest(self, guest: Guest) -> Answer:
         """Nothing is kept. Raises NotReady, OtherEncoder."""
-        query = session(guest, self.settings, self._rules(guest, None))
+        rules, missing = self._rules(guest, None), None
         if words := clean(guest.text):
             snapshot, ranked = self.live.use(
-                lambda snapshot: snapshot.told(self._encoder(words, snapshot.announced.encoder), query, guest.k)
+                lambda snapshot: snapshot.told(self._encoder(words, snapshot.announced.encoder), guest.k, rules)
             )
             items = self.places(ranked)
         else:
+            query = session(guest, self.settings, rules)
             snapshot, items = self._list(query, guest)
-        missing = None if words else _unknown(snapshot, query, "no history, item or text was given")
+            missing = _unknown(snapshot, query, "no history, item or text was given")
         source: Literal["session", "popular"] = "popular" if missing else "session"
         _count(source, items, guest.k)
         return Answer(

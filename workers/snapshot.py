@@ -115,10 +115,12 @@ class Snapshot:
         (ranked,) = self._lists(like, [Query((), b"", time.time_ns() // 1_000_000, others)], k)
         return ranked
 
-    def told(self, text: Vectors, query: Query, k: int) -> list[Ranked]:
-        """As recommend, for one who has just asked for this text (E,), as this generation's encoder reads it."""
-        user = text_query(self.model, self.history(query.history), text, query.now_ms)  # (1, D)
-        (ranked,) = self._lists(user, [query], k)
+    def told(self, text: Vectors, k: int, rules: Rules = PLAIN) -> list[Ranked]:
+        """k items whose text is nearest to this one (E,), as the generation's encoder reads it.
+
+        Raises SearchProcessDied.
+        """
+        (ranked,) = self._lists(text_query(self.model, text), [Query((), b"", time.time_ns() // 1_000_000, rules)], k)
         return ranked
 
     def explain(self, queries: Sequence[Query], lists: Sequence[list[Ranked]], places: int = 200) -> list[list[Ranked]]:

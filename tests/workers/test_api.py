@@ -60,7 +60,7 @@ def opened(service: Service, user_id: str, last_id: str | None = None) -> Iterat
         events.close()
 
 
-def post(service: Service, *events: dict[str, Any]) -> Any:
+def post(service: Service, *events: Any) -> Any:
     status, receipt = service.call("/v1/events", list(events))
     assert status == 202, receipt
     return receipt
@@ -219,7 +219,8 @@ async def test_a_slow_reader_gets_the_newest_list_and_holds_no_other() -> None:
     (boxes,) = service.updates._boxes.values()
     assert [box.newest.answer.offset for box in boxes if box.newest] == [99]
     pushed = await anext(events)
-    assert pushed.event == "recommendations" and json.loads(pushed.data or "")["as_of"]["offset"] == 99
+    assert isinstance(pushed.data, bytes) and pushed.event == "recommendations"
+    assert json.loads(pushed.data)["as_of"]["offset"] == 99
     service.updates._deliver(Made(made[0], 3))  # older: read again after a restart of the worker
     waiting = asyncio.ensure_future(anext(events, None))
     await asyncio.sleep(0.1)
