@@ -31,4 +31,6 @@ def of(user_id: str) -> None:
     from workers.arms import arm_of
     from workers.cli import settings_for
 
-    typer.echo(arm_of(settings_for("arms", reach_kafka=False), user_id))
+    settings = settings_for("arms", reach_kafka=False)
+    pseudonyms = settings.privacy.pseudonyms
+    typer.echo(arm_of(settings, pseudonyms.of(user_id) if pseudonyms else user_id))

@@ -28,7 +28,6 @@ from workers.states import Owned, OwnedStates, States, encoded
 
 log = structlog.get_logger()
 
-EXPLAINED = 3  # places of a sent list with reasons: what a page has room for; each costs 100 bytes of the record
 RATIO_WINDOW = 1000  # messages over which the share of bad ones is taken
 RATIO_MIN = 100
 
@@ -171,7 +170,7 @@ class UserWorker:
             return Recommended("", {}, set())
         self._test(folded.applied, before, lists)
         self._try(snapshot, before, folded.applied, lists)
-        fresh = snapshot.explain(after, [ranked[:k] for ranked in lists[len(before) :]], EXPLAINED)
+        fresh = snapshot.explain(after, [ranked[:k] for ranked in lists[len(before) :]], settings.worker.explained)
         known = {u for u in newest if snapshot.knows(states[u].history)}
         return Recommended(snapshot.name, dict(zip(newest, fresh, strict=True)), known)
 

@@ -57,6 +57,8 @@ class Record(NamedTuple):
     value: bytes
     timestamp: int
     offset: int = 0
+    partition: int = 0
+    key: bytes | None = None
 
 
 def a_list(user: str, arm: str, items: list[Ranked], offset: int) -> Recommendations:

@@ -23,7 +23,7 @@ from workers.catalogue import Catalogue
 from workers.search import SearchProcess
 from workers.settings import Arm, Settings
 from workers.snapshot import PLAIN, Query, Rules, Snapshot
-from workers.user_worker import EXPLAINED, Read, UserWorker
+from workers.user_worker import Read, UserWorker
 
 NUM_INDEXED, NUM_FRESH, WIDTH, NOW_MS, K = 1500, 12, 16, 10_000_000, 10
 SHELVES = ("common", "half", "rare", "single")  # every item, every second, every 200th, one
@@ -220,7 +220,7 @@ def test_what_is_sent_says_arm_chances_reasons_and_source(snapshot: Snapshot) ->
     clicks = [(drawn, "i8"), (plain, "i8"), (stranger, "unheard of"), (drawn, "i10")]
     reads = [Read(Click(event_id=f"e{at}", user_id=user, item_id=one, ts_ms=NOW_MS), at, NOW_MS)
              for at, (user, one) in enumerate(clicks)]  # fmt: skip
-    folded = worker._fold({}, reads)
+    folded = worker._fold({}, reads, {})
     recommended = worker._recommend(folded)
     answers = {user: worker._answer(user, folded, 0, recommended, 5) for user in (drawn, plain, stranger)}
     assert [answers[user].arm for user in (drawn, plain, stranger)] == ["draws", "default", "draws"]
@@ -229,8 +229,8 @@ def test_what_is_sent_says_arm_chances_reasons_and_source(snapshot: Snapshot) ->
     assert all(place.propensity == 1 and not place.under for place in answers[plain].items)
     assert {one.item_id for place in answers[drawn].items for one in place.because} <= {"i8", "i10"}
     for user in (drawn, plain):
-        assert any(place.because for place in answers[user].items[:EXPLAINED])
-        assert not any(place.because for place in answers[user].items[EXPLAINED:])
+        assert any(place.because for place in answers[user].items[:3])
+        assert not any(place.because for place in answers[user].items[3:])
     assert all(answer.items == worker._recommend(folded).lists[user] for user, answer in answers.items())  # sent again
     assert metrics.arm_clicks.labels("draws", "miss")._value.get() > before
     assert len(encode(answers[plain])) < 1.6 * len(encode(replace(answers[plain], items=[
