@@ -59,6 +59,7 @@ class Record(NamedTuple):
     offset: int = 0
     partition: int = 0
     key: bytes | None = None
+    headers: tuple[tuple[str, bytes], ...] = ()
 
 
 def a_list(user: str, arm: str, items: list[Ranked], offset: int) -> Recommendations:
