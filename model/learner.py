@@ -6,7 +6,7 @@ Legend: n events, N items, W windows, L window length, C candidates, d tower, E 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,6 +119,10 @@ class Learner:
             self._count(numbers, rows, part.weights)
         self._refresh(len(events) > 0)
 
+    def forget(self, users: Collection[Hashable]) -> None:
+        """Takes these users' events out of the window. Counts of items and weights stay: they name nobody."""
+        self.log.forget(users)
+
     def _append(self, events: Events) -> tuple[Rows, Rows]:
         known = self._catalogue.rows
         unknown = list(dict.fromkeys(item for item in events.items if item not in known))
@@ -181,6 +185,7 @@ class Learner:
 
     def _replayed(self) -> list[NDArray[Any]]:
         numbers = self._random.integers(self.log.start, self.log.count, self.config.replay)
+        numbers = numbers[self.log.users(numbers) >= 0]
         window = self.log.ending_at(numbers, self.config.history + 1)
         return [self.log.users(numbers), *window.columns()]
 

@@ -26,6 +26,7 @@ from model.sampling import Padded, pad
 from model.tower import UserTower, item_vectors
 
 Floats = NDArray[np.float32]
+COLUMNS = ("tower.items", "tower.bias", "covisitation.right", "text.items", "popularity")  # of an item vector
 TEXT_GAIN = 5.0  # brings cosines of text to the spread of the other parts, for one Adagrad rate
 _PCA_ITEMS = 64  # below it the text projection is random: too few texts to find directions in
 _MEAN_GROWTH = 1.1  # the mean text moves when the catalogue has grown by this much: it re-centres every item
@@ -106,11 +107,11 @@ class Model:
         self.dim = config.dim
         self.device = arrays["mix"].device
 
-    def item_vectors(self) -> Floats:
-        """(N, D): tower, its bias, co-visitation, text, popularity and newness."""
-        arrays = self.arrays
-        columns = [arrays["tower.items"], arrays["tower.bias"].unsqueeze(1), arrays["covisitation.right"]]
-        columns += [arrays["text.items"], arrays["popularity"]]
+    def item_vectors(self, rows: NDArray[np.int64] | None = None) -> Floats:
+        """(N, D), or of these rows alone: tower, its bias, co-visitation, text, popularity and newness."""
+        some = slice(None) if rows is None else torch.from_numpy(rows).to(self.device)
+        columns = [self.arrays[name][some] for name in COLUMNS]
+        columns[1] = columns[1].unsqueeze(1)
         return _numpy(torch.cat(columns, dim=1))
 
     def extended(self, ids: Sequence[str], text: Floats) -> Model:
@@ -137,6 +138,10 @@ class Model:
         }
         return Model(config, [*self.ids, *ids], arrays | grown, self.tower)
 
+    def tastes(self, rows: NDArray[np.int64]) -> Floats:
+        """(M, d) tower vectors of rows (M,), of length 1: how alike items are by text and behaviour together."""
+        return _numpy(self.arrays["tower.items"][torch.from_numpy(rows).to(self.device)])
+
     def user_vectors(self, histories: Sequence[History], now_ms: Sequence[int]) -> Floats:
         """(B, D) queries at the given times. Raises ValueError on a row outside the id table."""
         if not histories:
@@ -150,6 +155,14 @@ class Model:
         scaled = [parts[name] * mix[:, column : column + 1] for column, name in enumerate(PARTS[:PERSONAL])]
         return _numpy(torch.cat([*scaled, mix[:, PERSONAL:]], dim=1))
 
+    def neighbour_vectors(self, rows: NDArray[np.int64]) -> Floats:
+        """(B, D) queries for what goes with these items: of users who have just clicked one, without what is the same
+        for everyone (bias, popularity, newness)."""
+        clicks = [History(rows[at : at + 1], np.ones(1, np.float32), np.zeros(1, np.int64)) for at in range(len(rows))]
+        vectors = self.user_vectors(clicks, [0] * len(rows))
+        vectors[:, self.config.tower_dim] = vectors[:, PERSONAL - len(PARTS) :] = 0.0
+        return vectors
+
     @torch.no_grad()
     def user_parts(self, history: Padded, now_ms: NDArray[np.int64]) -> dict[str, Tensor]:
         """Unmixed query of each learned part: tower (B, d + 1), covisitation (B, R), text (B, P)."""
@@ -158,12 +171,11 @@ class Model:
         valid = rows >= 0
         rows = rows.clamp_min(0)
         weights = torch.from_numpy(history.weights).to(device) * valid  # (B, T)
-        length = rows.shape[1]
-        recency = weights * torch.exp(-torch.arange(length - 1, -1, -1, device=device) / _RECENCY)
+        faded = recency(weights)
         return {
             "tower": self._tower_query(rows, valid, weights, history, now_ms),
-            "covisitation": _recent_direction(arrays["covisitation.left"], rows, recency),
-            "text": _recent_direction(arrays["text.items"], rows, recency),
+            "covisitation": _recent_direction(arrays["covisitation.left"], rows, faded),
+            "text": _recent_direction(arrays["text.items"], rows, faded),
         }
 
     def _tower_query(
@@ -230,24 +242,30 @@ def _check(tensors: dict[str, Tensor], expected: dict[str, Any]) -> None:
             raise ValueError(f"{name} has a value that is not finite")
 
 
-def steps(table: Tensor, rows: Tensor, recency: Tensor) -> Tensor:
-    """(B, T, K) what each event adds to a user's direction: its row of table (N, K), times its recency (B, T).
+def recency(weights: Tensor) -> Tensor:
+    """What clicks of weights (B, T), newest last, count in the co-visitation and text parts."""
+    age = torch.arange(weights.shape[1] - 1, -1, -1, device=weights.device)
+    return weights * torch.exp(-age / _RECENCY)
+
+
+def steps(table: Tensor, rows: Tensor, faded: Tensor) -> Tensor:
+    """(B, T, K) what each event adds to a user's direction: its row of table (N, K), times its faded weight (B, T).
 
     Of an event with a negative weight only what it does not share with the positive ones: one dislike says little
     about everything that the user ever chose. Taken whole, it took 39 % of the hits of users who disliked the first
     item of their list (docs/quality.md).
     """
-    whole = recency.unsqueeze(2) * table[rows]
-    taste = F.normalize((whole * (recency > 0).unsqueeze(2)).sum(dim=1), dim=1)  # (B, K)
-    shared = torch.einsum("btk,bk->bt", whole, taste).clamp_max(0) * (recency < 0)  # (B, T)
+    whole = faded.unsqueeze(2) * table[rows]
+    taste = F.normalize((whole * (faded > 0).unsqueeze(2)).sum(dim=1), dim=1)  # (B, K)
+    shared = torch.einsum("btk,bk->bt", whole, taste).clamp_max(0) * (faded < 0)  # (B, T)
     return whole - shared.unsqueeze(2) * taste.unsqueeze(1)
 
 
-def _recent_direction(table: Tensor, rows: Tensor, recency: Tensor) -> Tensor:
+def _recent_direction(table: Tensor, rows: Tensor, faded: Tensor) -> Tensor:
     """Unit rows (B, K) of the summed steps; zero without history."""
     if not len(table):
         return torch.zeros(len(rows), table.shape[1], device=table.device)
-    return F.normalize(steps(table, rows, recency).sum(dim=1), dim=1)
+    return F.normalize(steps(table, rows, faded).sum(dim=1), dim=1)
 
 
 def _numpy(tensor: Tensor) -> Floats:

@@ -71,12 +71,18 @@ class Outcome(Ranks):
         return Ranks(self.open_ranks, self.users, self.position, self.histories)
 
 
-def bootstrap(values: Doubles, users: Rows, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of mean(values) over resampled users; give differences (n,) for a paired comparison."""
+def bootstrap(
+    values: Doubles, users: Rows, draws: int = 1000, seed: int = 0, under: Doubles | None = None
+) -> tuple[float, float]:
+    """95 % interval of mean(values) over resampled users; give differences (n,) for a paired comparison.
+
+    Of sum(values) / sum(under) where `under` (n,) is given.
+    """
     _, user = np.unique(users, return_inverse=True)
-    sums, counts = np.bincount(user, values), np.bincount(user)  # (U,)
-    picks = np.random.default_rng(seed).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), draws)
-    low, high = np.quantile((picks @ sums) / (picks @ counts), [0.025, 0.975])
+    sums, counts = np.bincount(user, values), np.bincount(user, under)  # (U,)
+    draw, even = np.random.default_rng(seed), np.full(len(sums), 1 / len(sums))
+    picks = (draw.multinomial(len(sums), even) for _ in range(draws))  # one by one: users may be a million
+    low, high = np.quantile([float(pick @ sums) / max(float(pick @ counts), 1e-12) for pick in picks], [0.025, 0.975])
     return float(low), float(high)
 
 

@@ -6,7 +6,7 @@ Legend: B batch, T history length (newest last, padded on the left with row -1).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -140,8 +140,19 @@ class EventLog:
                 seen.add(row)
         return goals
 
+    def forget(self, users: Collection[Hashable]) -> None:
+        """Empties the places of these users' events; who comes back is a stranger."""
+        indices = [self.user_index.pop(user) for user in users if user in self.user_index]
+        for index in indices:
+            self._last[index], self.consumed[index] = -1, set()
+        places = np.isin(self._whole["user"], indices)
+        for name, column in self._whole.items():
+            column[places] = 0 if name in ("row", "ts") else -1
+        for real in self._real.values():
+            real[places] = 0
+
     def users(self, numbers: Rows) -> Rows:
-        """(B,) user index of each event."""
+        """(B,) user index of each event, -1 of one forgotten."""
         return self._whole["user"][numbers % self.capacity]
 
     def past(self, user: Hashable, length: int) -> tuple[list[Past], set[int]]:

@@ -53,6 +53,11 @@ class UserState(msgspec.Struct, frozen=True, array_like=True):
     applied: int = 0
     offset: int = -1
 
+    @property
+    def erased(self) -> bool:
+        """Nothing is known but where the user was forgotten: the first click that counts is after it."""
+        return self.applied == 0 and self.offset >= 0
+
 
 class Limits(msgspec.Struct, frozen=True):
     history: int = 50  # MODEL.md: the tower reads the last 50
@@ -109,6 +114,12 @@ class Fold:
         self._seen.add(digest(click.click.item_id))
         entry = Entry(click.click.item_id, click.weight, click.click.ts_ms)
         _insert(self.history, entry, self.limits.history)
+
+    def erase(self, offset: int) -> None:
+        """Forgets everything up to this offset; an erasure read again forgets nothing that came after it."""
+        if offset > self.offset:
+            self.history, self.applied, self.offset = [], 0, offset
+            self._seen, self._event_ids = _Digests(b""), _Digests(b"")
 
     def state(self) -> UserState:
         """The same object comes back when nothing was folded in."""

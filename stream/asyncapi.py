@@ -10,23 +10,23 @@ from typing import Any
 
 import msgspec
 
-from stream.events import WIRE_TYPES, Artifact, Click, DeadLetter, Event, Item, ItemVector, Recommendations
+from stream.events import WIRE_TYPES, Artifact, Click, DeadLetter, Erasure, Event, Item, ItemVector, Recommendations
 from stream.topics import Topic, Topics
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
-def messages(topics: Topics) -> list[tuple[Topic, type[Event] | None]]:
-    """Each topic and the type of its records; None: binary, private to Upwell."""
+def messages(topics: Topics) -> list[tuple[Topic, list[type[Event]]]]:
+    """Each topic and the types of its records; none: binary, private to Upwell."""
     return [
-        (topics.clicks, Click),
-        (topics.items, Item),
-        (topics.vectors, ItemVector),
-        (topics.users, None),
-        (topics.recommendations, Recommendations),
-        (topics.models, Artifact),
-        (topics.generations, Artifact),
-        (topics.dead_letters, DeadLetter),
+        (topics.clicks, [Click, Erasure]),
+        (topics.items, [Item]),
+        (topics.vectors, [ItemVector]),
+        (topics.users, []),
+        (topics.recommendations, [Recommendations]),
+        (topics.models, [Artifact]),
+        (topics.generations, [Artifact]),
+        (topics.dead_letters, [DeadLetter]),
     ]
 
 
@@ -42,18 +42,23 @@ def asyncapi(topics: Topics) -> dict[str, Any]:
     """The AsyncAPI 3.0 document of one installation."""
     _, schemas = msgspec.json.schema_components(WIRE_TYPES, ref_template="#/components/schemas/{name}")
     channels, operations = {}, {}
-    for topic, kind in messages(topics):
+    for topic, kinds in messages(topics):
         name = topic.name.removeprefix(f"{topics.prefix}.")
-        payload = {"$ref": f"#/components/schemas/{kind.__name__}"} if kind else {"type": "string", "format": "binary"}
-        content = "application/json" if kind else "application/msgpack"
+        records: dict[str, Any] = {
+            kind.__name__: {
+                "contentType": "application/json",
+                "payload": {"$ref": f"#/components/schemas/{kind.__name__}"},
+            }
+            for kind in kinds
+        } or {"record": {"contentType": "application/msgpack", "payload": {"type": "string", "format": "binary"}}}
         channels[name] = {
             "address": topic.name,
             "description": topic.about,
-            "messages": {"record": {"contentType": content, "payload": payload}},
+            "messages": records,
             "bindings": {"kafka": {"topic": topic.name, "partitions": topic.partitions, "topicConfiguration": {
-                "cleanup.policy": ["compact" if topic.compacted else "delete"]}}},
+                "cleanup.policy": topic.cleanup}}},
         }  # fmt: skip
-        action = "receive" if kind in (Click, Item) else "send"
+        action = "receive" if topic in (topics.clicks, topics.items) else "send"
         operations[f"{action}-{name}"] = {"action": action, "channel": {"$ref": f"#/channels/{name}"}}
     return {
         "asyncapi": "3.0.0",

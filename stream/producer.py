@@ -2,14 +2,17 @@
 
 import contextlib
 import threading
+from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import kafka
+import msgspec
 from kafka.partitioner.default import murmur2
 
 from stream.connection import Connection
-from stream.events import MAX_ITEM_BYTES, Click, Item, decode, decode_click, encode
+from stream.events import MAX_ITEM_BYTES, Click, Erasure, Item, decode, decode_click, encode
+from stream.pseudonyms import Pseudonyms
 from stream.topics import Topics
 
 METADATA_MS = 5000
@@ -24,6 +27,13 @@ class DeliveryError(RuntimeError):
 
 class BufferFull(RuntimeError):
     """The cluster takes events more slowly than they are sent; this event was not taken."""
+
+
+class Place(NamedTuple):
+    """Where a record lies in its topic."""
+
+    partition: int
+    offset: int
 
 
 class Producer:
@@ -44,7 +54,7 @@ class Producer:
     ) -> None:
         self._block_s, self._delivery_s = block_s, delivery_s
         self._max_in_flight = max_in_flight
-        self._in_flight: set[object] = set()
+        self._in_flight: set[Future[Place]] = set()
         self._failures: list[BaseException] = []
         self._changed = threading.Condition()  # guards the two above
         self._options = connection.kafka_python() | {
@@ -85,10 +95,11 @@ class Producer:
     ) -> None:
         self.close()
 
-    def send_raw(self, topic: str, key: bytes | None, raw: bytes | None) -> None:
-        """Raises BufferFull, DeliveryError (of earlier records)."""
+    def send_raw(self, topic: str, key: bytes | None, raw: bytes | None) -> Future[Place]:
+        """Its place, once it is acknowledged. Raises BufferFull, DeliveryError (of earlier records)."""
         self._raise_failures()
-        ticket = object()
+        ticket: Future[Place] = Future()
+        ticket.set_running_or_notify_cancel()  # nobody who waits for it can take it back
         with self._changed:
             if not self._changed.wait_for(self._has_room, timeout=self._block_s):
                 raise BufferFull(
@@ -99,12 +110,14 @@ class Producer:
         try:
             self._open().send(topic, raw, key).add_both(self._done, ticket)
         except BaseException as error:
-            self._done(ticket, None)
+            with self._changed:
+                self._in_flight.discard(ticket)
             if isinstance(error, kafka.errors.KafkaTimeoutError):
                 raise BufferFull(f"{topic}: no metadata in {METADATA_MS} ms; is the cluster reachable?") from error
             if isinstance(error, kafka.errors.KafkaError):
                 raise DeliveryError(f"{topic}: not taken: {error!r}") from error
             raise
+        return ticket
 
     def _open(self) -> kafka.KafkaProducer:
         with self._opening:
@@ -122,12 +135,14 @@ class Producer:
     def _has_room(self) -> bool:
         return len(self._in_flight) < self._max_in_flight
 
-    def _done(self, ticket: object, outcome: object) -> None:
+    def _done(self, ticket: Future[Place], outcome: Any) -> None:
+        failed = isinstance(outcome, BaseException)
         with self._changed:
             self._in_flight.discard(ticket)
-            if isinstance(outcome, BaseException):
+            if failed:
                 self._failures.append(outcome)
             self._changed.notify_all()
+        ticket.set_exception(outcome) if failed else ticket.set_result(Place(outcome.partition, outcome.offset))
 
     def _raise_failures(self) -> None:
         with self._changed:
@@ -139,23 +154,38 @@ class Producer:
 
 
 class ClickProducer(Producer):
-    """Clicks keyed by user, items keyed by item. The options are Producer's."""
+    """Clicks keyed by user, items keyed by item. With `pseudonyms` no user id leaves as it came. More: Producer's."""
 
-    def __init__(self, connection: Connection, topics: Topics, **options: Any) -> None:
+    def __init__(
+        self, connection: Connection, topics: Topics, pseudonyms: Pseudonyms | None = None, **options: Any
+    ) -> None:
         super().__init__(connection, **options)
-        self._topics = topics
+        self._topics, self._pseudonyms = topics, pseudonyms
 
-    def send(self, click: Click) -> None:
-        """Raises BadEvent for a click that every reader would refuse, BufferFull, DeliveryError (of earlier)."""
+    def send(self, click: Click) -> Future[Place]:
+        """As send_raw. Raises BadEvent, too, for a click that every reader would refuse."""
         raw = encode(click)
-        decode_click(raw)
-        self.send_raw(self._topics.clicks.name, click.user_id.encode(), raw)
+        decode_click(raw)  # before the id is replaced: a pseudonym would hide one that is none
+        if self._pseudonyms:
+            click = msgspec.structs.replace(click, user_id=self._pseudonyms.of(click.user_id))
+            raw = encode(click)
+        return self.send_raw(self._topics.clicks.name, click.user_id.encode(), raw)
 
-    def send_item(self, item: Item) -> None:
+    def erase(self, user_id: str, now_ms: int) -> Place:
+        """Sends a user's wish to be erased, and waits for its place. Raises as `send` does."""
+        wish = Erasure(event_type="erase", user_id=user_id, requested_ms=now_ms)
+        decode(encode(wish), Erasure)
+        if self._pseudonyms:
+            wish = msgspec.structs.replace(wish, user_id=self._pseudonyms.of(user_id))
+        sent = self.send_raw(self._topics.clicks.name, wish.user_id.encode(), encode(wish))
+        self.flush()
+        return sent.result()
+
+    def send_item(self, item: Item) -> Future[Place]:
         """Adds or replaces a catalogue item. Raises as `send` does."""
         raw = encode(item)
         decode(raw, Item)
-        self.send_raw(self._topics.items.name, item.item_id.encode(), raw)
+        return self.send_raw(self._topics.items.name, item.item_id.encode(), raw)
 
     def remove_item(self, item_id: str) -> None:
         """Takes an item out of the catalogue."""

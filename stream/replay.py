@@ -11,7 +11,7 @@ from stream.events import Click
 
 
 class Sender(Protocol):
-    def send(self, click: Click) -> None: ...
+    def send(self, click: Click) -> object: ...
 
 
 def shifted(events: Sequence[Click], last_ms: int) -> list[Click]:

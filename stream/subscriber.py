@@ -1,11 +1,11 @@
 """Following the recommendations as they are made."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
 from stream.connection import Connection
-from stream.consumer import open_consumer, partitions_of
+from stream.consumer import Record, open_consumer, partitions_of
 from stream.events import Recommendations, decode
 from stream.topics import Topics
 
@@ -13,10 +13,20 @@ from stream.topics import Topics
 class Subscriber:
     """Iterates over decoded recommendations, for ever; from now, or from the oldest that are kept.
 
+    on_erased: told the id of each erased user, whose lists are to be forgotten wherever you keep them.
+
     "Now" is fixed when this is made: what is sent afterwards is seen, however late the iteration starts.
     """
 
-    def __init__(self, connection: Connection, topics: Topics, *, from_beginning: bool = False) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        topics: Topics,
+        *,
+        from_beginning: bool = False,
+        on_erased: Callable[[str], None] = lambda user_id: None,
+    ) -> None:
+        self._on_erased = on_erased
         self._consumer = open_consumer(connection)
         partitions = partitions_of(self._consumer, [topics.recommendations.name])
         self._consumer.assign(partitions)
@@ -26,10 +36,25 @@ class Subscriber:
             for partition, end in self._consumer.end_offsets(partitions).items():
                 self._consumer.seek(partition, end)
 
+    @property
+    def connected(self) -> bool:
+        """Whether a connection to any broker is open."""
+        return bool(self._consumer.metrics()["consumer-metrics"]["connection-count"])
+
+    def records(self, timeout_s: float = 1.0) -> list[Record]:
+        """As `poll`, not decoded."""
+        polled = self._consumer.poll(timeout_ms=int(timeout_s * 1000))
+        return [record for records in polled.values() for record in records]
+
     def poll(self, timeout_s: float = 1.0) -> list[Recommendations]:
         """What has come since the last poll, waiting up to timeout_s for the first. Raises BadEvent."""
-        polled = self._consumer.poll(timeout_ms=int(timeout_s * 1000))
-        return [decode(record.value, Recommendations) for records in polled.values() for record in records]
+        found = []
+        for record in self.records(timeout_s):
+            if record.value is not None:
+                found.append(decode(record.value, Recommendations))
+            elif record.key is not None:
+                self._on_erased(record.key.decode())
+        return found
 
     def __iter__(self) -> Iterator[Recommendations]:
         while True:

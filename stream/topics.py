@@ -15,33 +15,40 @@ ALREADY_EXISTS = 36  # Kafka's error code TOPIC_ALREADY_EXISTS
 
 @dataclass(frozen=True)
 class Topic:
-    """One topic; `retention_ms` None means compacted: the newest record a key is kept, without end."""
+    """One topic; compacted: the newest record a key is kept, for `retention_ms` or (None) without end.
+
+    lag_ms: how much longer Kafka may hold what retention or a tombstone has ended: it deletes whole segments and
+    compacts closed ones, and keeps a tombstone as long again for readers that were behind.
+    """
 
     name: str
     about: str
     partitions: int
     retention_ms: int | None
+    compacted: bool = False
+    lag_ms: int = DAY_MS
     max_message_bytes: int = MAX_ITEM_BYTES + MIB // 16  # of a batch: keys, headers and framing on top
 
     @property
-    def compacted(self) -> bool:
-        return self.retention_ms is None
+    def cleanup(self) -> list[str]:
+        """Kafka's cleanup.policy."""
+        return [*(["compact"] if self.compacted else []), *([] if self.retention_ms is None else ["delete"])]
 
     def config(self) -> dict[str, str]:
         """Kafka's topic settings, by their own names."""
         settings: dict[str, object] = {
-            "cleanup.policy": "compact" if self.compacted else "delete",
+            "cleanup.policy": ",".join(self.cleanup),
+            "retention.ms": -1 if self.retention_ms is None else self.retention_ms,
+            "segment.ms": self.lag_ms,
             "max.message.bytes": self.max_message_bytes,
             # The broker's clock: a stamp of the producer's could make a replayed old click expire at once.
             "message.timestamp.type": "LogAppendTime",
         }
-        if self.retention_ms is not None:
-            settings["retention.ms"] = self.retention_ms
-        else:
+        if self.compacted:
             # The open segment is never compacted: small ones keep the read at start-up short, and the lag
             # bounds how long an erased user's record survives its tombstone.
             settings |= {"segment.bytes": 64 * MIB, "min.cleanable.dirty.ratio": 0.2}
-            settings |= {"max.compaction.lag.ms": DAY_MS, "retention.ms": -1}
+            settings |= {"max.compaction.lag.ms": self.lag_ms, "delete.retention.ms": self.lag_ms}
         return {key: str(value) for key, value in settings.items()}
 
 
@@ -49,7 +56,7 @@ class Topics:
     """All topics of one installation.
 
     prefix: the installation's name; partitions: of every topic keyed by user, the bound on the number of
-    workers; clicks_days: how far back a trainer can replay.
+    workers; clicks_days: how far back a trainer can replay, and how long an erased user's id is still on a disk.
     """
 
     def __init__(self, prefix: str = "upwell", partitions: int = 8, clicks_days: float = 30) -> None:
@@ -57,13 +64,18 @@ class Topics:
             raise ValueError(f"partitions: {partitions}, at least 1")
         clicks_ms = int(clicks_days * DAY_MS)
 
-        def topic(name: str, about: str, parts: int, retention_ms: int | None = None, **rest: int) -> Topic:
-            return Topic(f"{prefix}.{name}", about, parts, retention_ms, **rest)
+        lag_ms = min(DAY_MS, clicks_ms // 10)
+
+        def topic(
+            name: str, about: str, parts: int, retention_ms: int | None = None, compacted: bool = False, **rest: int
+        ) -> Topic:
+            compacted = compacted or retention_ms is None
+            return Topic(f"{prefix}.{name}", about, parts, retention_ms, compacted, lag_ms, **rest)
 
         self.prefix = prefix
         self.clicks = topic(
             "clicks",
-            "What users do, keyed by user: one user, one partition, one order.",
+            "What users do, and their wish to be erased, keyed by user: one user, one partition, one order.",
             partitions,
             clicks_ms,
         )
@@ -76,14 +88,21 @@ class Topics:
             "State of each user, keyed and partitioned like the clicks: the changelog of the workers.",
             partitions,
         )
-        self.recommendations = topic("recommendations", "Fresh recommendations, keyed by user.", partitions, DAY_MS)
+        self.recommendations = topic(
+            "recommendations",
+            "Fresh recommendations, keyed by user; a null value: the user is erased, forget the lists you hold.",
+            partitions,
+            min(DAY_MS, clicks_ms),
+        )
         self.models = topic("models", "Trained models, announced by the trainer.", 1)
         self.generations = topic("generations", "Published generations, announced by the indexer.", 1)
         self.dead_letters = topic(
             "dead-letters",
-            "Messages that could not be applied, with their cause and their bytes.",
+            "Messages that could not be applied, with their cause and their bytes, keyed by their place; a null value: "
+            "the user that it was of is erased.",
             1,
-            30 * DAY_MS,
+            clicks_ms,
+            compacted=True,
             max_message_bytes=2 * MIB,  # the refused message itself, a third larger in base64
         )
 
@@ -121,5 +140,5 @@ def _compare(topic: Topic, partitions: int, config: dict[str, dict[str, str]]) -
     if partitions != topic.partitions:
         raise ValueError(f"{topic.name} has {partitions} partitions, the settings say {topic.partitions}")
     for key in ("cleanup.policy", "message.timestamp.type"):  # the second: windows go by the broker's clock
-        if (value := config[key]["value"]) != topic.config()[key]:
+        if set((value := config[key]["value"]).split(",")) != set(topic.config()[key].split(",")):
             raise ValueError(f"{topic.name} is '{value}', it has to be '{topic.config()[key]}'")

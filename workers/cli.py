@@ -7,8 +7,12 @@ from typing import Annotated
 
 import typer
 
+from workers import cli_arms
+from workers.cli_erase import erase
+from workers.cli_keys import keys
 from workers.logs import configure
 from workers.settings import ConfigError, Settings, load_settings
+from workers.watch import watch
 
 EX_CONFIG = 2
 
@@ -17,6 +21,10 @@ dead_letters = typer.Typer(no_args_is_help=True, help="Messages that could not b
 generations = typer.Typer(no_args_is_help=True, help="What serves, and the way back.")
 app.add_typer(dead_letters, name="dead-letters")
 app.add_typer(generations, name="generations")
+app.command()(watch)
+app.add_typer(keys, name="keys")
+app.add_typer(cli_arms.app, name="arms")
+app.command()(erase)
 
 Broker = Annotated[str | None, typer.Option(help="HOST:PORT of your own Kafka; default: a local one.")]
 
@@ -70,9 +78,16 @@ def indexer() -> None:
 def serve() -> None:
     """HTTP: recommendations, events in, health, metrics, the page."""
     settings = settings_for("serve")
+    from workers.keys import load_keys
+
+    try:
+        keys = load_keys(settings.serve)
+    except ConfigError as error:
+        typer.echo(f"configuration:\n{error}", err=True)
+        raise typer.Exit(EX_CONFIG) from error
     from workers.server import run_server
 
-    raise typer.Exit(run_server(settings))
+    raise typer.Exit(run_server(settings, keys))
 
 
 @app.command()
@@ -83,7 +98,7 @@ def topics() -> None:
 
     ensure(settings.topics, settings.connection)
     for topic in settings.topics.all():
-        kept = "compacted" if topic.compacted else f"{(topic.retention_ms or 0) // 86_400_000} days"
+        kept = "compacted" if topic.retention_ms is None else f"{topic.retention_ms / 86_400_000:g} days"
         typer.echo(f"{topic.name}  {topic.partitions} partitions, {kept}: {topic.about}")
 
 
@@ -123,9 +138,7 @@ def kafka_home() -> Path | None:
 @app.command()
 def demo(
     check: Annotated[bool, typer.Option("--check", help="Judge the run; print one JSON summary last.")] = False,
-    stream: Annotated[
-        str, typer.Option(help="ml-100k, or a folder of events.jsonl.gz and items.jsonl.gz.")
-    ] = "ml-100k",
+    stream: Annotated[str, typer.Option(help="ml-100k, or a folder of events.jsonl and items.jsonl.")] = "ml-100k",
     events: Annotated[int | None, typer.Option(min=1, help="How many; default: all, with --check 30,000.")] = None,
     rate: Annotated[float, typer.Option(min=0.1, help="Events a second.")] = 80.0,
     port: Annotated[int, typer.Option(help="Of the API; 0: a free one.")] = 8080,
@@ -140,7 +153,7 @@ def demo(
 
 @app.command()
 def replay(
-    stream: Annotated[str, typer.Argument(help="ml-100k, or a folder of events.jsonl.gz and items.jsonl.gz.")],
+    stream: Annotated[str, typer.Argument(help="ml-100k, or a folder of events.jsonl and items.jsonl.")],
     rate: Annotated[float, typer.Option(min=0.1, help="Events a second.")] = 80.0,
     limit: Annotated[int | None, typer.Option(min=1)] = None,
 ) -> None:
@@ -167,7 +180,7 @@ def replay(
 
 @app.command()
 def evaluate(
-    stream: Annotated[str, typer.Argument(help="ml-100k, a folder of events.jsonl.gz and items.jsonl.gz, or a CSV.")],
+    stream: Annotated[str, typer.Argument(help="ml-100k, a folder of events.jsonl and items.jsonl, or a CSV.")],
     arms: Annotated[str, typer.Option(help="Comma-separated; default: the product and all cheap ones.")] = "",
     mode: Annotated[str, typer.Option(help="strict, line or both.")] = "both",
     limit: Annotated[int | None, typer.Option(min=10, help="Only the first so many events.")] = None,

@@ -1,22 +1,61 @@
-"""Reading and replaying what could not be applied."""
+"""Reading, replaying and erasing what could not be applied.
 
-from collections.abc import Sequence
+A dead letter is keyed by the place of its message, so that the one message can be taken back by a null record.
+"""
 
+import asyncio
+import re
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import msgspec
+
+from model.user_state import EMPTY
 from stream.consumer import read_window
 from stream.events import DeadLetter, decode
 from stream.producer import Producer
+from workers import metrics
+from workers.sender import BatchSender
 from workers.settings import Settings
+from workers.state_writer import Acknowledge
+from workers.states import States
 
 SHOWN_BYTES = 80
 MAX_LETTER_BYTES = 2 * 1024 * 1024
+MAX_DEAD_PAYLOAD = 512 * 1024  # base64 and the other fields must fit one record
+
+
+def dead_letter(record: Any, cause: str) -> DeadLetter:
+    """A consumed record as a dead letter; of an oversized payload the first part is kept."""
+    return DeadLetter(
+        topic=record.topic,
+        partition=record.partition,
+        offset=record.offset,
+        cause=cause,
+        key=record.key,
+        payload=None if record.value is None else record.value[:MAX_DEAD_PAYLOAD],
+        truncated=record.value is not None and len(record.value) > MAX_DEAD_PAYLOAD,
+        ts_ms=record.timestamp,
+    )
+
+
+def place(letter: DeadLetter) -> bytes:
+    """Key of a dead letter: no user id, and the same when the message is read again."""
+    return f"{letter.topic}-{letter.partition}-{letter.offset}".encode()
 
 
 def read(settings: Settings) -> list[tuple[int, DeadLetter]]:
     """All that are kept, oldest first, each with its number in the dead-letter topic."""
-    batches = read_window(settings.connection, settings.topics.dead_letters.name)
-    return [
-        (record.offset, decode(record.value, DeadLetter, MAX_LETTER_BYTES)) for batch in batches for record in batch
-    ]
+    return list(_kept(settings).values())
+
+
+def _kept(settings: Settings) -> dict[bytes | None, tuple[int, DeadLetter]]:
+    found: dict[bytes | None, tuple[int, DeadLetter]] = {}
+    for record in (r for batch in read_window(settings.connection, settings.topics.dead_letters.name) for r in batch):
+        found.pop(record.key, None)
+        if record.value is not None:
+            found[record.key] = record.offset, decode(record.value, DeadLetter, MAX_LETTER_BYTES)
+    return found
 
 
 def describe(number: int, letter: DeadLetter) -> str:
@@ -33,3 +72,58 @@ def resend(settings: Settings, letters: Sequence[DeadLetter]) -> tuple[int, int]
         producer.send_raw(letter.topic, letter.key, letter.payload)
     producer.close()
     return len(whole), len(letters) - len(whole)
+
+
+def names_one(letter: DeadLetter, user_ids: Collection[str]) -> bool:
+    """Whether a dead letter is of one of these users: by its key, a string in its JSON, else a word."""
+    if letter.key is not None and letter.key.decode(errors="replace") in user_ids:
+        return True
+    payload = letter.payload or b""
+    try:
+        return any(text in user_ids for text in _strings(msgspec.json.decode(payload)))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        edges = rb'"%s"' if payload.lstrip()[:1] == b"{" else rb"(?<![\w-])%s(?![\w-])"
+        forms = {form for user_id in user_ids for form in (user_id.encode(), msgspec.json.encode(user_id)[1:-1])}
+        return any(re.search(edges % re.escape(form), payload) for form in forms)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)
+
+
+class DeadLetters:
+    """Takes back the dead letters of erased users, of all that wait in one reading of the topic."""
+
+    def __init__(self, settings: Settings, sender: BatchSender) -> None:
+        self._settings, self._sender = settings, sender
+        self._waiting: set[str] = set()
+        self._reading = asyncio.Lock()
+
+    def cleared_of(self, user_ids: Collection[str], acknowledge: Acknowledge, states: States) -> Acknowledge:
+        """Acknowledges when that is done: a worker that dies before reads the wish again. Then, too, no mark of the
+        users is needed in the states any more: no click from before the wish will come again.
+        """
+        self._waiting |= set(user_ids)
+        metrics.pending_erasures.inc(len(user_ids))
+
+        async def cleared() -> None:
+            async with self._reading:  # who finds nothing waiting has waited for the reading that took its users along
+                users, self._waiting = self._waiting, set()
+                if users:
+                    found = await asyncio.to_thread(self._of, users)
+                    await self._sender.send(self._settings.topics.dead_letters.name, 0, [(key, None) for key in found])
+            metrics.pending_erasures.dec(len(user_ids))
+            metrics.erasures.labels("cleared").inc(len(user_ids))
+            await acknowledge()
+            for user_id in user_ids:
+                if states.get(user_id, EMPTY).erased:
+                    del states[user_id]
+
+        return cleared
+
+    def _of(self, user_ids: Collection[str]) -> list[bytes | None]:
+        return [key for key, (_, letter) in _kept(self._settings).items() if names_one(letter, user_ids)]

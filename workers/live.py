@@ -6,8 +6,8 @@ upwell.items, upwell.vectors -> fresh items: searched exactly beside the sealed 
 
 import threading
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import structlog
 
@@ -17,11 +17,13 @@ from stream.consumer import tail
 from stream.events import Artifact, BadEvent, Item, ItemVector, Ranked, decode
 from workers import metrics
 from workers.announcements import Announcements
+from workers.catalogue import Catalogue
 from workers.search import GenerationRefused, SearchProcess, SearchProcessDied
 from workers.settings import Settings
-from workers.snapshot import Catalogue, Query, Snapshot
+from workers.snapshot import Query, Snapshot
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
 FRESH_INTERVAL_S = 0.5  # new items join in groups: each joining copies the item arrays
 RETRY_S = 5.0
@@ -59,8 +61,12 @@ class Live:
             if snapshot is not None:
                 snapshot.search.close()
 
-    def recommend(self, queries: Sequence[Query], k: int) -> tuple[Snapshot, list[list[Ranked]]]:
-        """Lists and the one generation they come from. Raises NotReady before the first generation serves.
+    def recommend(self, queries: Sequence[Query], k: int, explain: bool = False) -> tuple[Snapshot, list[list[Ranked]]]:
+        """Lists and the one generation they come from. Raises NotReady."""
+        return self.use(lambda snapshot: snapshot.recommend(queries, k, explain))
+
+    def use(self, ask: Callable[[Snapshot], T]) -> tuple[Snapshot, T]:
+        """What the serving generation answers, and which one it is. Raises NotReady before the first one serves.
 
         A caller that picked the old generation just before a swap finds its search closed and asks the new
         one; when a search process dies of itself, the caller waits while its successor starts.
@@ -68,7 +74,7 @@ class Live:
         deadline = time.monotonic() + RESTART_S
         while (snapshot := self.snapshot) is not None:
             try:
-                return snapshot, snapshot.recommend(queries, k)
+                return snapshot, ask(snapshot)
             except SearchProcessDied as error:
                 if time.monotonic() > deadline:
                     raise NotReady(f"search of {snapshot.name}: {error}") from error

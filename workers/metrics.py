@@ -88,6 +88,27 @@ answers = Counter(
     "Lists answered, by source (personal, popular) and fullness (full, short, empty).",
     ["source", "fullness"],
 )
+arm_clicks = Counter(
+    "upwell_arm_scored_clicks_total",
+    "Scored clicks by arm of the A/B test and result (hit: in the top 10 by the arm's rules; miss). An arm that "
+    "stands still has no users: look at its share.",
+    ["arm", "result"],
+)
+arm_hit_rate = Gauge(
+    "upwell_arm_hit_rate_at_10",
+    "Share of hits in the last 5,000 scored clicks of an arm. Arms apart: ask upwell arms report whether by chance.",
+    ["arm"],
+)
+erasures = Counter(
+    "upwell_erasures_total",
+    "Users' erasures, by stage: asked (serve), cleared (worker: state, lists and dead letters are gone).",
+    ["stage"],
+)
+pending_erasures = Gauge(
+    "upwell_pending_erasures",
+    "Erasures on their way here: asked for and not yet seen in the users topic (serve), read and not yet cleared "
+    "(worker). Not falling: look at the worker's lag.",
+)
 
 
 def serve(port: int) -> None:

@@ -1,13 +1,15 @@
 """The live test: each click is ranked before it is folded, in what would have been served just then."""
 
-from collections import deque
+from collections import defaultdict, deque
 
 import numpy as np
 
 from model.user_state import digest, split
+from stream.events import DEFAULT_ARM
 from workers import metrics
+from workers.settings import SCORED_K
 
-K = 10
+K = SCORED_K
 WINDOW = 5000
 TRIAL_CLICKS = 2000  # after a swap, scored by both generations
 TRIAL_MIN = 200
@@ -43,25 +45,36 @@ class DecayedPopularity:
             self._weight = 1.0
 
 
+class Recent:
+    """The share of hits among the last WINDOW."""
+
+    def __init__(self) -> None:
+        self._hits: deque[bool] = deque()
+        self._sum = 0
+
+    def add(self, hit: bool) -> float:
+        self._sum += hit - (self._hits.popleft() if len(self._hits) == WINDOW else False)
+        self._hits.append(hit)
+        return self._sum / len(self._hits)
+
+
 class LiveScore:
-    """Hits of the last WINDOW scored clicks as gauges, hits and clicks in all as counters."""
+    """Hits of the last WINDOW scored clicks as gauges, hits and clicks in all as counters; by ranking and by arm."""
 
     def __init__(self) -> None:
         self.popularity = DecayedPopularity()
-        self._recent: deque[tuple[bool, bool]] = deque()
-        self._served = self._popular = 0  # hits in _recent
+        self._rankings: dict[str, Recent] = defaultdict(Recent)
+        self._arms: dict[str, Recent] = defaultdict(Recent)
 
-    def add(self, item_id: str, seen: bytes, served: list[str]) -> None:
+    def add(self, item_id: str, seen: bytes, served: list[str], arm: str = DEFAULT_ARM) -> None:
         """Score one click on an item that its user had not seen; `served` is the top K as it would have been."""
-        hits = item_id in served[:K], self.popularity.is_hit(item_id, seen)
-        old = self._recent.popleft() if len(self._recent) == WINDOW else (False, False)
-        self._recent.append(hits)
-        self._served += hits[0] - old[0]
-        self._popular += hits[1] - old[1]
+        hit = item_id in served[:K]
         metrics.scored_clicks.inc()
-        for ranking, hit, recent in (("served", hits[0], self._served), ("popularity", hits[1], self._popular)):
-            metrics.hits.labels(ranking).inc(hit)
-            metrics.hit_rate.labels(ranking).set(recent / len(self._recent))
+        for ranking, found in (("served", hit), ("popularity", self.popularity.is_hit(item_id, seen))):
+            metrics.hits.labels(ranking).inc(found)
+            metrics.hit_rate.labels(ranking).set(self._rankings[ranking].add(found))
+        metrics.arm_clicks.labels(arm, "hit" if hit else "miss").inc()
+        metrics.arm_hit_rate.labels(arm).set(self._arms[arm].add(hit))
 
 
 class Trial:

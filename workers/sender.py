@@ -12,6 +12,9 @@ from stream.connection import Connection
 MAX_BATCH_BYTES = 900_000  # under the topics' limit, before compression
 MAX_RECORD_BYTES = MAX_BATCH_BYTES - 1_000  # key and framing on top
 
+Header = tuple[str, bytes]
+Keyed = tuple[bytes | None, bytes | None] | tuple[bytes | None, bytes | None, Header]
+
 
 def retriable(lookup: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
     """aiokafka's producer is lost for good when the connection ends under its question for the coordinator: it tries
@@ -65,18 +68,18 @@ class BatchSender:
         assert self._producer is not None, "commit before start"
         await self._producer.commit_transaction()
 
-    async def send(self, topic: str, partition: int, records: Iterable[tuple[bytes | None, bytes | None]]) -> None:
+    async def send(self, topic: str, partition: int, records: Iterable[Keyed]) -> None:
         """Raises ValueError for a record over MAX_RECORD_BYTES, KafkaError when Kafka refuses a batch."""
         assert self._producer is not None, "send before start"
         producer, sent = self._producer, []
         batch = producer.create_batch()
-        for key, value in records:
+        for key, value, *headers in records:
             if len(value or b"") > MAX_RECORD_BYTES:  # the first record of a batch is taken at any size
                 raise ValueError(f"{topic}: a record of {len(value or b'')} bytes, at most {MAX_RECORD_BYTES}")
-            if batch.append(key=key, value=value, timestamp=None) is None:
+            if batch.append(key=key, value=value, timestamp=None, headers=headers) is None:
                 sent.append(await producer.send_batch(batch, topic, partition=partition))
                 batch = producer.create_batch()
-                batch.append(key=key, value=value, timestamp=None)
+                batch.append(key=key, value=value, timestamp=None, headers=headers)
         if batch.record_count():
             sent.append(await producer.send_batch(batch, topic, partition=partition))
         await asyncio.gather(*sent)

@@ -1,205 +1,144 @@
-"""HTTP: recommendations on request, events and items in, health, metrics, and a first page.
+"""HTTP: the app out of its routes, and uvicorn around it.
 
 State is read from the compacted users topic, so every replica answers for every user. Lists are made at
 the request, from the newest state that Kafka has shown.
 """
 
-import time
-import uuid
-from pathlib import Path
-from typing import Annotated, Any
+import socket
+from importlib.metadata import version
+from typing import Any
 
-import kafka
-import msgspec
+import structlog
 import torch
 import uvicorn
-from litestar import Litestar, MediaType, Response, get, post
+from litestar import Litestar, Router
+from litestar.config.cors import CORSConfig
 from litestar.di import Provide
-from litestar.exceptions import HTTPException
+from litestar.exceptions import HTTPException, ValidationException
 from litestar.openapi import OpenAPIConfig
-from litestar.params import Parameter
-from litestar.types import ASGIApp, Message, Receive, Scope, Send
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from litestar.openapi.plugins import JsonRenderPlugin
+from litestar.openapi.spec import Components, SecurityScheme
+from litestar.types import Message, Scope
 
-from model.user_state import EMPTY
-from stream.events import BadEvent, Click, EventType, Id, Item, Milliseconds
-from stream.producer import BufferFull, DeliveryError
-from workers import metrics
+from workers import routes_erasure, routes_ingest, routes_ops, routes_read, routes_recommend, routes_stream
+from workers.guests import OtherEncoder
+from workers.keys import OPEN, Keys
+from workers.limits import Gate, measured
 from workers.live import NotReady
 from workers.processes import end_with_threads
-from workers.service import RecentUser, RecommendationsOut, Service
+from workers.routes import invalid, not_ready, other_encoder
+from workers.service import Service
 from workers.settings import Settings
 
-PAGE = Path(__file__).with_name("page.html")
+log = structlog.get_logger()
+
+ROUTES: list[Any] = [
+    routes_recommend.recommendations,
+    routes_recommend.guest_recommendations,
+    routes_recommend.similar,
+    routes_stream.stream,
+    routes_read.items,
+    routes_read.recent_users,
+    routes_read.user,
+    routes_erasure.erase_user,
+    routes_erasure.erasure,
+    routes_ingest.post_events,
+    routes_ingest.post_items,
+    routes_ops.livez,
+    routes_ops.readyz,
+    routes_ops.prometheus,
+    routes_ops.figures,
+    routes_ops.page,
+]
+HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cache-control": "no-store",
+}
+ABOUT = (
+    "Fresh recommendations from a live stream of clicks. Beyond loopback every call needs a key: "
+    "`Authorization: Bearer KEY`; the scope is said at each route. Errors say in `detail` what is wrong, by name."
+)
 
 
-class EventIn(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """A click as it comes over HTTP. Give `event_id` yourself to make sending it again harmless."""
-
-    user_id: Id
-    item_id: Id
-    event_type: EventType = "click"
-    event_id: Id | None = None
-    ts_ms: Milliseconds | None = None
-    value: float | None = None
-    context: dict[str, str] = {}
+async def harden(message: Message, _: Scope) -> None:
+    """Every answer carries the security headers; a route's own wins."""
+    if message["type"] == "http.response.start":
+        there = {name.lower() for name, _ in message["headers"]}
+        new = [(k.encode(), v.encode()) for k, v in HEADERS.items() if k.encode() not in there]
+        message["headers"] = [*message["headers"], *new]
 
 
-class Accepted(msgspec.Struct):
-    accepted: int
+async def tell(error: Exception, scope: Scope) -> None:
+    """A bug is logged with its trace, under the route: the path and the query hold user ids."""
+    if not isinstance(error, (HTTPException, NotReady, OtherEncoder)):
+        log.error("request failed", route=scope.get("path_template"), exc_info=error)
 
 
-def _many(raw: bytes, kind: Any) -> list[Any]:
-    """One object or a list of them. Raises HTTPException 400 naming the field."""
-    try:
-        return (
-            list(msgspec.json.decode(raw, type=list[kind]))
-            if raw.lstrip()[:1] == b"["
-            else [msgspec.json.decode(raw, type=kind)]
-        )
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise HTTPException(status_code=400, detail=str(error)) from error
-
-
-def _delivered(service: Service, events: list[Click] | list[Item]) -> Accepted:
-    """All of them are in Kafka when this returns; a 503 says that they may not be: send them again."""
-    try:
-        for event in events:
-            service.producer.send(event) if isinstance(event, Click) else service.producer.send_item(event)
-        service.producer.flush()
-    except BadEvent as error:
-        raise HTTPException(status_code=400, detail=str(error)) from error
-    except (DeliveryError, BufferFull, kafka.errors.KafkaError) as error:
-        raise HTTPException(
-            status_code=503, detail=f"Kafka did not take the events: {error}", headers={"Retry-After": "2"}
-        ) from error
-    return Accepted(len(events))
-
-
-@get("/v1/users/{user_id:str}/recommendations", sync_to_thread=True)
-def recommendations(
-    service: Service, user_id: str, k: Annotated[int, Parameter(ge=1, le=200)] = 20
-) -> RecommendationsOut:
-    """The user's k best items now, never one already seen; a user without history gets what is popular."""
-    try:
-        return service.recommend(user_id, k)
-    except NotReady as error:
-        raise HTTPException(status_code=503, detail=str(error), headers={"Retry-After": "1"}) from error
-
-
-@get("/v1/users", sync_to_thread=False)
-def recent_users(service: Service) -> list[RecentUser]:
-    """The users whose state moved last, newest first, for the page."""
-    users = list(reversed(service.users.recent))
-    known = [(user_id, service.users.states.get(user_id, EMPTY)) for user_id in users]
-    return [RecentUser(user_id, state.applied, service.history(state)[:10]) for user_id, state in known]
-
-
-@post("/v1/events", sync_to_thread=True, status_code=202)
-def post_events(service: Service, body: bytes) -> Accepted:
-    """One event or a list of them; 202 once Kafka has them all."""
-    now_ms = time.time_ns() // 1_000_000
-    clicks = [
-        Click(
-            event_id=event.event_id or uuid.uuid4().hex,
-            user_id=event.user_id,
-            item_id=event.item_id,
-            event_type=event.event_type,
-            ts_ms=now_ms if event.ts_ms is None else event.ts_ms,
-            value=event.value,
-            context=event.context,
-        )
-        for event in _many(body, EventIn)
-    ]
-    return _delivered(service, clicks)
-
-
-@post("/v1/items", sync_to_thread=True, status_code=202)
-def post_items(service: Service, body: bytes) -> Accepted:
-    """One item or a list of them, added or replaced; 202 once Kafka has them all."""
-    return _delivered(service, _many(body, Item))
-
-
-@get("/livez", sync_to_thread=False, media_type=MediaType.TEXT)
-def livez() -> str:
-    return "alive"
-
-
-@get("/readyz", sync_to_thread=False, media_type=MediaType.TEXT)
-def readyz(service: Service) -> Response[str]:
-    """200 once a generation is loaded and the users' states are caught up; 503 says which is missing."""
-    missing = [
-        name
-        for name, there in {
-            "generation": service.live.snapshot is not None,
-            "items": service.live.caught_up.is_set(),
-            "states": service.users.caught_up.is_set(),
-        }.items()
-        if not there
-    ]
-    return Response(f"waiting for {', '.join(missing)}" if missing else "ready", status_code=503 if missing else 200)
-
-
-@get("/metrics", sync_to_thread=False)
-def prometheus() -> Response[bytes]:
-    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
-
-
-@get("/", media_type=MediaType.HTML, sync_to_thread=False)
-def page() -> Response[str]:
-    """One user's list as it moves."""
-    policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
-    return Response(PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": policy})
-
-
-def _measured(app: ASGIApp) -> ASGIApp:
-    """Counts and times requests by route template: a path holds user ids."""
-
-    async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
-        began, status = time.perf_counter(), 500
-
-        async def watch(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await app(scope, receive, watch)
-        finally:
-            route = scope.get("path_template") or "unknown"
-            metrics.requests.labels(route, str(status)).inc()
-            metrics.request_s.labels(route).observe(time.perf_counter() - began)
-
-    return middleware
-
-
-def build_app(service: Service) -> Litestar:
+def build_app(service: Service, keys: Keys) -> Litestar:
     async def provide() -> Service:
         return service
 
+    serve = service.settings.serve
+    scheme = SecurityScheme(type="http", scheme="bearer", description="a key of `upwell keys new`")
     return Litestar(
-        [recommendations, recent_users, post_events, post_items, livez, readyz, prometheus, page],
+        [*ROUTES, routes_ops.console()],
         dependencies={"service": Provide(provide)},
-        middleware=[_measured],
-        request_max_body_size=service.settings.serve.max_body_bytes,
-        openapi_config=OpenAPIConfig(title="Upwell", version="1"),
+        middleware=[measured, Gate(serve, keys)],
+        before_send=[harden],
+        after_exception=[tell],
+        exception_handlers={ValidationException: invalid, NotReady: not_ready, OtherEncoder: other_encoder},
+        request_max_body_size=serve.max_body_bytes,
+        cors_config=CORSConfig(allow_origins=serve.cors_origins) if serve.cors_origins else None,
+        openapi_config=OpenAPIConfig(
+            title="Upwell",
+            version=version("upwell"),
+            description=ABOUT,
+            use_handler_docstrings=True,
+            components=Components(security_schemes={"key": scheme}),
+            render_plugins=[
+                JsonRenderPlugin(path=["/openapi.json", "/"])
+            ],  # the pages would load scripts from elsewhere
+            openapi_router=Router("/schema", route_handlers=[], opt={"scope": None}, include_in_schema=False),
+        ),
         on_startup=[service.start],
         on_shutdown=[service.stop],
         logging_config=None,
     )
 
 
-def run_server(settings: Settings) -> int:
+class Server(uvicorn.Server):
+    """uvicorn waits for open answers; streams have no end but this one."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._service.updates.close()
+        await super().shutdown(sockets)
+
+
+def run_server(settings: Settings, keys: Keys = OPEN) -> int:
+    serve = settings.serve
     torch.set_num_threads(1)
     end_with_threads()
+    if keys.required and serve.cert_file is None:
+        log.warning("keys travel in the clear: set serve.cert_file, or put a proxy that speaks TLS in front")
+    service = Service(settings)
     config = uvicorn.Config(
-        build_app(Service(settings)),
-        host=settings.serve.host,
-        port=settings.serve.port,
+        build_app(service, keys),
+        host=serve.host,
+        port=serve.port,
+        ssl_certfile=serve.cert_file,
+        ssl_keyfile=serve.key_file,
         log_level="warning",
         access_log=False,
+        server_header=False,
         timeout_graceful_shutdown=5,
     )
-    uvicorn.Server(config).run()
+    Server(config, service).run()
     return 0

@@ -1,122 +1,202 @@
 """What the HTTP routes answer from: users' states followed from Kafka, the live generation, a producer."""
 
+import random
 import threading
 import time
-from collections import OrderedDict
-
-import msgspec
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from typing import Literal
 
 from model.user_state import EMPTY, UserState
-from stream.consumer import tail
+from stream.answers import Answer, AsOf, Guest, ItemOut, Past, Place, Reason, Similar, UserOut, Wishes
+from stream.events import Ranked
 from stream.producer import ClickProducer
+from stream.text import clean
 from workers import metrics
+from workers.arms import arm_of, rules_of
+from workers.erasure import Erased, ask, longest_ms
+from workers.guests import TextEncoder, session
 from workers.live import Live
 from workers.settings import Settings
-from workers.snapshot import Query
-from workers.states import States, keep_newest, user_of
+from workers.snapshot import Query, Rules, Snapshot
+from workers.updates import Updates
+from workers.user_states import UserStates
 
-RECENT_USERS = 50
-
-
-class RankedItem(msgspec.Struct):
-    item_id: str
-    score: float
-    title: str
-
-
-class AsOf(msgspec.Struct):
-    """The newest click behind an answer: its place in the clicks topic (offset -1: none)."""
-
-    partition: int
-    offset: int
-
-
-class RecommendationsOut(msgspec.Struct):
-    user_id: str
-    items: list[RankedItem]
-    generation: str
-    source: str
-    as_of: AsOf
-
-
-class RecentUser(msgspec.Struct):
-    user_id: str
-    clicks: int
-    history: list[RankedItem]  # newest first; score is the event's weight
-
-
-class UserStates:
-    """All users' states, followed from the compacted topic in a thread."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.states: States = {}
-        self.partitions: dict[str, int] = {}
-        self.recent: OrderedDict[str, None] = OrderedDict()  # newest last
-        self.caught_up = threading.Event()
-        self._stop = threading.Event()
-        self._settings = settings
-        self._thread = threading.Thread(target=self._follow, name="states", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _follow(self) -> None:
-        topic = self._settings.topics.users.name
-        for records in tail(self._settings.connection, [topic], self._stop, self.caught_up.set):
-            for record in records:
-                user_id = user_of(record)
-                keep_newest(self.states, user_id, record.value)
-                self.partitions[user_id] = record.partition
-                self.recent[user_id] = None
-                self.recent.move_to_end(user_id)
-            while len(self.recent) > RECENT_USERS:
-                self.recent.popitem(last=False)
+SENDING_THREADS = 4  # of their own: events that Kafka does not take hold up no request for a list
 
 
 class Service:
     """What the routes need; one a process."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+        self.settings, self.pseudonyms = settings, settings.privacy.pseudonyms
         self.live, self.users = Live(settings), UserStates(settings)
+        self.updates = Updates(settings, self.live)
+        self.sending = ThreadPoolExecutor(SENDING_THREADS, thread_name_prefix="sending")
+        self._encoder = TextEncoder(settings)
         self._producer: ClickProducer | None = None
+        self._opening = threading.Lock()
+        self._longest_ms = cache(partial(longest_ms, settings))
 
-    def start(self) -> None:
+    async def start(self) -> None:
         self.live.start()
         self.users.start()
+        self.updates.start()
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
+        self.updates.stop()
         self.users.stop()
         self.live.stop()
+        self.sending.shutdown(wait=False, cancel_futures=True)
         if self._producer is not None:
             self._producer.close()
 
     @property
     def producer(self) -> ClickProducer:
         """Made at the first event: the server starts and answers while Kafka is away."""
-        if self._producer is None:
-            self._producer = ClickProducer(self.settings.connection, self.settings.topics, block_s=2.0, delivery_s=5.0)
-        return self._producer
+        with self._opening:
+            if self._producer is None:
+                connection, topics = self.settings.connection, self.settings.topics
+                self._producer = ClickProducer(connection, topics, self.pseudonyms, block_s=2.0, delivery_s=5.0)
+            return self._producer
+
+    def stored_id(self, user_id: str) -> str:
+        """The id under which a user is known behind the edge."""
+        return self.pseudonyms.of(user_id) if self.pseudonyms else user_id
+
+    def erase(self, user_id: str) -> Erased:
+        """Raises BadEvent, BufferFull, DeliveryError."""
+        erased = ask(self.producer, user_id, self._longest_ms)
+        self.users.erase(self.stored_id(user_id), erased.offset)
+        metrics.erasures.labels("asked").inc()
+        return erased
+
+    def recommend(self, user_id: str, wishes: Wishes, reached: bool = True) -> Answer:
+        """reached: the state asked for is there. Raises NotReady."""
+        stored_id = self.stored_id(user_id)
+        state, at = self.users.of(stored_id), self.users.places.get(stored_id)
+        arm, now_ms = arm_of(self.settings, stored_id), time.time_ns() // 1_000_000
+        query = Query(state.history, state.seen, now_ms, self._rules(wishes, arm))
+        snapshot, items = self._list(query, wishes)
+        missing = _unknown(snapshot, query, "no event of this user is known")
+        source: Literal["personal", "popular"] = "popular" if missing else "personal"
+        _count(source, items, wishes.k)
+        return Answer(
+            user_id=user_id,
+            items=items,
+            generation=snapshot.name,
+            source=source,
+            fallback=missing,
+            as_of=AsOf(self.users.partition(stored_id), state.offset),
+            age_ms=max(0, now_ms - at.kafka_ms) if at else None,
+            stale=not (reached and self.updates.connected),
+            arm=arm,
+        )
+
+    def recommend_guest(self, guest: Guest) -> Answer:
+        """Nothing is kept. Raises NotReady, OtherEncoder."""
+        rules, missing = self._rules(guest, None), None
+        if words := clean(guest.text):
+            snapshot, ranked = self.live.use(
+                lambda snapshot: snapshot.told(self._encoder(words, snapshot.announced.encoder), guest.k, rules)
+            )
+            items = self.places(ranked)
+        else:
+            query = session(guest, self.settings, rules)
+            snapshot, items = self._list(query, guest)
+            missing = _unknown(snapshot, query, "no history, item or text was given")
+        source: Literal["session", "popular"] = "popular" if missing else "session"
+        _count(source, items, guest.k)
+        return Answer(
+            user_id=None,
+            items=items,
+            generation=snapshot.name,
+            source=source,
+            fallback=missing,
+            as_of=None,
+            age_ms=None,
+        )
+
+    def similar(self, item_id: str, wishes: Wishes) -> Similar:
+        """Raises NotReady, KeyError for an item that the generation does not know."""
+        rules = self._rules(wishes, None)
+        snapshot, ranked = self.live.use(lambda snapshot: snapshot.similar(item_id, wishes.k, rules))
+        return Similar(item_id, self.places(ranked), snapshot.name)
+
+    def items(self, limit: int, wanted: str) -> list[ItemOut]:
+        """The first so many whose id or title has the words; looks at every item (0.3 s a million)."""
+        found: list[ItemOut] = []
+        wanted = wanted.casefold()
+        for item in list(self.live.catalogue.items.values()):
+            if len(found) == limit:
+                break
+            if wanted in item.title.casefold() or wanted in item.item_id.casefold():
+                found.append(ItemOut(item.item_id, item.title, item.categories, item.available))
+        return found
+
+    def user(self, user_id: str) -> UserOut | None:
+        """None for a user of whom nothing is known."""
+        stored_id = self.stored_id(user_id)
+        state = self.users.of(stored_id)
+        if state is EMPTY:
+            return None
+        return UserOut(
+            user_id=user_id,
+            clicks=state.applied,
+            seen=_num_seen(state),
+            history=[Past(e.item_id, self.title(e.item_id), e.weight, e.ts_ms) for e in reversed(state.history)],
+            as_of=AsOf(self.users.partition(stored_id), state.offset),
+            arm=arm_of(self.settings, stored_id),
+        )
+
+    def places(self, ranked: Sequence[Ranked]) -> list[Place]:
+        return [
+            Place(
+                r.item_id,
+                r.score,
+                self.title(r.item_id),
+                r.propensity,
+                [Reason(because.item_id, self.title(because.item_id), because.share) for because in r.because],
+                r.explained,
+            )
+            for r in ranked
+        ]
 
     def title(self, item_id: str) -> str:
         item = self.live.catalogue.items.get(item_id)
         return item.title if item else ""
 
-    def recommend(self, user_id: str, k: int) -> RecommendationsOut:
-        """Raises NotReady."""
-        state = self.users.states.get(user_id, EMPTY)
-        query = Query(state.history, state.seen, time.time_ns() // 1_000_000)
-        snapshot, lists = self.live.recommend([query], k)
-        items = [RankedItem(place.item_id, place.score, self.title(place.item_id)) for place in lists[0]]
-        source = "personal" if state.history else "popular"
-        fullness = "empty" if not items else "full" if len(items) == k else "short"
-        metrics.answers.labels(source, fullness).inc()
-        as_of = AsOf(self.users.partitions.get(user_id, -1), state.offset)
-        return RecommendationsOut(user_id, items, snapshot.name, source, as_of)
+    def _list(self, query: Query, wishes: Wishes) -> tuple[Snapshot, list[Place]]:
+        snapshot, lists = self.live.recommend([query], wishes.k, wishes.explain)
+        return snapshot, self.places(lists[0])
 
-    def history(self, state: UserState) -> list[RankedItem]:
-        return [RankedItem(e.item_id, e.weight, self.title(e.item_id)) for e in reversed(state.history)]
+    def _rules(self, wishes: Wishes, arm: str | None) -> Rules:
+        """What is asked for; of what is not, the arm's."""
+        seed = random.getrandbits(32)
+        given = rules_of(self.settings, arm, seed) if arm else Rules(seed=seed)
+        return given._replace(
+            categories=frozenset(wishes.categories),
+            exclude=frozenset(wishes.exclude),
+            exclude_seen=wishes.exclude_seen,
+            available_only=wishes.available_only,
+            max_age_ms=None if wishes.max_age is None else 1000 * wishes.max_age,
+            diversity=given.diversity if wishes.diversity is None else wishes.diversity,
+            explore=given.explore if wishes.explore is None else wishes.explore,
+        )
+
+
+def _unknown(snapshot: Snapshot, query: Query, nothing: str) -> str | None:
+    """Why a list cannot be more than what is popular."""
+    if not query.history:
+        return nothing
+    return None if len(snapshot.history(query.history).rows) else f"generation {snapshot.name} knows none of the items"
+
+
+def _num_seen(state: UserState) -> int:
+    return len(state.seen) // 8
+
+
+def _count(source: str, items: Sequence[Place], k: int) -> None:
+    fullness = "empty" if not items else "full" if len(items) == k else "short"
+    metrics.answers.labels(source, fullness).inc()

@@ -15,11 +15,13 @@ from pydantic_settings import (
 )
 
 from stream.connection import Connection
-from stream.events import EVENT_TYPES, Click, EventType
+from stream.events import DEFAULT_ARM, EVENT_TYPES, Click, EventType
+from stream.pseudonyms import Pseudonyms
 from stream.topics import Topics
 
 PREFIX = "UPWELL_"
 CONFIG_VARIABLE = "UPWELL_CONFIG"
+SCORED_K = 10  # places of a list that the live hit rate looks at
 
 Weights = dict[EventType, Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)]]
 
@@ -86,6 +88,7 @@ class Kafka(Section):
 class Worker(Section):
     group: str = Field("upwell-worker", min_length=1, description="consumer group; also names the Faust app")
     k: int = Field(20, ge=1, le=200, description="items in each list sent")
+    explained: int = Field(3, ge=0, le=200, description="places of each list sent that come with reasons")
     batch_clicks: int = Field(
         256, ge=1, le=10_000, description="clicks of one partition folded before state is written"
     )
@@ -115,9 +118,53 @@ class Indexer(Section):
 
 
 class Serve(Section):
-    host: str = "127.0.0.1"
+    host: str = Field("127.0.0.1", description="beyond loopback API keys are required (serve.keys_file)")
     port: int = Field(8080, ge=0, le=65535)
+    keys_file: Path | None = Field(None, description="`upwell keys new` prints its lines; read at the start")
+    cert_file: Path | None = Field(None, description="PEM: HTTPS; else put a proxy that speaks TLS in front")
+    key_file: Path | None = None
+    cors_origins: list[str] = Field([], description="origins whose pages may call the API; none by default")
     max_body_bytes: int = Field(1 << 20, ge=1024)
+    max_batch: int = Field(1000, ge=1, le=100_000, description="events or items in one POST")
+    max_requests: int = Field(64, ge=1, description="at a time; more are answered 503")
+    max_streams: int = Field(1000, ge=0, description="open /v1/stream at a time; more are answered 503")
+    rate: float = Field(1000.0, ge=0, description="requests a second of one key or address; 0: without bound")
+    burst: int = Field(2000, ge=1, description="requests that may come at once")
+    timeout_s: float = Field(10.0, gt=0, description="of a request; of one write to a stream that is not read")
+    wait_s: float = Field(2.0, ge=0, le=60, description="for min_offset at most; then the answer says stale")
+
+    @model_validator(mode="after")
+    def _guarded(self) -> Self:
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file belong together: one of them is missing")
+        if self.wait_s >= self.timeout_s:
+            raise ValueError(f"wait_s {self.wait_s:g} must be below timeout_s {self.timeout_s:g}")
+        return self
+
+
+class Privacy(Section):
+    key_file: Path | None = Field(None, description="key of the pseudonyms in the place of user ids; None: no")
+
+    @field_validator("key_file")
+    @classmethod
+    def _is_key(cls, path: Path | None) -> Path | None:
+        try:
+            _ = path and Pseudonyms.read(path)
+        except OSError as error:
+            raise ValueError(str(error)) from error
+        return path
+
+    @property
+    def pseudonyms(self) -> Pseudonyms | None:
+        return Pseudonyms.read(self.key_file) if self.key_file else None
+
+
+class Arm(Section):
+    """One arm of an A/B test. Who is in none is in the arm `default`, the control: no diversity, no exploration."""
+
+    share: float = Field(gt=0, le=1, description="of the users")
+    diversity: float = Field(0.0, ge=0, le=1, description="0: the best; 1: the most different")
+    explore: float = Field(0.0, ge=0, le=1, description="share of a list's places that are drawn")
 
 
 class Settings(BaseSettings):
@@ -132,8 +179,11 @@ class Settings(BaseSettings):
     trainer: Trainer = Trainer()
     indexer: Indexer = Indexer()
     serve: Serve = Serve()
+    privacy: Privacy = Privacy()
     event_weights: Weights = DEFAULT_WEIGHTS
     event_values: Scales = DEFAULT_VALUES
+    arms: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")], Arm] = {}
+    arms_key: str = Field("", max_length=64, description="of the hash that deals the users: another one deals anew")
     artifacts: str = Field("data/artifacts", description="fsspec URL or folder: models and generations")
     cache: Path = Field(Path(".cache/upwell"), description="text vectors, fetched generations")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
@@ -156,7 +206,7 @@ class Settings(BaseSettings):
 
     @property
     def topics(self) -> Topics:
-        return Topics(self.kafka.prefix, self.kafka.partitions)
+        return Topics(self.kafka.prefix, self.kafka.partitions, self.trainer.window_days)
 
     @field_validator("event_values")
     @classmethod
@@ -165,6 +215,18 @@ class Settings(BaseSettings):
             if nothing == full:
                 raise ValueError(f"{kind}: [{nothing}, {full}] are one value")
         return values
+
+    @model_validator(mode="after")
+    def _dealt(self) -> Self:
+        if DEFAULT_ARM in self.arms:
+            raise ValueError(f"arms: {DEFAULT_ARM} is the name of the control, which is not configured")
+        if (total := sum(arm.share for arm in self.arms.values())) > 1 + 1e-9:
+            raise ValueError(f"arms: the shares add up to {total:g}, more than 1")
+        if self.worker.k < SCORED_K and any(arm.explore for arm in self.arms.values()):
+            raise ValueError(
+                f"arms: with explore, worker.k has to be at least {SCORED_K}: propensities are of whole lists"
+            )
+        return self
 
     def weight(self, click: Click) -> float:
         """Strength of this click; a type left out of the tables weighs as by default."""

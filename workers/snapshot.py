@@ -1,66 +1,60 @@
 """One generation as it is served: its search process, its model, and the items newer than it."""
 
-from collections.abc import Sequence, Set
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
+from model.explain import contributions, reasons
+from model.index import EXACT_SHARE
 from model.model import History, Model
+from model.queries import Rows, Vectors
+from model.rules import chances, diversify, explore
+from model.told import text_query
 from model.user_state import Entry, digest, unpack
-from stream.events import Artifact, Item, ItemVector, Ranked
+from stream.events import Artifact, Because, Ranked
+from workers.catalogue import Catalogue, Filters
 from workers.search import SearchProcess
 
+POOL = 5  # times k: the candidates among which diversity and exploration choose
+MOST_REASONS = 3
+SCANNED_AT_ONCE = 65_536  # item vectors gathered for one block of a scan: some 50 MB
 
-class Catalogue:
-    """The items and their text vectors, as the topics have told them so far."""
 
-    def __init__(self) -> None:
-        self.items: dict[str, Item] = {}
-        self.vectors: dict[str, ItemVector] = {}
+class Rules(NamedTuple):
+    """What may stand in a list, and how it is chosen among that. Items that were removed never come."""
 
-    def offers(self, item_id: str) -> bool:
-        """Whether the item is there and available."""
-        item = self.items.get(item_id)
-        return item is not None and item.available
+    categories: frozenset[str] = frozenset()  # one of them; empty: any
+    exclude: frozenset[str] = frozenset()  # item ids
+    exclude_seen: bool = True
+    available_only: bool = True
+    max_age_ms: int | None = None  # since Item.published_ms; an item without that stamp is not known to be young
+    diversity: float = 0.0  # 0..1: the best, to the most different (model.rules.diversify)
+    explore: float = 0.0  # 0..1: share of the places that are drawn (model.rules.explore); says the propensities
+    seed: int = 0  # of the draw: another one for each list
 
-    def encoded_beside(self, known: Set[str], encoder: str) -> dict[str, NDArray[np.float32]]:
-        """Text vectors (E,) of the items that are not among those known, as far as they are this encoder's."""
-        return {
-            item_id: np.frombuffer(vector.vector, "<f2").astype(np.float32)
-            for item_id, vector in self.vectors.items()
-            if item_id not in known and item_id in self.items and vector.encoder == encoder
-        }
 
-    def take_item(self, item_id: str, item: Item | None) -> bool:
-        """True if this changes what may be recommended."""
-        before = self.offers(item_id)
-        if item is None:
-            self.items.pop(item_id, None)
-        else:
-            self.items[item_id] = item
-        return before != self.offers(item_id)
-
-    def take_vector(self, item_id: str, vector: ItemVector | None) -> bool:
-        """True if the item had none before."""
-        new = item_id not in self.vectors
-        if vector is None:
-            self.vectors.pop(item_id, None)
-        else:
-            self.vectors[item_id] = vector
-        return new
+PLAIN = Rules()
+NOBODY: Mapping[str, Rules] = MappingProxyType({})
 
 
 class Query(NamedTuple):
-    """What a list is made from: a user's history, what is excluded (packed digests), and the moment."""
+    """What a list is made from: a user's history, what is seen (packed digests), the moment, the rules."""
 
     history: Sequence[Entry]
     seen: bytes
     now_ms: int
+    rules: Rules = PLAIN
+    others: Mapping[str, Rules] = NOBODY  # of which the list says by `Ranked.under` what they would have shown
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Snapshot:
     """One generation and the items newer than it. Immutable: an answer never mixes two."""
 
@@ -69,10 +63,10 @@ class Snapshot:
     indexed: Model  # the generation's own
     model: Model  # the same with the fresh items behind: rows from num_indexed on
     rows: dict[str, int]
+    filters: Filters
     fresh: NDArray[np.float32]  # (F, D)
     digests: NDArray[np.uint64]  # (N,) of the item ids, sorted
-    digest_rows: NDArray[np.int64]  # (N,) rows in the order of `digests`
-    hidden: NDArray[np.int64]  # rows of items removed or unavailable
+    digest_rows: Rows  # (N,) rows in the order of `digests`
 
     @staticmethod
     def of(announced: Artifact, search: SearchProcess, indexed: Model, catalogue: Catalogue) -> "Snapshot":
@@ -81,17 +75,17 @@ class Snapshot:
         model = indexed.extended(list(new), np.stack(list(new.values()))) if new else indexed
         keys = np.array([int.from_bytes(digest(item_id), "little") for item_id in model.ids], np.uint64)
         order = np.argsort(keys)
-        hidden = [row for row, item_id in enumerate(model.ids) if not catalogue.offers(item_id)]
+        rows = {item_id: row for row, item_id in enumerate(model.ids)}
         return Snapshot(
             announced=announced,
             search=search,
             indexed=indexed,
             model=model,
-            rows={item_id: row for row, item_id in enumerate(model.ids)},
-            fresh=model.item_vectors()[len(indexed.ids) :],
+            rows=rows,
+            filters=Filters(rows, dict(catalogue.items)),
+            fresh=model.item_vectors(np.arange(len(indexed.ids), len(model.ids))),
             digests=keys[order],
             digest_rows=order.astype(np.int64),
-            hidden=np.array(hidden, np.int64),
         )
 
     @property
@@ -102,23 +96,55 @@ class Snapshot:
     def num_indexed(self) -> int:
         return len(self.indexed.ids)
 
-    def recommend(self, queries: Sequence[Query], k: int) -> list[list[Ranked]]:
+    def recommend(self, queries: Sequence[Query], k: int, explain: bool = False) -> list[list[Ranked]]:
         """k items a query, best first; fewer only when fewer are eligible. Raises SearchProcessDied."""
         if not queries:
             return []
         histories = [self.history(query.history) for query in queries]
         users = self.model.user_vectors(histories, [query.now_ms for query in queries])  # (B, D)
-        excluded = [self._rows_of(query.seen) for query in queries]
-        indexed = [rows[rows < self.num_indexed] for rows in excluded]
-        hidden = self.hidden[self.hidden < self.num_indexed]
-        rows, scores = self.search.search(users, k, indexed, hidden)  # (B, k), (B, k)
-        if len(self.fresh):
-            rows, scores = self._merge_fresh(users, excluded, rows, scores, k)
-        ids = self.model.ids
+        lists = self._lists(users, queries, k)
+        return self.explain(queries, lists) if explain else lists
+
+    def similar(self, item_id: str, k: int, rules: Rules = PLAIN) -> list[Ranked]:
+        """k items for one who has just clicked this one and nothing else, whatever is popular; never itself.
+
+        Raises KeyError for an item that this generation does not know, SearchProcessDied.
+        """
+        like = self.model.neighbour_vectors(np.array([self.rows[item_id]]))  # (1, D)
+        others = rules._replace(exclude=rules.exclude | {item_id})
+        (ranked,) = self._lists(like, [Query((), b"", time.time_ns() // 1_000_000, others)], k)
+        return ranked
+
+    def told(self, text: Vectors, k: int, rules: Rules = PLAIN) -> list[Ranked]:
+        """k items whose text is nearest to this one (E,), as the generation's encoder reads it.
+
+        Raises SearchProcessDied.
+        """
+        (ranked,) = self._lists(text_query(self.model, text), [Query((), b"", time.time_ns() // 1_000_000, rules)], k)
+        return ranked
+
+    def explain(self, queries: Sequence[Query], lists: Sequence[list[Ranked]], places: int = 200) -> list[list[Ranked]]:
+        """The lists of these queries, each with the reasons of its first places."""
+        width = min(places, max(map(len, lists), default=0))
+        items, scores = np.zeros((len(lists), width), np.int64), np.zeros((len(lists), width), np.float32)  # (B, M)
+        for at, ranked in enumerate(lists):
+            for place, item in enumerate(ranked[:width]):
+                items[at, place], scores[at, place] = self.rows[item.item_id], item.score
+        if not items.size:
+            return list(lists)
+        histories = [self.history(query.history) for query in queries]
+        found = contributions(self.model, histories, [query.now_ms for query in queries], items)
+        told = zip(*(column.tolist() for column in reasons(found, scores, MOST_REASONS)), strict=True)
         return [
-            [Ranked(ids[row], round(float(score), 5)) for row, score in zip(r, s, strict=True) if row >= 0]
-            for r, s in zip(rows, scores, strict=True)
+            [*map(self._because, ranked, *columns), *ranked[width:]]
+            for ranked, columns in zip(lists, told, strict=True)
         ]
+
+    def _because(self, place: Ranked, rows: list[int], shares: list[float], explained: float) -> Ranked:
+        because = [
+            Because(self.model.ids[row], round(share, 3)) for row, share in zip(rows, shares, strict=True) if row >= 0
+        ]
+        return replace(place, because=because, explained=round(explained, 3))
 
     def history(self, entries: Sequence[Entry]) -> History:
         """The entries whose items this generation knows."""
@@ -126,29 +152,102 @@ class Snapshot:
         rows, weights, stamps = zip(*known, strict=True) if known else ((), (), ())
         return History(np.array(rows, np.int64), np.array(weights, np.float32), np.array(stamps, np.int64))  # (T,) each
 
-    def _rows_of(self, seen: bytes) -> NDArray[np.int64]:
+    def knows(self, entries: Sequence[Entry]) -> bool:
+        """Whether a list made from this history is personal: of other items this generation has learned nothing."""
+        return any(entry.item_id in self.rows for entry in entries)
+
+    def _lists(self, users: Vectors, queries: Sequence[Query], k: int) -> list[list[Ranked]]:
+        """Queries that ask for the same kind of search are searched together: without rules that is all of them."""
+        together: dict[tuple[int, bool, bool], list[int]] = defaultdict(list)
+        for at, (_, _, _, rules, _) in enumerate(queries):
+            width = POOL * k if rules.diversity or rules.explore else k
+            filtered = bool(rules.categories) or rules.max_age_ms is not None
+            together[width, rules.available_only, filtered].append(at)
+        lists: list[list[Ranked]] = [[]] * len(queries)
+        for (width, available_only, filtered), chosen in together.items():
+            hidden = self.filters.hidden if available_only else self.filters.removed
+            excluded = [self._excluded(queries[at]) for at in chosen]
+            if filtered:
+                found = [
+                    self._filtered(users[at], queries[at], width, out, hidden)
+                    for at, out in zip(chosen, excluded, strict=True)
+                ]
+            else:
+                found = list(zip(*self._open(users[chosen], width, excluded, hidden), strict=True))
+            for at, (rows, scores) in zip(chosen, found, strict=True):
+                lists[at] = self._places(queries[at], rows, scores, k)
+        return lists
+
+    def _excluded(self, query: Query) -> Rows:
+        """Rows that only this query must not get."""
+        rows = self._rows_of(query.seen if query.rules.exclude_seen else b"")
+        named = [self.rows[item_id] for item_id in query.rules.exclude if item_id in self.rows]
+        return np.concatenate([rows, np.array(named, np.int64)]) if named else rows
+
+    def _rows_of(self, seen: bytes) -> Rows:
         """Rows of those packed digests that this generation knows."""
         wanted = unpack(seen)
         at = np.minimum(np.searchsorted(self.digests, wanted), len(self.digests) - 1)
-        rows: NDArray[np.int64] = self.digest_rows[at[self.digests[at] == wanted]]
+        rows: Rows = self.digest_rows[at[self.digests[at] == wanted]]
         return rows
 
-    def _merge_fresh(
-        self,
-        users: NDArray[np.float32],
-        excluded: Sequence[NDArray[np.int64]],
-        rows: NDArray[np.int64],
-        scores: NDArray[np.float32],
-        k: int,
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def _open(self, users: Vectors, width: int, excluded: Sequence[Rows], hidden: Rows) -> tuple[Rows, Vectors]:
+        """The best rows (B, width) and their scores, without those excluded; row -1 where there are no more."""
+        indexed = [rows[rows < self.num_indexed] for rows in excluded]
+        rows, scores = self.search.search(users, width, indexed, hidden[hidden < self.num_indexed])
+        if not len(self.fresh):
+            return rows, scores
         fresh = users @ self.fresh.T  # (B, F)
-        fresh[:, self.hidden[self.hidden >= self.num_indexed] - self.num_indexed] = -np.inf
+        fresh[:, hidden[hidden >= self.num_indexed] - self.num_indexed] = -np.inf
         for query, out in enumerate(excluded):
             fresh[query, out[out >= self.num_indexed] - self.num_indexed] = -np.inf
         fresh_rows = np.arange(self.num_indexed, self.num_indexed + len(self.fresh))
-        all_rows = np.concatenate([rows, np.broadcast_to(fresh_rows, fresh.shape)], axis=1)  # (B, k + F)
+        all_rows = np.concatenate([rows, np.broadcast_to(fresh_rows, fresh.shape)], axis=1)  # (B, width + F)
         all_scores = np.concatenate([scores, fresh], axis=1)
-        best = np.argsort(-all_scores, axis=1, kind="stable")[:, :k]
+        best = np.argsort(-all_scores, axis=1, kind="stable")[:, :width]
         scores = np.take_along_axis(all_scores, best, axis=1)
         rows = np.take_along_axis(all_rows, best, axis=1)
         return np.where(np.isneginf(scores), -1, rows), scores
+
+    def _filtered(self, user: Vectors, query: Query, width: int, excluded: Rows, hidden: Rows) -> tuple[Rows, Vectors]:
+        """The best rows (width,) that pass the filters: of more than needed, or of a scan where few pass."""
+        age_ms = query.rules.max_age_ms
+        passing = self.filters.passing(query.rules.categories, None if age_ms is None else query.now_ms - age_ms)
+        passing[hidden] = passing[excluded] = False
+        fetch = 2 * width * len(passing) // max(1, int(np.count_nonzero(passing)))
+        if fetch * EXACT_SHARE <= self.num_indexed:
+            (rows,), (scores,) = self._open(user[None], fetch, [excluded], hidden)
+            kept = np.flatnonzero((rows >= 0) & passing[rows])[:width]
+            if len(kept) == width:
+                return rows[kept], scores[kept]
+        rows = np.flatnonzero(passing)
+        blocks = [rows[at : at + SCANNED_AT_ONCE] for at in range(0, len(rows), SCANNED_AT_ONCE)]
+        scores = np.concatenate([np.zeros(0, np.float32), *(self.model.item_vectors(some) @ user for some in blocks)])
+        best = np.argsort(-scores, kind="stable")[:width]
+        return rows[best], scores[best]
+
+    def _places(self, query: Query, rows: Rows, scores: Vectors, k: int) -> list[Ranked]:
+        """The list, chosen from candidates (M,) by the rules."""
+        ids, rules = self.model.ids, query.rules
+        if not (rules.diversity or rules.explore):
+            return [
+                Ranked(ids[row], round(float(score), 5)) for row, score in zip(rows, scores, strict=True) if row >= 0
+            ]
+        rows, scores = rows[rows >= 0], scores[rows >= 0]
+        tastes = self.model.tastes(rows)  # (M, d)
+        order = diversify(scores, tastes, rules.diversity, k)
+        chosen = explore(order, k, rules.explore, np.random.default_rng(rules.seed))
+        chance = chances(order, k, rules.explore)
+        under = {
+            name: chances(diversify(scores, tastes, other.diversity, k), k, other.explore)
+            for name, other in query.others.items()
+        }
+        return [
+            Ranked(
+                item_id=ids[rows[at]],
+                score=round(float(scores[at]), 5),
+                propensity=round(float(chance[at]), 6),
+                under={name: round(float(other[at]), 6) for name, other in under.items()},
+            )
+            for at in chosen
+        ]

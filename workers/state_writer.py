@@ -11,15 +11,29 @@ only then are its clicks acknowledged.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from typing import NamedTuple
 
 from stream.connection import Connection
-from workers.sender import BatchSender
+from workers.sender import BatchSender, Keyed
 
 COMMIT_S = 0.5  # a clean stop waits for it; 8 partitions make 16 transactions a second
 TIMEOUT_MS = 600_000  # an outage of the broker must not cost the transaction; a killed worker's ends with its successor
 WAITING = 64  # micro-batches ahead of Kafka before the worker waits
 
 Acknowledge = Callable[[], Awaitable[None]]
+
+
+class Tombstone(NamedTuple):
+    """In the place of the state of an erased user: a null record, whose header OFFSET_HEADER says where the wish stood.
+
+    Without it a click from before the wish, delivered again after a crash, would bring the user back for a moment.
+    """
+
+    offset: int
+
+
+OFFSET_HEADER = "offset"
+States = Mapping[bytes, bytes | Tombstone]
 
 
 class StateWriter:
@@ -30,7 +44,7 @@ class StateWriter:
     ) -> None:
         self._topic, self._partition, self._failed = topic, partition, failed
         self._sender = BatchSender(connection, transactional_id=f"{topic}-{partition}", timeout_ms=TIMEOUT_MS)
-        self._waiting: asyncio.Queue[tuple[Mapping[bytes, bytes], Acknowledge | None]] = asyncio.Queue(WAITING)
+        self._waiting: asyncio.Queue[tuple[States, Acknowledge | None]] = asyncio.Queue(WAITING)
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -38,7 +52,7 @@ class StateWriter:
         await self._sender.start()
         self._task = asyncio.create_task(self._run())
 
-    async def put(self, states: Mapping[bytes, bytes], acknowledge: Acknowledge | None = None) -> None:
+    async def put(self, states: States, acknowledge: Acknowledge | None = None) -> None:
         """User id -> encoded state; `acknowledge` is called when these and all before them are committed."""
         await self._waiting.put((states, acknowledge))
 
@@ -66,13 +80,13 @@ class StateWriter:
             if states and not begun:
                 await self._sender.begin()
                 begun = True
-            await self._sender.send(self._topic, self._partition, states.items())
+            await self._sender.send(self._topic, self._partition, map(_record, states.items()))
         if begun:
             await self._sender.commit()
         for acknowledge in acknowledgements:
             await acknowledge()
 
-    async def _take(self, ends: float | None) -> tuple[dict[bytes, bytes], list[Acknowledge]] | None:
+    async def _take(self, ends: float | None) -> tuple[dict[bytes, bytes | Tombstone], list[Acknowledge]] | None:
         """All that waits, at least one put, of each user the newest state; None where nothing comes until `ends`."""
         try:
             async with asyncio.timeout_at(ends):
@@ -83,3 +97,8 @@ class StateWriter:
             puts.append(self._waiting.get_nowait())
         states = {user: state for put, _ in puts for user, state in put.items()}
         return states, [acknowledge for _, acknowledge in puts if acknowledge is not None]
+
+
+def _record(state: tuple[bytes, bytes | Tombstone]) -> Keyed:
+    key, value = state
+    return (key, None, (OFFSET_HEADER, b"%d" % value.offset)) if isinstance(value, Tombstone) else (key, value)

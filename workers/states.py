@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import structlog
 
-from model.user_state import EMPTY, UserState, decode_state
+from model.user_state import EMPTY, UserState, decode_state, encode_state
 from stream.connection import Connection
 from stream.consumer import Record, read_window
 from workers import metrics
 from workers.settings import Settings
-from workers.state_writer import StateWriter
+from workers.state_writer import OFFSET_HEADER, StateWriter, Tombstone
 
 log = structlog.get_logger()
 
@@ -31,7 +31,7 @@ def read_states(connection: Connection, topic: str, partition: int) -> States:
     states: States = {}
     for records in read_window(connection, topic, only=[partition]):
         for record in records:
-            keep_newest(states, user_of(record), record.value)
+            keep_newest(states, record)
     return states
 
 
@@ -49,14 +49,24 @@ def user_of(record: Record) -> str:
     return record.key.decode()
 
 
-def keep_newest(states: States, user_id: str, value: bytes | None) -> None:
-    """Take one record of the users topic: a null erases; an older version than the one known is passed over."""
-    if value is None:
-        states.pop(user_id, None)
-        return
-    state = decode_state(value)
+def keep_newest(states: States, record: Record) -> str:
+    """Take one record of the users topic; an older version than the one known is passed over. The record's user.
+
+    Of an erased user the offset of the wish is kept: what a worker that is overtaken still sends is older than it.
+    """
+    user_id = user_of(record)
+    if record.value is None:
+        state = UserState(offset=int(dict(record.headers)[OFFSET_HEADER]))
+    else:
+        state = decode_state(record.value)
     if state.offset >= states.get(user_id, EMPTY).offset:
         states[user_id] = state
+    return user_id
+
+
+def encoded(state: UserState) -> bytes | Tombstone:
+    """What goes into the users topic."""
+    return Tombstone(state.offset) if state.erased else encode_state(state)
 
 
 class Owned(NamedTuple):

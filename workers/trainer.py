@@ -53,11 +53,18 @@ class Trainer:
         pending = self._resume()
         began = float("-inf")  # the first round waits for events only
         while not self._stop.wait(POLL_S):
-            pending += self._window.read()
+            pending = self._read(pending)
             if len(pending) >= self._config.min_events and time.monotonic() - began > self._config.round_s:
                 pending = self._round(pending)
                 began = time.monotonic()
         self._producer.close()
+
+    def _read(self, pending: list[Read]) -> list[Read]:
+        """What was pending and what has come since, without the users who are erased."""
+        new, erased = self._window.read(), self._window.erased
+        if erased and self._learner is not None:
+            self._learner.forget(erased)
+        return [read for read in pending if read.click.user_id not in erased] + new
 
     def _resume(self) -> list[Read]:
         """The window; after a restart with the newest model's weights, and only what it has not been trained on."""

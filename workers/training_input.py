@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from model.user_state import digest
 from stream.consumer import Record, read_window, tail
-from stream.events import BadEvent, Click, ItemVector, decode, decode_click
+from stream.events import BadEvent, Click, Erasure, ItemVector, decode, decode_record
 from workers.settings import Settings
 
 log = structlog.get_logger()
@@ -26,12 +26,17 @@ class Read(NamedTuple):
 
 
 class Window:
-    """The clicks since `trainer.window_days` ago, each once, in the order in which Kafka took them."""
+    """The clicks since `trainer.window_days` ago, each once, in the order in which Kafka took them.
+
+    A user's clicks before an erasure are left out; `erased` names the users of the last read whose clicks of the
+    reads before it are to be forgotten, too.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings, self._topic = settings, settings.topics.clicks.name
         self._since_ms = int(time.time() * 1000 - settings.trainer.window_days * DAY_MS)
         self.offsets: dict[int, int] = {}  # partition -> next offset to read
+        self.erased: dict[str, int] = {}  # user -> offset
         self._ids: dict[bytes, None] = {}
 
     def read(self) -> list[Read]:
@@ -42,15 +47,17 @@ class Window:
         for record in records:
             self.offsets[record.partition] = max(record.offset + 1, self.offsets.get(record.partition, 0))
         records.sort(key=lambda record: (record.timestamp, record.partition, record.offset))
-        reads = []
+        self.erased, reads = {}, []
         for record in records:
             try:
-                click = decode_click(record.value, record.timestamp)
+                event = decode_record(record.value, record.key, record.timestamp)
             except BadEvent:
                 continue  # the worker sends it to the dead letters
-            if self._is_new(digest(click.event_id)):
-                reads.append(Read(click, record.partition, record.offset))
-        return reads
+            if isinstance(event, Erasure):
+                self.erased[event.user_id] = record.offset
+            elif self._is_new(digest(event.event_id)):
+                reads.append(Read(event, record.partition, record.offset))
+        return [read for read in reads if read.offset > self.erased.get(read.click.user_id, -1)]
 
     def _is_new(self, event: bytes) -> bool:
         new = event not in self._ids

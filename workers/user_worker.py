@@ -1,34 +1,35 @@
 """One click's way: decode, fold, recommend, send, and only when all of it is in Kafka acknowledge.
 
-upwell.clicks -> decode_click -> Fold.apply -> Snapshot.recommend -> upwell.users, upwell.recommendations
+upwell.clicks -> decode_record -> Fold.apply -> Snapshot.recommend -> upwell.users, upwell.recommendations
                       bad -> upwell.dead-letters
 """
 
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import structlog
 
-from model.user_state import DIGEST_BYTES, EMPTY, Applied, Entry, Fold, Limits, encode_state
-from stream.events import Artifact, BadEvent, Click, DeadLetter, Ranked, Recommendations, decode_click, encode
+from model.user_state import DIGEST_BYTES, EMPTY, Applied, Entry, Fold, Limits
+from stream.events import Artifact, BadEvent, Click, DeadLetter, Erasure, Ranked, Recommendations, decode_record, encode
 from workers import metrics
+from workers.arms import arm_of, query_of
+from workers.dead_letters import DeadLetters, dead_letter, place
 from workers.live import Live, NotReady
 from workers.prequential import K, LiveScore, Trial
 from workers.search import SearchProcessDied
-from workers.sender import BatchSender
+from workers.sender import BatchSender, Keyed
 from workers.settings import Settings
 from workers.snapshot import Query, Snapshot
 from workers.state_writer import Acknowledge
-from workers.states import Owned, OwnedStates, States
+from workers.states import Owned, OwnedStates, States, encoded
 
 log = structlog.get_logger()
 
 RATIO_WINDOW = 1000  # messages over which the share of bad ones is taken
 RATIO_MIN = 100
-MAX_DEAD_PAYLOAD = 512 * 1024  # base64 and the other fields must fit one record
 
 
 class TooManyBadEvents(RuntimeError):
@@ -54,8 +55,14 @@ class Before(NamedTuple):
 class Folded(NamedTuple):
     states: States  # of every touched user, new versions
     changed: list[str]  # users whose state moved: redelivered clicks leave it as it was
-    newest: dict[str, Read]
+    newest: dict[str, Read]  # of every user with a click
     applied: list[Before]
+
+
+class Recommended(NamedTuple):
+    generation: str
+    lists: dict[str, list[Ranked]]  # of every touched user; none before the first generation serves
+    known: set[str]  # users of whose clicks the generation knows at least one
 
 
 class UserWorker:
@@ -68,6 +75,7 @@ class UserWorker:
         self._score = LiveScore()
         self._trial: Trial | None = None
         self._lost: Artifact | None = None  # the generation to go back to
+        self._letters = DeadLetters(settings, sender)
         self._bad: deque[bool] = deque(maxlen=RATIO_WINDOW)
 
     async def process(self, partition: int, records: Sequence[Any], acknowledge: Acknowledge) -> None:
@@ -76,21 +84,25 @@ class UserWorker:
         Raises TooManyBadEvents after the dead letters are sent.
         """
         owned = await self._owned.of(partition)
+        erased: set[str] = set()
         for at in range(0, len(records), self._settings.worker.batch_clicks):
-            await self._micro_batch(partition, records[at : at + self._settings.worker.batch_clicks], owned)
+            erased |= await self._micro_batch(partition, records[at : at + self._settings.worker.batch_clicks], owned)
+        if erased:
+            acknowledge = self._letters.cleared_of(erased, acknowledge, owned.states)
         await owned.writer.put({}, acknowledge)
 
-    async def _micro_batch(self, partition: int, records: Sequence[Any], owned: Owned) -> None:
+    async def _micro_batch(self, partition: int, records: Sequence[Any], owned: Owned) -> Set[str]:
+        """The users that were erased."""
         metrics.batch_clicks.observe(len(records))
         began = time.perf_counter()
-        reads, dead = self._decode(records)
-        folded = self._fold(owned.states, reads)
+        reads, erased, dead = self._decode(records)
+        folded = self._fold(owned.states, reads, erased)
         owned.states.update(folded.states)
-        await owned.writer.put({u.encode(): encode_state(folded.states[u]) for u in folded.changed})
+        await owned.writer.put({u.encode(): encoded(folded.states[u]) for u in folded.changed})
         folded_at = time.perf_counter()
-        generation, lists = await asyncio.to_thread(self._recommend, folded)
+        recommended = await asyncio.to_thread(self._recommend, folded)
         recommended_at = time.perf_counter()
-        await self._send(partition, folded, generation, lists, dead)
+        await self._send(partition, folded, recommended, dead, erased)
         await self._go_back()
         sent_ms = time.time() * 1000
         for read in reads:
@@ -99,21 +111,27 @@ class UserWorker:
         metrics.hop_s.labels("recommend").observe(recommended_at - folded_at)
         metrics.hop_s.labels("send").observe(time.perf_counter() - recommended_at)
         self._check_ratio(len(reads), len(dead))
+        return erased.keys()
 
-    def _decode(self, records: Sequence[Any]) -> tuple[list[Read], list[DeadLetter]]:
-        reads, dead = [], []
+    def _decode(self, records: Sequence[Any]) -> tuple[list[Read], dict[str, int], list[DeadLetter]]:
+        """Clicks that count, the users that are erased (-> offset of the wish), and what is neither."""
+        reads, erased, dead = list[Read](), dict[str, int](), list[DeadLetter]()
         for record in records:
             try:
-                click = decode_click(record.value, record.timestamp)
-                if record.key != click.user_id.encode():
-                    raise BadEvent(f"key: {record.key!r} is not the user id: this user's order would be lost")
-                reads.append(Read(click, record.offset, record.timestamp))
+                event = decode_record(record.value, record.key, record.timestamp)
             except BadEvent as error:
                 dead.append(dead_letter(record, str(error)))
-        return reads, dead
+                continue
+            if isinstance(event, Erasure):
+                erased[event.user_id] = record.offset
+            else:
+                reads.append(Read(event, record.offset, record.timestamp))
+        return [read for read in reads if read.offset > erased.get(read.click.user_id, -1)], erased, dead
 
-    def _fold(self, states: States, reads: Sequence[Read]) -> Folded:
-        folds: dict[str, Fold] = {}
+    def _fold(self, states: States, reads: Sequence[Read], erased: Mapping[str, int]) -> Folded:
+        folds = {user_id: Fold(states.get(user_id, EMPTY), self._limits) for user_id in erased}
+        for user_id, offset in erased.items():
+            folds[user_id].erase(offset)
         newest: dict[str, Read] = {}
         applied: list[Before] = []
         to_score = self._settings.worker.scored_clicks
@@ -133,33 +151,36 @@ class UserWorker:
         changed = [user_id for user_id, state in after.items() if state is not folds[user_id].before]
         return Folded(after, changed, newest, applied)
 
-    def _recommend(self, folded: Folded) -> tuple[str, dict[str, list[Ranked]]]:
-        """Scored clicks and touched users in one embedding pass and one search -> generation, list a user."""
+    def _recommend(self, folded: Folded) -> Recommended:
+        """Scored clicks and touched users in one embedding pass and one search."""
+        settings, states, newest = self._settings, folded.states, folded.newest
         before = [
-            Query(b.history, folded.states[b.click.user_id].seen[: b.num_seen * DIGEST_BYTES], b.click.ts_ms)
-            for b in folded.applied
-            if b.history is not None
+            query_of(settings, click, history, states[click.user_id].seen[: num_seen * DIGEST_BYTES], sent=False)
+            for click, history, num_seen in folded.applied
+            if history is not None
         ]
         after = [
-            Query(state.history, state.seen, folded.newest[user_id].click.ts_ms)
-            for user_id, state in folded.states.items()
+            query_of(settings, read.click, states[user_id].history, states[user_id].seen, sent=True)
+            for user_id, read in newest.items()
         ]
-        k = self._settings.worker.k
+        k = settings.worker.k
         try:
             snapshot, lists = self._live.recommend(before + after, max(k, K))
         except NotReady:
-            return "", {}
+            return Recommended("", {}, set())
         self._test(folded.applied, before, lists)
         self._try(snapshot, before, folded.applied, lists)
-        fresh = lists[len(before) :]
-        return snapshot.name, {u: ranked[:k] for u, ranked in zip(folded.states, fresh, strict=True)}
+        fresh = snapshot.explain(after, [ranked[:k] for ranked in lists[len(before) :]], settings.worker.explained)
+        known = {u for u in newest if snapshot.knows(states[u].history)}
+        return Recommended(snapshot.name, dict(zip(newest, fresh, strict=True)), known)
 
     def _test(self, applied: Sequence[Before], before: Sequence[Query], lists: Sequence[list[Ranked]]) -> None:
         answers = iter(zip(before, lists, strict=False))
         for click, history, _ in applied:
             if history is not None:
                 query, ranked = next(answers)
-                self._score.add(click.item_id, query.seen, [place.item_id for place in ranked])
+                served = [place.item_id for place in ranked]
+                self._score.add(click.item_id, query.seen, served, arm_of(self._settings, click.user_id))
             self._score.popularity.learn(click.item_id)
 
     def _try(
@@ -172,7 +193,7 @@ class UserWorker:
         if self._trial is None or (self._trial.serving, self._trial.previous) != (serving.name, previous.name):
             self._trial = Trial(serving.name, previous.name)
         try:
-            old_lists = previous.recommend(before, K)
+            old_lists = previous.recommend(before, max(self._settings.worker.k, K))
         except SearchProcessDied:
             return  # released, or replaced by the next swap
         scored = [item.click.item_id for item in applied if item.history is not None]
@@ -187,20 +208,37 @@ class UserWorker:
         self,
         partition: int,
         folded: Folded,
-        generation: str,
-        lists: dict[str, list[Ranked]],
+        recommended: Recommended,
         dead: list[DeadLetter],
+        erased: Iterable[str],
     ) -> None:
-        """Lists and dead letters together."""
+        """Lists and dead letters together; first of all a null for each erased user, whose new lists come after it."""
         topics, now_ms = self._topics, time.time_ns() // 1_000_000
-        answers = [
-            (u.encode(), encode(_answer(u, folded, partition, generation, ranked, now_ms)))
-            for u, ranked in lists.items()
+        answers: list[Keyed] = [(user_id.encode(), None) for user_id in erased]
+        answers += [
+            (u.encode(), encode(self._answer(u, folded, partition, recommended, now_ms))) for u in recommended.lists
         ]
-        letters = [(letter.key, encode(letter)) for letter in dead]
+        letters = [(place(letter), encode(letter)) for letter in dead]
         await asyncio.gather(
             self._sender.send(topics.recommendations.name, partition, answers),
             self._sender.send(topics.dead_letters.name, 0, letters),
+        )
+
+    def _answer(
+        self, user_id: str, folded: Folded, partition: int, recommended: Recommended, now_ms: int
+    ) -> Recommendations:
+        read, state = folded.newest[user_id], folded.states[user_id]
+        return Recommendations(
+            user_id=user_id,
+            items=recommended.lists[user_id],
+            generation=recommended.generation,
+            source="personal" if user_id in recommended.known else "popular",
+            partition=partition,
+            offset=state.offset,
+            event_id=read.click.event_id,
+            clicked_ms=read.kafka_ms,
+            sent_ms=now_ms,
+            arm=arm_of(self._settings, user_id),
         )
 
     async def _go_back(self) -> None:
@@ -220,34 +258,3 @@ class UserWorker:
             raise TooManyBadEvents(
                 f"{ratio:.0%} of the last {len(self._bad)} messages are bad, worker.dead_letter_ratio is {limit:.0%}"
             )
-
-
-def dead_letter(record: Any, cause: str) -> DeadLetter:
-    """A consumed record as a dead letter; of an oversized payload the first part is kept."""
-    return DeadLetter(
-        topic=record.topic,
-        partition=record.partition,
-        offset=record.offset,
-        cause=cause,
-        key=record.key,
-        payload=None if record.value is None else record.value[:MAX_DEAD_PAYLOAD],
-        truncated=record.value is not None and len(record.value) > MAX_DEAD_PAYLOAD,
-        ts_ms=record.timestamp,
-    )
-
-
-def _answer(
-    user_id: str, folded: Folded, partition: int, generation: str, ranked: list[Ranked], now_ms: int
-) -> Recommendations:
-    read, state = folded.newest[user_id], folded.states[user_id]
-    return Recommendations(
-        user_id=user_id,
-        items=ranked,
-        generation=generation,
-        source="personal" if state.history else "popular",
-        partition=partition,
-        offset=state.offset,
-        event_id=read.click.event_id,
-        clicked_ms=read.kafka_ms,
-        sent_ms=now_ms,
-    )

@@ -44,8 +44,10 @@ def run_worker(settings: Settings) -> int:
     async def update_users(stream: Any) -> None:
         async for event in stream.noack().events():
             tp = event.message.tp
-            if tp in app.consumer.assignment():  # else taken away while it waited in the queue: its new owner reads it
+            if tp in app.consumer.assignment():
                 await update(tp, event.value, partial(stream.ack, event))
+            else:  # taken away while it waited in the queue: its new owner reads it
+                event.message.acked = True  # without a commit; or the next rebalance waits for it, for good
             handed.under_way = not stream.channel.queue.empty()
 
     async def update(tp: Any, batch: list[Any], acknowledge: Acknowledge) -> None:

@@ -8,9 +8,11 @@ import secrets
 from collections.abc import Callable
 from typing import Any, cast
 
-from model.user_state import Applied, Fold
+from model.user_state import Applied, Fold, encode_state
 from stream.producer import ClickProducer
+from workers import dead_letters as dead_letters_module
 from workers import states as states_module
+from workers import user_worker as user_worker_module
 from workers import worker_process
 from workers.faust_batches import BatchApp
 from workers.handed import Handed
@@ -59,7 +61,7 @@ def repeated_applied() -> None:
 def dead_letters_dropped() -> None:
     """Bad messages vanish."""
     decode = UserWorker._decode
-    UserWorker._decode = lambda self, records: (decode(self, records)[0], [])  # type: ignore[method-assign]
+    UserWorker._decode = lambda self, records: (*decode(self, records)[:2], [])  # type: ignore[method-assign]
 
 
 def states_kept() -> None:
@@ -98,6 +100,47 @@ def states_read_short() -> None:
 def events_not_awaited() -> None:
     """The API says 202 before Kafka has the event."""
     ClickProducer.flush = lambda self: None  # type: ignore[method-assign]
+
+
+def id_logged() -> None:
+    """A user's id in a log line."""
+    decode = UserWorker._decode
+
+    def chatty(self: UserWorker, records: Any) -> Any:
+        found = decode(self, records)
+        for user_id in found[1]:
+            print("erased", user_id, flush=True)
+        return found
+
+    UserWorker._decode = chatty  # type: ignore[method-assign]
+
+
+def state_not_tombstoned() -> None:
+    """An erased user's state is emptied, and its record stays."""
+    module: Any = user_worker_module
+    module.encoded = encode_state
+
+
+def dead_letters_kept() -> None:
+    """Nothing looks for the dead letters of who is erased."""
+    module: Any = dead_letters_module
+    module.names_one = lambda letter, user_ids: False
+
+
+def lists_not_tombstoned() -> None:
+    """Who keeps lists is not told."""
+    send = UserWorker._send
+
+    async def untold(self: UserWorker, *arguments: Any) -> None:
+        await send(self, *cast(Any, (*arguments[:-1], ())))
+
+    UserWorker._send = untold  # type: ignore[method-assign, assignment]
+
+
+def erasure_passed_over() -> None:
+    """Clicks and wishes of one user lose their order: what was clicked before counts."""
+    decode = UserWorker._decode
+    UserWorker._decode = lambda self, records: (decode(self, records)[0], {}, [])  # type: ignore[method-assign]
 
 
 def hoards() -> None:
@@ -146,6 +189,11 @@ BUGS: dict[str, Callable[[], None]] = {
         ends_unfinished,
         states_read_short,
         events_not_awaited,
+        id_logged,
+        state_not_tombstoned,
+        dead_letters_kept,
+        lists_not_tombstoned,
+        erasure_passed_over,
         hoards,
         leaks,
         no_second_look,

@@ -23,13 +23,13 @@ import kafka
 from model.user_state import EMPTY, Applied, Fold, Limits, decode_state, digest, encode_state, split
 from stream.connection import Connection
 from stream.consumer import end_offsets, read_window
-from stream.events import EVENT_TYPES, Artifact, BadEvent, Click, decode_click, encode
+from stream.events import EVENT_TYPES, Artifact, BadEvent, Click, Erasure, decode_record, encode
 from stream.producer import ClickProducer
 from stream.topics import ensure
 from tests.chaos.worker import Trap, start, worker
 from tests.workers.service import ITEMS, free_port
 from workers.observe import scrape
-from workers.settings import Kafka, Settings, Worker
+from workers.settings import Kafka, Serve, Settings, Trainer, Worker
 from workers.states import raw_states
 from workers.up import HOPELESS
 
@@ -130,6 +130,7 @@ class Fleet:
         *,
         partitions: int = 4,
         session_s: float | None = None,
+        window_days: float = 30.0,
         fault: Callable[[], None] | None = None,
         **settings: Any,
     ) -> None:
@@ -137,7 +138,10 @@ class Fleet:
         self.settings = Settings(
             kafka=Kafka(bootstrap=connection.bootstrap, prefix=name, partitions=partitions),
             worker=Worker(group=name, **settings),
+            trainer=Trainer(window_days=window_days, min_events=100, holdout=20, round_s=1.0),
+            serve=Serve(port=free_port()),
             cache=folder / "cache",
+            artifacts=str(folder / "artifacts"),
         )
         self.folder, self._session_s, self._fault = folder, session_s, fault
         self.exits: list[tuple[str, int]] = []
@@ -284,21 +288,29 @@ def calibrate(fleet: Fleet, clicks: Sequence[Click]) -> float:
     return (len(clicks) - before) / (time.monotonic() - began)
 
 
-def read_clicks(settings: Settings) -> Iterator[tuple[int, int, Click]]:
-    """Partition, offset and click of all good messages of the clicks topic."""
+def read_events(settings: Settings) -> Iterator[tuple[int, int, Click | Erasure]]:
+    """Partition, offset and event of all good messages of the clicks topic."""
     for records in read_window(settings.connection, settings.topics.clicks.name):
         for record in records:
             with contextlib.suppress(BadEvent):
-                yield record.partition, record.offset, decode_click(record.value)
+                yield record.partition, record.offset, decode_record(record.value, record.key, record.timestamp)
+
+
+def read_clicks(settings: Settings) -> Iterator[tuple[int, int, Click]]:
+    return ((place, offset, event) for place, offset, event in read_events(settings) if isinstance(event, Click))
 
 
 def fold_topic(settings: Settings) -> dict[str, bytes]:
-    """The states of a clean run: the clicks topic folded one by one in its order."""
+    """The states of a clean run: the clicks topic folded one by one in its order; none of an erased user."""
     limits, folds = Limits(settings.worker.history, settings.worker.event_ids), dict[str, Fold]()
-    for _, offset, click in read_clicks(settings):
-        fold = folds.setdefault(click.user_id, Fold(EMPTY, limits))
-        fold.apply(Applied(click, settings.weight(click), offset))
-    return {user_id: encode_state(fold.state()) for user_id, fold in folds.items()}
+    for _, offset, event in read_events(settings):
+        fold = folds.setdefault(event.user_id, Fold(EMPTY, limits))
+        if isinstance(event, Erasure):
+            fold.erase(offset)
+        else:
+            fold.apply(Applied(event, settings.weight(event), offset))
+    states = {user_id: fold.state() for user_id, fold in folds.items()}
+    return {user_id: encode_state(state) for user_id, state in states.items() if not state.erased}
 
 
 def judge(settings: Settings, clicks: Sequence[Click]) -> dict[str, Any]:

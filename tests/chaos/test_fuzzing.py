@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from model.user_state import Applied, Entry, Limits, UserState, apply_clicks, decode_state, digest, encode_state
-from stream.events import Click, encode
+from stream.events import Click, Erasure, encode
 from tests.chaos.fuzz_decoder import check
 from tests.workers.test_compatibility import GOLDEN, GOLDEN_STATE
 from workers.settings import Settings, Worker
@@ -35,7 +35,11 @@ events = st.builds(
     ts_ms=st.integers(0, 20),
     value=st.sampled_from([None, 0.5, 3.0]),
 )
-logs = st.lists(events | st.none(), min_size=8, max_size=30)  # a None is a message that nobody can read
+erasures = st.builds(
+    Erasure, event_type=st.just("erase"), user_id=st.sampled_from(["u0", "u1"]), requested_ms=st.just(0)
+)
+Log = list[Click | Erasure | None]  # a None is a message that nobody can read
+logs = st.lists(events | events | erasures | st.none(), min_size=8, max_size=30)
 
 
 class Record(NamedTuple):
@@ -47,14 +51,14 @@ class Record(NamedTuple):
     timestamp: int = 0
 
 
-def partition(log: list[Click | None]) -> list[Record]:
+def partition(log: Log) -> list[Record]:
     return [
         Record(event.user_id.encode(), encode(event), at) if event else Record(b"u0", b'{"user_id": "u0"', at)
         for at, event in enumerate(log)
     ]
 
 
-def slow_twin(log: list[Click | None]) -> dict[str, bytes]:
+def slow_twin(log: Log) -> dict[str, bytes]:
     """The states by their definition, from the whole log at once."""
     states = {}
     for user in sorted({event.user_id for event in log if event}):
@@ -66,6 +70,9 @@ def slow_twin(log: list[Click | None]) -> dict[str, bytes]:
             if event is None or event.user_id != user:
                 continue
             offset = at
+            if isinstance(event, Erasure):
+                ids, history, seen = [], [], {}
+                continue
             if event.event_id in ids[-LIMITS.event_ids :]:
                 continue
             ids.append(event.event_id)
@@ -77,7 +84,7 @@ def slow_twin(log: list[Click | None]) -> dict[str, bytes]:
     return states
 
 
-def delivered(log: list[Click | None], data: st.DataObject) -> tuple[dict[str, bytes], int]:
+def delivered(log: Log, data: st.DataObject) -> tuple[dict[str, bytes], int]:
     """The states in Kafka after a worker was fed the log in batches, and killed at any time; and the dead letters.
 
     A death keeps any part of the last batch's states and starts again at the last commit, which lags.
@@ -88,9 +95,9 @@ def delivered(log: list[Click | None], data: st.DataObject) -> tuple[dict[str, b
     dead: set[int] = set()
     while at < len(records):
         upto = data.draw(st.integers(at + 1, len(records)))
-        reads, letters = worker._decode(records[at:upto])
+        reads, erased, letters = worker._decode(records[at:upto])
         dead |= {letter.offset for letter in letters}
-        folded = worker._fold(memory, reads)
+        folded = worker._fold(memory, reads, erased)
         if deaths < 4 and data.draw(st.booleans()):
             written = data.draw(st.sets(st.sampled_from(folded.changed))) if folded.changed else set()
             stored |= {user: encode_state(folded.states[user]) for user in written}
@@ -120,7 +127,7 @@ def in_full(long: bool, law: Callable[..., None], *strategies: st.SearchStrategy
 
 @pytest.mark.timeout(1800)
 def test_any_delivery_leads_to_the_same_states(long: bool) -> None:
-    def any_delivery(log: list[Click | None], data: st.DataObject) -> None:
+    def any_delivery(log: Log, data: st.DataObject) -> None:
         states, dead = delivered(log, data)
         assert states == slow_twin(log)
         assert dead == log.count(None)

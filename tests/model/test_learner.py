@@ -303,3 +303,30 @@ def test_shuffling_moves_only_within_a_stamp() -> None:
     orders = {tuple(shuffle_ties(window, np.random.default_rng(seed)).rows[0].tolist()) for seed in range(100)}
     assert len(orders) == 6
     assert all(order[0] == -1 and order[4] == 4 for order in orders)
+
+
+def test_a_forgotten_user_is_out_of_the_window_and_nobody_else_is() -> None:
+    made = learner()
+    events = chain(400, noise=0.1)
+    made.learn(events)
+    others = {user: made.log.past(user, 50) for user in range(1, 20)}
+    index = made.log.user_index[0]
+    made.forget([0, "a stranger"])
+    assert made.log.past(0, 50) == ([], set())
+    assert {user: made.log.past(user, 50) for user in others} == others
+    gone = np.array(events.users) == 0
+    assert (made.log.users(np.arange(400)) < 0).tolist() == gone.tolist()
+    window = made.log.ending_at(np.flatnonzero(gone), 1)
+    assert not window.goals.any() and not window.ts_ms.any() and not window.weights.any()
+    drawn = np.concatenate([made._replayed()[0] for _ in range(20)])
+    assert len(drawn) and (drawn >= 0).all() and index not in drawn
+    made.learn(chain(100, noise=0.0, seed=1))  # the user comes back as a stranger, and all is drawn again
+    assert made.log.past(0, 200)[0][0][2] < 100_000
+
+
+def test_a_window_of_forgotten_users_alone_trains_nothing() -> None:
+    made = learner()
+    made.learn(chain(100, noise=0.0))
+    made.forget(range(20))
+    assert made.learn(Events([99], [ITEMS[0]], np.ones(1, np.float32), np.array([200_000]))).events == 1
+    assert made.model().ids == ITEMS

@@ -136,3 +136,20 @@ def test_digests_unpack_in_order() -> None:
     packed = digest("a") + digest("b")
     assert unpack(packed).tolist() == [int.from_bytes(digest(i), "little") for i in "ab"]
     assert unpack(b"").dtype == np.uint64
+
+
+def test_an_erased_user_starts_anew_and_nothing_older_comes_back() -> None:
+    before = [Applied(C(f"e{number}", f"i{number}", number), 1.0, number) for number in range(5)]
+    state = apply_clicks(EMPTY, before, Limits())
+    fold = Fold(state, Limits())
+    fold.erase(7)
+    erased = fold.state()
+    assert erased == UserState(offset=7) and erased.erased
+    assert not EMPTY.erased and not state.erased
+    assert apply_clicks(erased, before, Limits()) == erased  # redelivered
+    again = Applied(before[0].click, 1.0, 9)  # the same event sent anew: what would know it has been erased
+    after = apply_clicks(erased, [again], Limits())
+    assert (after.applied, len(after.history), after.offset) == (1, 1, 9)
+    fold = Fold(after, Limits())
+    fold.erase(7)  # the wish, redelivered
+    assert fold.state() is after

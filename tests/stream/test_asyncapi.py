@@ -33,7 +33,7 @@ EXAMPLES: list[Event] = [
     ),
     Artifact(name="g", url="file:///g", manifest_sha256="0", created_ms=1, encoder="e", offsets={0: 3}),
     DeadLetter(topic="t", partition=0, offset=0, cause="c", key=None, payload=b"\xff", ts_ms=1),
-    Erasure(user_id="u", requested_ms=1),
+    Erasure(event_type="erase", user_id="u", requested_ms=1),
 ]  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def test_a_folder_becomes_our_events(tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no events.jsonl.gz"):
+    with pytest.raises(ValueError, match=r"no items.jsonl"):
         load_dataset(tmp_path)
     write(tmp_path, [event(1), {"user_id": "u"}], [])
     with pytest.raises(ValueError, match=r"events.jsonl.gz, line 2: .*item_id"):

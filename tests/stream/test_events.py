@@ -53,6 +53,7 @@ def test_clicks_survive_the_wire(event_id: str, user_id: str, item_id: str, kind
         (msgspec.json.encode(GOOD | {"event_type": "stare"}), "event_type"),
         (msgspec.json.encode(GOOD | {"version": 2}), "version"),
         (msgspec.json.encode(GOOD | {"ts_ms": -1}), "ts_ms"),
+        (msgspec.json.encode(GOOD | {"ts_ms": 2**53}), "ts_ms: Expected"),
         (msgspec.json.encode(GOOD | {"ts_ms": NOW_MS + FUTURE_TOLERANCE_MS + 1}), "ts_ms: .* in the future"),
         (msgspec.json.encode({k: v for k, v in GOOD.items() if k != "event_id"}), "event_id"),
         (msgspec.json.encode(GOOD)[:-1] + b',"value":NaN}', "malformed"),

@@ -111,3 +111,17 @@ def test_a_full_buffer_is_told_and_drains(broker: LocalBroker, connection: Conne
         producer.flush()
         producer.send(click(5))
     assert len(records(connection, topics.clicks)) == 5
+
+
+def test_a_sent_event_says_where_it_lies(broker: LocalBroker, connection: Connection, topics: Topics) -> None:
+    with ClickProducer(connection, topics, delivery_s=1.0) as producer:
+        places = {f"e{n}": producer.send(click(n, f"user-{n % 7}")) for n in range(100)}
+        item = producer.send_item(Item(item_id="a", title="A"))
+        producer.flush()
+        with frozen(broker):
+            late = producer.send(click(100))
+            assert not late.cancel() and not late.done()
+        late.result(20)
+    found = {decode_click(r.value).event_id: (r.partition, r.offset) for r in records(connection, topics.clicks)}
+    assert found == {event_id: place.result(0) for event_id, place in places.items()} | {"e100": late.result(0)}
+    assert [(r.partition, r.offset) for r in records(connection, topics.items)] == [item.result(0)]

@@ -23,11 +23,26 @@ def test_users_and_clicks_share_their_partitions() -> None:
     topics = Topics("x", partitions=5)
     assert topics.users.partitions == topics.clicks.partitions == 5
     assert [t.name for t in topics.all() if t.compacted] == [
-        "x.items", "x.vectors", "x.users", "x.models", "x.generations",
+        "x.items", "x.vectors", "x.users", "x.models", "x.generations", "x.dead-letters",
     ]  # fmt: skip
     assert topics.clicks.config()["retention.ms"] == str(30 * 24 * 3600 * 1000)
-    assert all(t.config()["retention.ms"] == "-1" for t in topics.all() if t.compacted)
+    assert all(t.config()["retention.ms"] == "-1" for t in topics.all() if t.cleanup == ["compact"])
     assert all(topic.about.endswith(".") for topic in topics.all())
+
+
+def test_nothing_of_a_user_is_kept_for_longer_than_the_window() -> None:
+    """Retention of what is deleted, and the four steps of a tombstone in what is compacted without end."""
+    for days in (30.0, 1.0, 0.001):
+        window_ms = days * 24 * 3600 * 1000
+        topics = Topics("x", clicks_days=days)
+        for topic in (topics.clicks, topics.recommendations, topics.dead_letters, topics.users):
+            config = topic.config()
+            if "delete" in topic.cleanup:
+                assert int(config["retention.ms"]) <= window_ms
+            else:
+                steps = ("segment.ms", "max.compaction.lag.ms", "max.compaction.lag.ms", "delete.retention.ms")
+                assert sum(int(config[step]) for step in steps) <= window_ms / 2
+            assert int(config["segment.ms"]) <= window_ms / 10
 
 
 def test_ensure_from_several_processes_at_once(connection: Connection) -> None:

@@ -24,6 +24,7 @@ from stream.events import (
     WIRE_TYPES,
     Artifact,
     BadEvent,
+    Because,
     Click,
     DeadLetter,
     Erasure,
@@ -54,6 +55,13 @@ CLICK = Click(
     value=0.5,
     context={"page": "home"},
 )
+EARLIER: dict[bytes, Event] = {  # read still, written no more
+    b'{"version":1,"user_id":"u1","items":[{"item_id":"i2","score":0.25}],"generation":"g1","source":"personal",'
+    b'"partition":3,"offset":7,"event_id":"e1","clicked_ms":1,"sent_ms":2}': Recommendations(
+        user_id="u1", items=[Ranked("i2", 0.25)], generation="g1", source="personal", partition=3, offset=7,
+        event_id="e1", clicked_ms=1, sent_ms=2,
+    ),
+}  # fmt: skip
 GOLDEN: dict[bytes, Event] = {
     b'{"version":1,"event_id":"e1","user_id":"u1","item_id":"i1","event_type":"like","ts_ms":1700000000000,"value":0.5,'
     b'"context":{"page":"home"}}': CLICK,
@@ -65,10 +73,13 @@ GOLDEN: dict[bytes, Event] = {
     b'{"version":1,"item_id":"i1","encoder":"minilm","text_hash":"ab","vector":"ADwAvA=="}': ItemVector(
         item_id="i1", encoder="minilm", text_hash="ab", vector=b"\x00\x3c\x00\xbc"
     ),
-    b'{"version":1,"user_id":"u1","items":[{"item_id":"i2","score":0.25}],"generation":"g1","source":"personal",'
-    b'"partition":3,"offset":7,"event_id":"e1","clicked_ms":1,"sent_ms":2}': Recommendations(
-        user_id="u1", items=[Ranked("i2", 0.25)], generation="g1", source="personal", partition=3, offset=7,
-        event_id="e1", clicked_ms=1, sent_ms=2,
+    b'{"version":1,"user_id":"u1","items":[{"item_id":"i2","score":0.25},{"item_id":"i3","score":0.125,'
+    b'"propensity":0.5,"because":[{"item_id":"i1","share":0.75}],"explained":0.25,"under":{"default":0.0}}],'
+    b'"generation":"g1","source":"personal","partition":3,"offset":7,"event_id":"e1","clicked_ms":1,"sent_ms":2,'
+    b'"arm":"wide"}': Recommendations(
+        user_id="u1", generation="g1", source="personal", partition=3, offset=7, event_id="e1", clicked_ms=1,
+        items=[Ranked("i2", 0.25), Ranked("i3", 0.125, 0.5, [Because("i1", 0.75)], 0.25, {"default": 0.0})],
+        sent_ms=2, arm="wide",
     ),
     b'{"version":1,"name":"g1","url":"s3://b/g1","manifest_sha256":"ff","created_ms":1,"encoder":"minilm",'
     b'"metrics":{"ndcg@10":0.125},"offsets":{"0":5},"parent":"m1"}': Artifact(
@@ -79,7 +90,9 @@ GOLDEN: dict[bytes, Event] = {
     b'"payload":"e30=","truncated":false,"ts_ms":3}': DeadLetter(
         topic="upwell.clicks", partition=1, offset=2, cause="version: no", key=b"u1", payload=b"{}", ts_ms=3
     ),
-    b'{"version":1,"user_id":"u1","requested_ms":4}': Erasure(user_id="u1", requested_ms=4),
+    b'{"version":1,"event_type":"erase","user_id":"u1","requested_ms":4}': Erasure(
+        event_type="erase", user_id="u1", requested_ms=4
+    ),
 }  # fmt: skip
 GOLDEN_STATE = bytes.fromhex(
     "959193a26931cb3ff8000000000000cf0000018bcfe56800c408ae2a1effba11cf0ac4081b5d5e51f54f0f040104"
@@ -105,6 +118,11 @@ def test_wire_bytes_stay(raw: bytes) -> None:
     event = GOLDEN[raw]
     assert encode(event) == raw
     assert decode(raw, type(event)) == event
+
+
+@pytest.mark.parametrize("raw", EARLIER)
+def test_what_was_written_before_is_read(raw: bytes) -> None:
+    assert decode(raw, type(EARLIER[raw])) == EARLIER[raw]
 
 
 @pytest.mark.parametrize("raw", KINDS, ids=names)
@@ -134,13 +152,14 @@ class Record(NamedTuple):
     partition: int = 1
     offset: int = 2
     timestamp: int = 3
+    headers: tuple[tuple[str, bytes], ...] = ()
 
 
 @pytest.mark.parametrize("later", [{"version": 2}, {"event_type": "stare"}])
 def test_a_later_releases_click_is_a_dead_letter_that_can_be_sent_again(later: dict[str, Any]) -> None:
     worker = UserWorker.__new__(UserWorker)  # decoding needs nothing of it
     raw = changed(KINDS[names.index("Click")], **later)
-    reads, (letter,) = worker._decode([Record("upwell.clicks", b"u1", raw)])
+    reads, _, (letter,) = worker._decode([Record("upwell.clicks", b"u1", raw)])
     assert reads == [] and (letter.payload, letter.key, letter.truncated) == (raw, b"u1", False)
     assert letter.cause.startswith(next(iter(later)))
 
@@ -157,7 +176,7 @@ def test_states_stay_and_a_field_more_is_passed_over() -> None:
 def test_a_state_of_another_form_stops_the_worker() -> None:
     """Going on would fold into an empty state and overwrite the real one."""
     with pytest.raises(msgspec.DecodeError):
-        keep_newest({}, "u1", msgspec.msgpack.encode({"version": 2}))
+        keep_newest({}, Record("upwell.users", b"u1", msgspec.msgpack.encode({"version": 2})))
 
 
 def test_manifests_stay_and_a_later_one_is_refused_by_name() -> None:

@@ -88,7 +88,7 @@ def test_training_rounds_are_served_and_learn(service: Service) -> None:
 def test_a_click_over_http_moves_the_list(service: Service) -> None:
     before = recommended(service, "http-user")
     status, answer = service.call("/v1/events", [{"user_id": "http-user", "item_id": before[0], "event_type": "like"}])
-    assert (status, answer) == (202, {"accepted": 1})
+    assert (status, answer["accepted"], answer["rejected"]) == (202, 1, [])
     until(lambda: before[0] not in recommended(service, "http-user"), "the clicked item leaves the list")
     assert len(recommended(service, "http-user", 100)) == 100
 
@@ -398,7 +398,7 @@ def test_dead_letters_are_listed_and_replayed(service: Service) -> None:
     cut = msgspec.structs.replace(letter, truncated=True, cause="size: too big")
     producer = Producer(service.settings.connection)
     for one in (letter, cut):
-        producer.send_raw(service.settings.topics.dead_letters.name, one.key, encode(one))
+        producer.send_raw(service.settings.topics.dead_letters.name, one.cause.encode(), encode(one))
     producer.close()
     listed = upwell("dead-letters", "list").stdout.splitlines()
     assert f"{topic}[1]@5  version: too new" in listed[-2]

@@ -16,8 +16,9 @@ from model.manifest import manifest_sha256
 from model.sampling import Events
 from model.user_state import Entry, digest
 from stream.events import Artifact, Item, ItemVector
+from workers.catalogue import Catalogue
 from workers.search import SearchProcess, SearchProcessDied
-from workers.snapshot import Catalogue, Query, Snapshot
+from workers.snapshot import Query, Snapshot
 
 NUM_INDEXED, NUM_FRESH, WIDTH = 150, 12, 16
 IDS = [f"i{number}" for number in range(NUM_INDEXED + NUM_FRESH)]
@@ -90,7 +91,8 @@ def test_what_changes_the_lists_is_told() -> None:
     assert catalogue.take_item("i1", item)
     assert not catalogue.take_item("i1", msgspec.structs.replace(item, title="uno"))
     assert catalogue.take_item("i1", msgspec.structs.replace(item, available=False))
-    assert not catalogue.take_item("i1", None)
+    assert catalogue.take_item("i1", msgspec.structs.replace(item, available=False, categories=["sea"]))
+    assert catalogue.take_item("i1", None)
     assert catalogue.take_vector("i1", vector("i1"))
     assert not catalogue.take_vector("i1", vector("i1"))
 

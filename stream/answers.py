@@ -1,0 +1,210 @@
+"""What the HTTP routes take and give: the bodies, with their bounds and, for OpenAPI, their meaning."""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from stream.events import EventType, Id, Milliseconds
+
+MAX_K = 200
+Share = Annotated[float, Meta(ge=0, le=1)]
+Ids = Annotated[list[Id], Meta(max_length=1000)]
+
+
+class Wishes(Struct, kw_only=True, forbid_unknown_fields=True):
+    """What may stand in a list, and how it is chosen."""
+
+    k: Annotated[int, Meta(ge=1, le=MAX_K, description="items wanted; fewer come only where fewer are eligible")] = 20
+    categories: Annotated[Ids, Meta(description="only items in one of these; none: any")] = []
+    exclude: Annotated[Ids, Meta(description="item ids that must not come")] = []
+    exclude_seen: Annotated[bool, Meta(description="no item that the user has had an event with")] = True
+    available_only: Annotated[bool, Meta(description="no item whose `available` is false")] = True
+    max_age: (
+        Annotated[int, Meta(ge=0, le=10**10, description="seconds since the item's `published_ms`, at most")] | None
+    ) = None
+    diversity: Annotated[Share, Meta(description="0: the best items; 1: the most different ones")] | None = None
+    explore: (
+        Annotated[Share, Meta(description="share of the places that are drawn at random; see `propensity`")] | None
+    ) = None
+    explain: Annotated[bool, Meta(description="say which clicks speak for each item")] = False
+
+
+class Visit(Struct, kw_only=True, forbid_unknown_fields=True):
+    """One event of a guest."""
+
+    item_id: Id
+    event_type: EventType = "click"
+    value: float | None = None
+    ts_ms: Milliseconds | None = None
+
+
+class Guest(Wishes, kw_only=True, forbid_unknown_fields=True):
+    """Nobody that is known: what is said here makes the list, and is not kept."""
+
+    history: Annotated[list[Visit], Meta(max_length=1000, description="oldest first")] = []
+    items: Annotated[Ids, Meta(description="items to start from, each as one click now")] = []
+    text: Annotated[str, Meta(max_length=8000, description="what is wanted, in words; stands alone")] = ""
+
+
+class Reason(Struct):
+    item_id: str
+    title: str
+    share: Annotated[float, Meta(description="of `explained`; the shares of an item add up to 1 over all its clicks")]
+
+
+class Place(Struct):
+    item_id: str
+    score: float
+    title: str
+    propensity: Annotated[float, Meta(description="the chance with which the item was in this list")] = 1.0
+    because: list[Reason] = []
+    explained: Annotated[
+        float, Meta(description="part of what speaks for the item that `because` divides; the rest is not by click")
+    ] = 0.0
+
+
+class AsOf(Struct):
+    """The newest click behind an answer: its place in the clicks topic (offset -1: none)."""
+
+    partition: int
+    offset: int
+
+
+class Answer(Struct, kw_only=True):
+    """A list of recommendations and what it rests on."""
+
+    user_id: str | None
+    items: list[Place]
+    generation: str
+    source: Literal["personal", "session", "popular"]
+    fallback: Annotated[str | None, Meta(description="why the list is not personal, where it should be")] = None
+    as_of: AsOf | None
+    age_ms: Annotated[int | None, Meta(description="since Kafka took the user's newest state; null: there is none")]
+    stale: Annotated[bool, Meta(description="min_offset was not reached in time, or Kafka is out of reach")] = False
+    arm: str = "default"
+
+
+class Similar(Struct):
+    item_id: str
+    items: list[Place]
+    generation: str
+
+
+class ItemOut(Struct):
+    item_id: str
+    title: str
+    categories: list[str]
+    available: bool
+
+
+class ItemsOut(Struct):
+    items: list[ItemOut]
+
+
+class Past(Struct):
+    item_id: str
+    title: str
+    weight: Annotated[float, Meta(description="how much the event says about taste; negative: against the item")]
+    ts_ms: int
+
+
+class UserOut(Struct, kw_only=True):
+    """What is kept of a user, newest first."""
+
+    user_id: str
+    clicks: Annotated[int, Meta(description="events applied")]
+    seen: Annotated[int, Meta(description="different items")]
+    history: list[Past]
+    as_of: AsOf
+    arm: str
+
+
+class Rejected(Struct):
+    index: Annotated[int, Meta(description="position in the request, from 0")]
+    cause: str
+
+
+class Delivered(Struct, omit_defaults=True):
+    index: int
+    partition: int
+    offset: int
+    event_id: str | None = None
+    item_id: str | None = None
+
+
+class Receipt(Struct):
+    """What has become of each entry. `results` lie in Kafka; `rejected` ones never will."""
+
+    accepted: int
+    rejected: list[Rejected]
+    results: list[Delivered]
+
+
+class EventIn(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A click as it comes over HTTP. Give `event_id` yourself to make sending it again harmless."""
+
+    user_id: Id
+    item_id: Id
+    event_type: EventType = "click"
+    event_id: Id | None = None
+    ts_ms: Milliseconds | None = None
+    value: float | None = None
+    context: dict[str, str] = {}
+
+
+class Path(Struct):
+    """A click's way, each moment in ms since the epoch. Three clocks: Kafka's, the worker's, this server's."""
+
+    event_id: str
+    partition: int
+    offset: int
+    clicked_ms: Annotated[int, Meta(description="Kafka took the click")]
+    sent_ms: Annotated[int, Meta(description="the worker sent the list")]
+    seen_ms: Annotated[int, Meta(description="this server read it")]
+    pushed_ms: int
+
+
+class Update(Answer, kw_only=True):
+    """A list as it is pushed; `path` is null where no click made it: at the start, after a swap."""
+
+    path: Path | None = None
+
+
+class Status(Struct):
+    connected: Annotated[bool, Meta(description="to Kafka")]
+    generation: str | None
+
+
+class GenerationFigures(Struct):
+    name: str | None
+    created_ms: int | None
+    items: int
+    swaps: int
+
+
+class Latency(Struct):
+    p50: float | None
+    p99: float | None
+
+
+class HitRate(Struct):
+    served: float | None
+    popularity: float | None
+
+
+class Figures(Struct):
+    """For charts. `hit_rate` is the worker's, null where its exporter is not on this machine."""
+
+    now_ms: int
+    generation: GenerationFigures
+    events_total: Annotated[int, Meta(description="events applied, in all states")]
+    click_to_recommendation_ms: Annotated[Latency, Meta(description="of the newest 1,000 lists")]
+    hit_rate: HitRate
+    streams: Annotated[int, Meta(description="open here")]
+
+
+class Problem(Struct):
+    """What is wrong, by name."""
+
+    status_code: int
+    detail: str

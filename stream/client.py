@@ -1,0 +1,159 @@
+"""The HTTP API for Python programs: typed answers, clear errors, patience with a service that starts or is busy.
+
+ApiError(RuntimeError)     the service has refused the request: `status`, and its own words as the text
+  Unavailable              it could not be reached, or said 503 or 429, until `patience_s` was over
+"""
+
+import time
+import uuid
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Self, TypeVar
+from urllib.parse import quote
+
+import httpx
+import msgspec
+
+from stream.answers import Answer, EventIn, Guest, ItemOut, ItemsOut, Receipt, Similar, Status, Update, UserOut
+from stream.events import Item
+
+BUSY = (429, 503)
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0
+SILENCE_S = 40.0  # an open stream says something every 15 s
+
+
+class ApiError(RuntimeError):
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status  # 0: no answer
+
+
+class Unavailable(ApiError):
+    pass
+
+
+T = TypeVar("T")
+
+
+class Client:
+    """A context manager; one a thread. `patience_s`: how long a request is tried again before Unavailable."""
+
+    def __init__(self, url: str, key: str | None = None, *, timeout_s: float = 10.0, patience_s: float = 30.0) -> None:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=timeout_s)
+        self._timeout_s, self._patience_s = timeout_s, patience_s
+
+    def recommendations(self, user_id: str, k: int = 20, **rules: Any) -> Answer:
+        """The user's k best items now. rules: categories, exclude (lists), exclude_seen, available_only, max_age,
+        diversity, explore, min_offset, explain."""
+        return self._get(f"/v1/users/{quote(user_id, safe='')}/recommendations", Answer, k=k, **rules)
+
+    def recommend(self, guest: Guest) -> Answer:
+        """For a guest, of whom nothing is stored."""
+        return self._call("POST", "/v1/recommendations", Answer, content=msgspec.json.encode(guest))
+
+    def similar(self, item_id: str, k: int = 20) -> Similar:
+        return self._get(f"/v1/items/{quote(item_id, safe='')}/similar", Similar, k=k)
+
+    def items(self, q: str = "", limit: int = 50) -> list[ItemOut]:
+        return self._get("/v1/items", ItemsOut, limit=limit, **({"q": q} if q else {})).items
+
+    def user(self, user_id: str) -> UserOut:
+        """What is kept of a user, in readable form."""
+        return self._get(f"/v1/users/{quote(user_id, safe='')}", UserOut)
+
+    def send(self, *clicks: EventIn) -> Receipt:
+        """In Kafka when this returns, but for those in `rejected`. Raises ApiError 400 when all are refused."""
+        named = [msgspec.structs.replace(click, event_id=click.event_id or uuid.uuid4().hex) for click in clicks]
+        return self._call("POST", "/v1/events", Receipt, content=msgspec.json.encode(named))  # safe to try again: named
+
+    def send_items(self, *items: Item) -> Receipt:
+        """Adds items or replaces them; answers and raises as `send`."""
+        return self._call("POST", "/v1/items", Receipt, content=msgspec.json.encode(items))
+
+    def forget(self, user_id: str) -> dict[str, Any]:
+        """Erases a user; the receipt says what goes when."""
+        return self._call("DELETE", f"/v1/users/{quote(user_id, safe='')}", dict[str, Any])
+
+    def updates(self, user_id: str) -> Iterator[Update | Status]:
+        """The user's lists as they change, for ever: what breaks is opened again. Raises ApiError for a refusal."""
+        last_id, pause_s = "", FIRST_PAUSE_S
+        while True:
+            try:
+                headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": last_id} if last_id else {})
+                timeout = httpx.Timeout(self._timeout_s, read=SILENCE_S)
+                asked = {"user": user_id}
+                with self._http.stream("GET", "/v1/stream", params=asked, headers=headers, timeout=timeout) as answer:
+                    if answer.status_code not in BUSY:
+                        _check(answer)
+                        for name, data, event_id in _events(answer):
+                            last_id, pause_s = event_id or last_id, FIRST_PAUSE_S
+                            if name in KINDS:
+                                yield msgspec.json.decode(data, type=KINDS[name])
+            except httpx.TransportError:
+                pass
+            yield Status(connected=False, generation=None)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    def close(self) -> None:
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _get(self, path: str, kind: type[T], **query: Any) -> T:
+        return self._call("GET", path, kind, params=query)
+
+    def _call(self, method: str, path: str, kind: type[T], **options: Any) -> T:
+        headers = {"Content-Type": "application/json"} if "content" in options else {}
+        deadline, pause_s = time.monotonic() + self._patience_s, FIRST_PAUSE_S
+        while True:
+            try:
+                answer = self._http.request(method, path, headers=headers, **options)
+                failure = Unavailable(answer.status_code, _detail(answer)) if answer.status_code in BUSY else None
+                asked_s = answer.headers.get("Retry-After", "")
+            except httpx.TransportError as error:
+                failure, asked_s = Unavailable(0, f"{self._http.base_url}: {error}"), ""
+            if failure is None:
+                _check(answer)
+                return msgspec.json.decode(answer.content, type=kind)
+            wait_s = float(asked_s) if asked_s.isdigit() else pause_s
+            if time.monotonic() + wait_s > deadline:
+                raise failure
+            time.sleep(wait_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
+KINDS: dict[str, type[Update] | type[Status]] = {"recommendations": Update, "status": Status}
+
+
+def _check(answer: httpx.Response) -> None:
+    if answer.is_error:
+        answer.read()
+        raise ApiError(answer.status_code, _detail(answer))
+
+
+def _detail(answer: httpx.Response) -> str:
+    try:
+        return str(answer.json()["detail"])
+    except (ValueError, KeyError, TypeError):
+        return answer.reason_phrase
+
+
+def _events(answer: httpx.Response) -> Iterator[tuple[str, str, str]]:
+    """(event, data, id) of a server-sent stream: https://html.spec.whatwg.org/multipage/server-sent-events.html."""
+    fields: dict[str, list[str]] = {}
+    for line in answer.iter_lines():
+        name, _, value = line.partition(":")
+        if name:
+            fields.setdefault(name, []).append(value.removeprefix(" "))
+        elif not line:
+            if "data" in fields:
+                yield fields.get("event", ["message"])[-1], "\n".join(fields["data"]), fields.get("id", [""])[-1]
+            fields = {}

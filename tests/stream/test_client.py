@@ -1,0 +1,83 @@
+"""The Python client against the fake: typed answers, patience, refusals, updates that outlive a lost stream."""
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+
+from stream.answers import EventIn, Guest, Status, Update
+from stream.client import ApiError, Client, Unavailable
+from tests.workers.console_fake import Fake, fake_api
+from tests.workers.service import free_port
+
+
+@pytest.fixture
+def fake() -> Iterator[tuple[Fake, str]]:
+    with fake_api() as running:
+        yield running
+
+
+def test_answers_are_typed(fake: tuple[Fake, str]) -> None:
+    with Client(fake[1]) as client:
+        assert client.recommendations("a/b ü", k=3).source == "popular"
+        sent = client.send(EventIn(user_id="a/b ü", item_id="i3"), EventIn(user_id="a/b ü", item_id="nowhere"))
+        assert (sent.accepted, [one.index for one in sent.rejected]) == (1, [1])
+        answer = client.recommendations("a/b ü", k=3, explain=True)
+        assert (answer.source, len(answer.items), answer.as_of) == ("personal", 3, client.user("a/b ü").as_of)
+        assert answer.items[0].because[0].title == client.user("a/b ü").history[0].title
+        assert client.items("CHESS", limit=1)[0].categories == ["chess"]
+        assert client.similar("i3", k=2).item_id == "i3"
+        assert client.recommend(Guest(k=2, text="knights")).user_id is None
+        assert client.forget("a/b ü")["receipt"]
+        assert client.user("a/b ü").clicks == 0
+
+
+def test_a_busy_service_is_asked_again_and_a_click_counts_once(fake: tuple[Fake, str]) -> None:
+    api, url = fake
+    api.set(refusals=2)
+    with Client(url) as client:
+        assert client.send(EventIn(user_id="u", item_id="i1")).accepted == 1
+    assert api.requests == 3
+    assert len(api.attempts - {None}) == 1  # event ids in the three
+
+
+def test_patience_ends(fake: tuple[Fake, str]) -> None:
+    fake[0].set(refusals=99)
+    with Client(fake[1], patience_s=0.5) as client, pytest.raises(Unavailable, match="Kafka did not take") as said:
+        client.send(EventIn(user_id="u", item_id="i1"))
+    assert said.value.status == 503
+    with Client(f"http://127.0.0.1:{free_port()}", patience_s=0.5) as client, pytest.raises(Unavailable) as said:
+        client.items()
+    assert said.value.status == 0
+
+
+def test_a_refusal_is_not_tried_again(fake: tuple[Fake, str]) -> None:
+    api, url = fake
+    api.set(key="secret")
+    with Client(url, "wrong") as client:
+        with pytest.raises(ApiError, match="missing or unknown") as said:
+            client.send(EventIn(user_id="u", item_id="i1"))
+        with pytest.raises(ApiError, match="missing or unknown"):
+            next(client.updates("u"))
+    assert (said.value.status, api.requests) == (401, 1)
+    with Client(url, "secret") as client:
+        assert client.items()
+
+
+def test_updates_come_again_after_a_lost_stream(fake: tuple[Fake, str]) -> None:
+    api, url = fake
+    with Client(url) as client, Client(url) as sender:
+        updates = client.updates("u")
+        assert next(updates) == Status(True, "g-20261125-0731")
+        sender.send(EventIn(user_id="u", item_id="i1", event_id="e-1"))
+        update = next(updates)
+        assert isinstance(update, Update)
+        assert update.path is not None
+        assert (update.path.event_id, update.source) == ("e-1", "personal")
+        api.close_streams()
+        states = [one.connected for one in itertools.islice(updates, 2) if isinstance(one, Status)]
+        assert states == [False, True]
+        assert api.last_ids[-1]  # where it left off is said to the server
+        sender.send(EventIn(user_id="u", item_id="i2", event_id="e-2"))
+        assert isinstance(next(updates), Update)
+        updates.close()  # type: ignore[attr-defined]

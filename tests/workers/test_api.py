@@ -1,0 +1,255 @@
+"""The API of the running service: what it takes, what it answers, what it streams, and that nothing makes it fall."""
+
+import asyncio
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+import pytest
+
+from stream.consumer import read_window
+from stream.events import Ranked, Recommendations, decode_click
+from stream.producer import partition_of
+from tests.workers.service import ITEMS, PARTITIONS, Service, until
+from workers.routes_stream import Stream
+from workers.service import Service as Answers
+from workers.settings import Settings
+from workers.updates import Made
+
+
+class Events:
+    """A reader of /v1/stream: (event, id, data), one after the other; ends with the stream."""
+
+    def __init__(self, service: Service, user_id: str, last_id: str | None) -> None:
+        self._connection = http.client.HTTPConnection(service.url.removeprefix("http://"), timeout=60)
+        headers = {"Last-Event-ID": last_id} if last_id else {}
+        self._connection.request("GET", f"/v1/stream?user={user_id}", headers=headers)
+        self.answer = self._connection.getresponse()
+
+    def __iter__(self) -> Iterator[tuple[str, str | None, Any]]:
+        fields: dict[str, str] = {}
+        while line := self.answer.readline():
+            name, _, value = line.decode().rstrip("\r\n").partition(": ")
+            if name and value:
+                fields[name] = value
+            elif not name and "event" in fields:
+                yield fields["event"], fields.get("id"), json.loads(fields["data"])
+                fields = {}
+
+    def lists(self) -> Iterator[tuple[str | None, Any]]:
+        return ((event_id, data) for event, event_id, data in self if event == "recommendations")
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+@contextmanager
+def opened(service: Service, user_id: str, last_id: str | None = None) -> Iterator[Events]:
+    events = Events(service, user_id, last_id)
+    try:
+        yield events
+    finally:
+        events.close()
+
+
+def post(service: Service, *events: Any) -> Any:
+    status, receipt = service.call("/v1/events", list(events))
+    assert status == 202, receipt
+    return receipt
+
+
+def get(service: Service, path: str) -> Any:
+    status, answer = service.call(path)
+    assert status == 200, answer
+    return answer
+
+
+def test_good_entries_are_taken_and_bad_ones_named(service: Service) -> None:
+    good = [{"user_id": f"mixed-{n}", "item_id": "i1", "event_id": f"mixed-{n}"} for n in range(5)]
+    bad = [{"user_id": "u"}, 7, {"user_id": "u", "item_id": "i", "ts_ms": 10**14}, {"user_id": "", "item_id": "i"}]
+    receipt = post(service, good[0], bad[0], good[1], bad[1], bad[2], *good[2:], bad[3])
+    assert receipt["accepted"] == 5
+    assert [one["index"] for one in receipt["rejected"]] == [1, 3, 4, 8]
+    causes = [one["cause"] for one in receipt["rejected"]]
+    for cause, word in zip(causes, ("item_id", "object", "future", "user_id"), strict=True):
+        assert word in cause
+    topic, connection = service.settings.topics.clicks.name, service.settings.connection
+    lying = {(r.partition, r.offset): decode_click(r.value) for part in read_window(connection, topic) for r in part}
+    assert [one["index"] for one in receipt["results"]] == [0, 2, 5, 6, 7]
+    for one in receipt["results"]:
+        click = lying[one["partition"], one["offset"]]
+        assert (click.event_id, one["partition"]) == (one["event_id"], partition_of(click.user_id, PARTITIONS))
+    status, answer = service.call("/v1/events", bad)
+    assert (status, len(answer["extra"]["rejected"])) == (400, 4)
+    assert service.call("/v1/events", [])[0] == 400
+    assert service.call("/v1/events", [good[0]] * 1001)[0] == 413
+    status, receipt = service.call("/v1/items", [msgspec.to_builtins(ITEMS[0]), {"item_id": "x"}])
+    assert (status, receipt["results"][0]["item_id"], receipt["rejected"][0]["index"]) == (202, "i0", 1)
+
+
+def test_what_was_posted_can_be_waited_for(service: Service) -> None:
+    """And what never comes makes the answer stale."""
+    for number in range(5):
+        receipt = post(service, {"user_id": "waiting", "item_id": f"i{number}"})
+        offset = receipt["results"][0]["offset"]
+        answer = get(service, f"/v1/users/waiting/recommendations?min_offset={offset}")
+        if not answer["stale"]:
+            break
+    assert answer["as_of"] == {"partition": receipt["results"][0]["partition"], "offset": offset}
+    assert f"i{number}" not in [item["item_id"] for item in answer["items"]]
+    assert (answer["source"], answer["fallback"], answer["stale"]) == ("personal", None, False)
+    assert 0 <= answer["age_ms"] < 600_000
+    assert get(service, f"/v1/users/waiting/recommendations?min_offset={offset + 10**6}")["stale"]
+
+
+def test_rules_reach_the_list(service: Service) -> None:
+    base = "/v1/users/nobody/recommendations?k=100"
+    shelf = ITEMS[3].categories[0].replace(" ", "%20")
+    assert len(get(service, f"{base}&categories={shelf}")["items"]) == 20
+    open_list = [item["item_id"] for item in get(service, base)["items"]]
+    fewer = get(service, f"{base}&exclude={open_list[0]}&exclude={open_list[1]}")["items"]
+    without = [item["item_id"] for item in fewer]
+    assert without[:50] == [item_id for item_id in open_list if item_id not in open_list[:2]][:50]
+    assert get(service, f"{base}&max_age=60")["items"] == []
+    post(service, {"user_id": "rules", "item_id": "i9", "event_type": "like"})
+    until(lambda: get(service, "/v1/users/rules/recommendations")["source"] == "personal", "the click is folded")
+    mine = "/v1/users/rules/recommendations?k=150"
+    assert "i9" not in [item["item_id"] for item in get(service, mine)["items"]]
+    assert "i9" in [item["item_id"] for item in get(service, f"{mine}&exclude_seen=false")["items"]]
+    explored = get(service, f"{mine}&k=10&explore=0.5".replace("k=150&", ""))["items"]
+    assert any(item["propensity"] < 1 for item in explored)
+    reasons = [item["because"] for item in get(service, f"{mine}&explain=true")["items"]]
+    assert any(because and because[0]["item_id"] == "i9" and because[0]["title"] for because in reasons)
+
+
+def test_guests_leave_nothing_behind(service: Service) -> None:
+    def ask(**body: Any) -> Any:
+        status, answer = service.call("/v1/recommendations", body)
+        assert status == 200, answer
+        assert answer["user_id"] is answer["as_of"] is None
+        return answer
+
+    users = get(service, "/v1/figures")["events_total"]
+    session = ask(history=[{"item_id": "i3"}, {"item_id": "i9", "event_type": "like"}], k=30, explain=True)
+    assert session["source"] == "session" and session["fallback"] is None
+    assert not {"i3", "i9"} & {item["item_id"] for item in session["items"]}
+    assert any(item["because"] for item in session["items"])
+    seeds = ask(items=["i3", "i9"], k=10)
+    assert seeds["source"] == "session" and len(seeds["items"]) == 10
+    chess = {"text": "a film about playing chess", "k": 8}
+    until(lambda: service.call("/v1/recommendations", chess)[0] == 200, "the encoder is loaded")
+    words = ask(**chess)
+    assert words["source"] == "session"
+    by_chess = sum("chess" in item["title"] for item in words["items"])
+    by_nothing = sum("chess" in item["title"] for item in ask(k=8)["items"])
+    assert by_chess >= 4 and by_chess > by_nothing
+    assert ask()["fallback"] == "no history, item or text was given"
+    assert "knows none" in ask(items=["nowhere"])["fallback"]
+    assert service.call("/v1/recommendations", {"text": "x", "explain": True})[0] == 400
+    assert get(service, "/v1/figures")["events_total"] == users
+
+
+def test_looking(service: Service) -> None:
+    found = get(service, "/v1/items?q=CHESS,%20part%203&limit=5")["items"]
+    assert [item["title"] for item in found] == ["chess, part 3"] and found[0]["available"]
+    assert len(get(service, "/v1/items?limit=7")["items"]) == 7
+    like = get(service, "/v1/items/i3/similar?k=12")
+    assert len(like["items"]) == 12 and "i3" not in [item["item_id"] for item in like["items"]]
+    assert service.call("/v1/items/nowhere/similar")[0] == 404
+    post(service, {"user_id": "looked at", "item_id": "i4", "event_type": "dislike"})
+    until(lambda: service.call("/v1/users/looked%20at")[0] == 200, "the state is known")
+    state = get(service, "/v1/users/looked%20at")
+    assert (state["clicks"], state["seen"], state["history"][0]["weight"]) == (1, 1, -1.5)
+    assert state["history"][0]["title"] == ITEMS[4].title
+    assert service.call("/v1/users/unheard-of")[0] == 404
+    assert service.call("/v1/users?limit=1")[1][0]["user_id"] == "looked at"
+    figures = get(service, "/v1/figures")
+    assert figures["generation"]["items"] >= len(ITEMS) and figures["generation"]["swaps"] >= 1
+    assert figures["click_to_recommendation_ms"]["p50"] <= figures["click_to_recommendation_ms"]["p99"]
+    assert figures["events_total"] >= 1
+
+
+def test_a_click_is_pushed_with_its_way(service: Service) -> None:
+    with opened(service, "streamed") as events:
+        assert events.answer.headers["Content-Type"].startswith("text/event-stream")
+        assert events.answer.headers["X-Accel-Buffering"] == "no"
+        everything = iter(events)
+        event, _, status = next(everything)
+        assert (event, status["connected"]) == ("status", True)
+        event, _, first = next(everything)
+        assert (event, first["path"], first["source"]) == ("recommendations", None, "popular")
+        (result,) = post(service, {"user_id": "streamed", "item_id": first["items"][0]["item_id"]})["results"]
+        last_id, pushed = next((i, data) for i, data in events.lists() if data["path"])
+        path = pushed["path"]
+        assert (path["event_id"], path["partition"], path["offset"]) == tuple(
+            result[name] for name in ("event_id", "partition", "offset")
+        )
+        assert path["clicked_ms"] <= path["sent_ms"] <= path["seen_ms"] <= path["pushed_ms"]
+        assert result["offset"] == pushed["as_of"]["offset"]
+        assert first["items"][0]["item_id"] not in [item["item_id"] for item in pushed["items"]]
+    generation = get(service, "/v1/users/streamed/recommendations")["generation"]
+    if pushed["generation"] == generation:  # else a swap came between, and the list is another
+        with opened(service, "streamed", last_id) as events:
+            post(service, {"user_id": "streamed", "item_id": "i50"})
+            assert next(events.lists())[1]["as_of"]["offset"] > result["offset"]
+
+
+async def test_a_slow_reader_gets_the_newest_list_and_holds_no_other() -> None:
+    service = Answers(Settings())
+    events = Stream(service, "u", None).events()
+    await anext(events)
+    assert (await anext(events)).event == "status"
+    made = [
+        Recommendations(
+            user_id="u", items=[Ranked("i", 1.0)], generation="g", source="personal", partition=0, offset=offset,
+            event_id=f"e{offset}", clicked_ms=1, sent_ms=2,
+        )
+        for offset in range(100)
+    ]  # fmt: skip
+    for one in made[1:]:
+        service.updates._deliver(Made(one, 3))
+    (boxes,) = service.updates._boxes.values()
+    assert [box.newest.answer.offset for box in boxes if box.newest] == [99]
+    pushed = await anext(events)
+    assert isinstance(pushed.data, bytes) and pushed.event == "recommendations"
+    assert json.loads(pushed.data)["as_of"]["offset"] == 99
+    service.updates._deliver(Made(made[0], 3))  # older: read again after a restart of the worker
+    waiting = asyncio.ensure_future(anext(events, None))
+    await asyncio.sleep(0.1)
+    assert not waiting.done()
+    service.updates.close()
+    assert await waiting is None
+    assert service.updates.num_open == 0 and not service.updates._boxes
+
+
+def test_sigterm_ends_open_streams_at_once(service: Service) -> None:
+    with opened(service, "u1") as one, opened(service, "u2") as two:
+        next(one.lists()), next(two.lists())
+        pid, began = service.roles.pids["serve"], time.monotonic()
+        os.kill(pid, signal.SIGTERM)
+        for events in (one, two):
+            assert [event for event, _, _ in events if event != "status"] == []
+        until(lambda: service.roles.pids["serve"] != pid, "the server is started again")
+        assert time.monotonic() - began < 10
+    assert "graceful shutdown exceeded" not in service.log("serve")
+
+
+@pytest.mark.timeout(600)
+def test_no_case_that_the_schema_allows_or_forbids_makes_a_server_error(service: Service) -> None:
+    """A few hundred cases; docs/operations.md has the command of the long form."""
+    command = [
+        os.path.join(os.path.dirname(sys.executable), "schemathesis"), "run", f"{service.url}/schema/openapi.json",
+        "--checks", "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance",
+        "--exclude-path", "/v1/stream", "--phases", "examples,coverage,fuzzing", "--max-examples", "20",
+        "--suppress-health-check", "all", "--generation-deterministic", "--no-color",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

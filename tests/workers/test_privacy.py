@@ -1,0 +1,157 @@
+"""What names a user, and where it may stand."""
+
+import io
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import structlog
+
+from model.user_state import UserState
+from stream.broker import LocalBroker
+from stream.events import WIRE_TYPES, Click, DeadLetter, ItemVector, encode
+from stream.producer import ClickProducer, Producer
+from stream.topics import Topics
+from workers.dead_letters import names_one
+from workers.erasure import UnknownReceipt, ask, longest_ms, status
+from workers.logs import configure
+from workers.settings import ConfigError, Kafka, Settings, Worker, load_settings
+from workers.training_input import Window
+
+
+def test_no_wire_type_and_no_state_carries_a_user_s_vector() -> None:
+    """Floats in a row, or bytes, on a topic: an item's vector, and the bytes of a dead letter."""
+
+    def packed(kind: Any) -> bool:
+        return isinstance(kind, msgspec.inspect.BytesType) or (
+            isinstance(kind, msgspec.inspect.CollectionType)
+            and isinstance(kind.item_type, msgspec.inspect.FloatType | msgspec.inspect.IntType)
+        )
+
+    def options(kind: Any) -> tuple[Any, ...]:
+        return kind.types if isinstance(kind, msgspec.inspect.UnionType) else (kind,)
+
+    found = set()
+    for wire in (*WIRE_TYPES, UserState):
+        struct = msgspec.inspect.type_info(wire)
+        assert isinstance(struct, msgspec.inspect.StructType)
+        found |= {(wire, field.name) for field in struct.fields if any(map(packed, options(field.type)))}
+    assert found == {
+        (ItemVector, "vector"), (DeadLetter, "key"), (DeadLetter, "payload"),
+        (UserState, "seen"), (UserState, "event_ids"),  # digests of ids
+    }  # fmt: skip
+
+
+def test_a_trace_in_the_log_holds_no_locals(monkeypatch: pytest.MonkeyPatch) -> None:
+    log, before = io.StringIO(), structlog.get_config()
+    monkeypatch.setattr(sys, "stderr", log)
+    configure("INFO", "worker")
+    try:
+        user_id = "someone"
+        assert user_id
+        raise RuntimeError("told")
+    except RuntimeError as error:
+        structlog.get_logger().error("unexpected", exc_info=error)
+    finally:
+        structlog.configure(**before)
+        structlog.contextvars.clear_contextvars()
+        logging.getLogger().handlers.clear()
+    line = json.loads(log.getvalue())
+    assert "RuntimeError" in log.getvalue() and "someone" not in log.getvalue(), line
+
+
+LETTER = DeadLetter(topic="clicks", partition=0, offset=1, cause="c", key=None, payload=None, ts_ms=0)
+
+
+@pytest.mark.parametrize(
+    ("key", "payload", "named"),
+    [
+        (b"u1", None, True),
+        (b"u10", b"u1 said", True),
+        (b"u10", b"u10,u11,xu1,u1-2", False),
+        (None, b'{"user_id":"u1","item_id":7}', True),
+        (None, b'{"user_id":"u10","value":1}', False),
+        (None, b'{"context":{"who":["u1"]}}', True),
+        (None, b'{"user_id":"\\u00fc"}', True),
+        (None, b'{"user_id":"u1","item', True),
+        (None, b'{"user_id":"u10","item_id":"u1x", "value":1', False),
+        (None, b"\xff u1", True),
+        (b"\xff", b"\xff\xfe", False),
+    ],
+)
+def test_whose_a_dead_letter_is(key: bytes | None, payload: bytes | None, named: bool) -> None:
+    assert names_one(msgspec.structs.replace(LETTER, key=key, payload=payload), {"u1", "ü"}) is named
+
+
+def test_a_key_file_that_is_none_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, content, cause in (("short", b"x", "1 bytes, at least 32"), ("none", None, "No such file")):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        monkeypatch.setenv("UPWELL_PRIVACY__KEY_FILE", str(tmp_path / name))
+        with pytest.raises(ConfigError, match=rf"privacy\.key_file.*{cause}"):
+            load_settings()
+
+
+@pytest.fixture
+def settings(broker: LocalBroker, topics: Topics) -> Settings:
+    return Settings(
+        kafka=Kafka(bootstrap=broker.bootstrap, prefix=topics.prefix, partitions=3), worker=Worker(group=topics.prefix)
+    )
+
+
+@pytest.fixture
+def click() -> Callable[[str, str], Click]:
+    now_ms = time.time_ns() // 1_000_000
+    return lambda event_id, user_id: Click(event_id=event_id, user_id=user_id, item_id="i", ts_ms=now_ms)
+
+
+def test_the_trainer_s_window_leaves_out_what_was_before(
+    settings: Settings, click: Callable[[str, str], Click]
+) -> None:
+    window = Window(settings)
+    with ClickProducer(settings.connection, settings.topics) as producer:
+        for event_id, user_id in (("e1", "u"), ("e2", "v")):
+            producer.send(click(event_id, user_id))
+        producer.erase("u", 0)
+        producer.send(click("e3", "u"))
+        producer.flush()
+        assert {read.click.event_id for read in window.read()} == {"e2", "e3"}
+        assert set(window.erased) == {"u"}
+        producer.erase("v", 0)
+        assert (window.read(), set(window.erased)) == ([], {"v"})
+        producer.send(click("e4", "v"))
+        producer.flush()
+        assert [read.click.event_id for read in window.read()] == ["e4"] and not window.erased
+
+
+def test_a_receipt_says_where_the_erasure_stands(settings: Settings, click: Callable[[str, str], Click]) -> None:
+    with ClickProducer(settings.connection, settings.topics) as producer:
+        place = producer.send(click("e1", "u"))
+        receipt = ask(producer, "u", lambda: longest_ms(settings))
+    assert "u" not in receipt.receipt and not receipt.cleared
+    day_ms = 24 * 3600 * 1000
+    assert receipt.requested_ms and receipt.gone_by_ms and receipt.gone_by_ms - receipt.requested_ms < 32 * day_ms
+    found = status(settings, receipt.receipt)
+    assert (found.cleared, found.gone, found.offset) == (False, False, receipt.offset)
+    assert found.requested_ms and abs(found.requested_ms - receipt.requested_ms) < 60_000
+    partition, offset = place.result()
+    for unknown in (f"{partition}-{offset}", f"{partition}-{offset + 5}", "77-0", "x", "0-1-2", ""):
+        with pytest.raises(UnknownReceipt):
+            status(settings, unknown)
+
+
+def test_a_click_with_a_field_too_few_is_no_erasure(settings: Settings) -> None:
+    producer = Producer(settings.connection)
+    raw = encode(Click(event_id="e", user_id="u", item_id="i", ts_ms=1))[:-1] + b',"requested_ms":1}'
+    for bad in (raw.replace(b'"item_id":"i",', b""), raw.replace(b'"event_type":"click",', b'"event_type":"erased",')):
+        producer.send_raw(settings.topics.clicks.name, b"u", bad)
+    producer.send_raw(settings.topics.clicks.name, b"x", b'{"event_type":"erase","user_id":"u","requested_ms":1}')
+    producer.close()
+    window = Window(settings)
+    assert (window.read(), window.erased) == ([], {})

@@ -1,0 +1,144 @@
+"""Who may call, how often, and for how long: one middleware before every route."""
+
+import asyncio
+import math
+import time
+from collections import OrderedDict
+
+from litestar.exceptions import HTTPException
+from litestar.types import ASGIApp, HTTPReceiveMessage, Message, Receive, Scope, Send
+
+from workers import metrics
+from workers.keys import Key, Keys
+from workers.settings import Serve
+
+MAX_CALLERS = 10_000  # whose buckets are kept; who is forgotten starts with a full one
+
+
+class Buckets:
+    """A token bucket a caller: `rate` tokens a second, `burst` at most."""
+
+    def __init__(self, rate: float, burst: int) -> None:
+        self._rate, self._burst = rate, burst
+        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # tokens, when; the longest silent first
+
+    def wait_s(self, caller: str, now_s: float) -> float:
+        """Takes a token: 0; or, where there is none, how long until there is one."""
+        if not self._rate:
+            return 0.0
+        tokens, before = self._left.pop(caller, (float(self._burst), now_s))
+        tokens = min(self._burst, tokens + (now_s - before) * self._rate)
+        taken = tokens >= 1
+        self._left[caller] = (tokens - taken, now_s)
+        if len(self._left) > MAX_CALLERS:
+            self._left.popitem(last=False)
+        return 0.0 if taken else (1 - tokens) / self._rate
+
+
+def refused(status: int, detail: str, retry_s: float) -> HTTPException:
+    headers = {"Retry-After": str(max(1, math.ceil(retry_s)))}
+    return HTTPException(status_code=status, detail=detail, headers=headers)
+
+
+class Gate:
+    """A route names the scope it needs in its `opt`; one that names none is closed, `None` is open to everyone.
+
+    `stream` in the opt: no end to the answer, but to each write of it. Raises HTTPException 401, 403, 408, 429, 503.
+    """
+
+    def __init__(self, serve: Serve, keys: Keys) -> None:
+        self._serve, self._keys = serve, keys
+        self._buckets = Buckets(serve.rate, serve.burst)
+        self._running = 0
+
+    def __call__(self, app: ASGIApp) -> ASGIApp:
+        async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
+            opt = scope["route_handler"].opt
+            if opt.get("scope", "") is not None:
+                self._admit(scope, opt.get("scope", ""))
+            if opt.get("stream"):
+                await app(scope, receive, self._patient(send))
+                return
+            if opt.get("scope") and self._running >= self._serve.max_requests:
+                raise refused(503, f"{self._running} requests are being answered", 1)
+            self._running += 1
+            try:
+                await self._timed(app, scope, receive, send)
+            finally:
+                self._running -= 1
+
+        return middleware
+
+    def _admit(self, scope: Scope, needed: str) -> None:
+        key = self._key(scope)
+        client = scope.get("client")
+        caller = key.name if key else f"address {client[0] if client else ''}"
+        if wait_s := self._buckets.wait_s(caller, time.monotonic()):
+            raise refused(429, f"more than {self._serve.rate:g} requests a second", wait_s)
+        if not self._keys.required:
+            return
+        if key is None:
+            detail = "a valid key is needed: Authorization: Bearer KEY"
+            raise HTTPException(status_code=401, detail=detail, headers={"WWW-Authenticate": "Bearer"})
+        if needed not in key.scopes:
+            raise HTTPException(status_code=403, detail=f"this key has no scope {needed}")
+
+    def _key(self, scope: Scope) -> Key | None:
+        given = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"")
+        return self._keys.find(given.decode("latin-1")) if self._keys.required else None
+
+    async def _timed(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        read = started = False
+
+        async def reading() -> HTTPReceiveMessage:
+            nonlocal read
+            message: HTTPReceiveMessage = await receive()  # type: ignore[assignment]  # no WebSocket comes here
+            read = message["type"] != "http.request" or not message["more_body"]
+            return message
+
+        async def sending(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            async with asyncio.timeout(self._serve.timeout_s):
+                await app(scope, reading, sending)
+        except TimeoutError as error:
+            if started:
+                raise  # the connection is closed: nothing can be said any more
+            what = ("an answer", 503) if read or scope.get("method") == "GET" else ("the whole body", 408)
+            raise refused(what[1], f"not {what[0]} within {self._serve.timeout_s:g} s", 1) from error
+
+    def _patient(self, send: Send) -> Send:
+        async def sending(message: Message) -> None:
+            async with asyncio.timeout(self._serve.timeout_s):
+                await send(message)
+
+        return sending
+
+
+def measured(app: ASGIApp) -> ASGIApp:
+    """Counts and times requests by route template: a path holds user ids."""
+
+    async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
+        began, status = time.perf_counter(), 500
+
+        async def watch(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await app(scope, receive, watch)
+        except HTTPException as error:
+            status = error.status_code
+            raise
+        finally:
+            route = scope.get("path_template") or "unknown"
+            metrics.requests.labels(route, str(status)).inc()
+            if not scope["route_handler"].opt.get("stream"):
+                metrics.request_s.labels(route).observe(time.perf_counter() - began)
+
+    return middleware

@@ -1,0 +1,66 @@
+"""What the routes share: what OpenAPI says of each, and how failures become answers."""
+
+from typing import Any
+
+from litestar.connection import Request
+from litestar.di import NamedDependency
+from litestar.exceptions import HTTPException, ValidationException
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.openapi.spec import Example
+from litestar.response import Response
+
+from stream.answers import Problem
+from workers.guests import OtherEncoder
+from workers.keys import Scope
+from workers.live import NotReady
+from workers.service import Service
+
+Served = NamedDependency[Service]
+
+PROBLEMS = {
+    400: "a value is wrong; `detail` names it",
+    401: "no valid key",
+    403: "the key lacks the scope",
+    429: "too many requests of this key or address; Retry-After says when",
+    503: "not ready, or overloaded; Retry-After says when",
+}
+
+
+def route(scope: Scope | None, *also: int, **opt: Any) -> dict[str, Any]:
+    """Keyword arguments of a route that needs this scope, or none; `also`: statuses beside the usual ones."""
+    usual = (400, 401, 403, 429, 503) if scope else ()
+    responses = {status: _problem(PROBLEMS.get(status, "see `detail`")) for status in (*usual, *also)}
+    security = [{"key": [scope]}] if scope else None
+    return {"opt": {"scope": scope, **opt}, "security": security, "responses": responses}
+
+
+def _problem(description: str) -> ResponseSpec:
+    return ResponseSpec(Problem, generate_examples=False, description=description)
+
+
+def example(value: Any, summary: str = "") -> list[Example]:
+    return [Example(summary=summary or None, value=value)]
+
+
+def known(request: Request[Any, Any, Any], *names: str) -> None:
+    """A misspelt parameter must not pass in silence. Raises HTTPException 400 naming it."""
+    for name in request.query_params:
+        if name not in names:
+            raise HTTPException(status_code=400, detail=f"{name}: no such parameter; there are {', '.join(names)}")
+
+
+def invalid(_: Request[Any, Any, Any], error: ValidationException) -> Response[Problem]:
+    """400 naming the parameter or field."""
+    causes = [
+        f"{one.get('key', 'body')}: {one.get('message', '')}" if isinstance(one, dict) else str(one)
+        for one in (error.extra if isinstance(error.extra, list) else [])
+    ]
+    return Response(Problem(400, "; ".join(causes) or error.detail), status_code=400)
+
+
+def not_ready(_: Request[Any, Any, Any], error: NotReady) -> Response[Problem]:
+    return Response(Problem(503, str(error)), status_code=503, headers={"Retry-After": "1"})
+
+
+def other_encoder(_: Request[Any, Any, Any], error: OtherEncoder) -> Response[Problem]:
+    return Response(Problem(503, str(error)), status_code=503, headers={"Retry-After": "60"})

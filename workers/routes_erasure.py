@@ -1,0 +1,52 @@
+"""Erasing a user, and what has become of it."""
+
+import asyncio
+from typing import Annotated
+
+import kafka
+from litestar import delete, get
+from litestar.exceptions import HTTPException
+from litestar.params import Parameter
+
+from stream.events import BadEvent
+from stream.producer import BufferFull, DeliveryError
+from workers.erasure import Erased, UnknownReceipt, status
+from workers.limits import refused
+from workers.routes import Served, example, route
+from workers.routes_recommend import UserId
+
+Place = Annotated[str, Parameter(max_length=40, description="as DELETE gave it", examples=example("3-1207"))]
+
+
+@delete(
+    "/v1/users/{user_id:str}",
+    status_code=202,
+    summary="Forget a user",
+    description="At once in this server's answers, in a moment everywhere else; keep the receipt, not the id. "
+    "After a 503 send it again: twice is harmless.",
+    tags=["users"],
+    **route("admin"),
+)
+async def erase_user(service: Served, user_id: UserId) -> Erased:
+    try:
+        return await asyncio.get_running_loop().run_in_executor(service.sending, service.erase, user_id)
+    except BadEvent as error:
+        raise HTTPException(status_code=400, detail=str(error)) from error
+    except (DeliveryError, BufferFull, kafka.errors.KafkaError) as error:
+        raise refused(503, "Kafka did not take the erasure", 2) from error
+
+
+@get(
+    "/v1/erasures/{receipt:str}",
+    sync_to_thread=True,
+    summary="Where an erasure stands",
+    tags=["users"],
+    **route("admin", 404),
+)
+def erasure(service: Served, receipt: Place) -> Erased:
+    try:
+        return status(service.settings, receipt)
+    except UnknownReceipt as error:
+        raise HTTPException(status_code=404, detail=str(error)) from error
+    except kafka.errors.KafkaError as error:
+        raise refused(503, "Kafka does not answer", 2) from error

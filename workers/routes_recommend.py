@@ -1,0 +1,138 @@
+"""Lists: of a user, of a guest, of what is like an item."""
+
+import asyncio
+import time
+from typing import Annotated, Any
+
+import msgspec
+from litestar import Request, get, post
+from litestar.di import NamedDependency, Provide
+from litestar.exceptions import HTTPException
+from litestar.params import Body, Parameter
+
+from stream.answers import MAX_K, Answer, Guest, Similar, Wishes
+from stream.events import Id
+from workers.routes import Served, example, known, route
+from workers.service import Service
+
+WISHES = tuple(field.name for field in msgspec.structs.fields(Wishes))
+POLL_S = 0.01
+
+UserId = Annotated[Id, Parameter(description="the user's id", examples=example("u-42"))]
+Asked = NamedDependency[Wishes]
+ItemId = Annotated[Id, Parameter(description="the item's id", examples=example("b7"))]
+
+
+async def wishes(
+    request: Request[Any, Any, Any],
+    k: Annotated[int, Parameter(ge=1, le=MAX_K, description="items wanted", examples=example(10))] = 20,
+    categories: Annotated[
+        list[Id] | None, Parameter(max_items=1000, description="only items in one of these; repeat it for more")
+    ] = None,
+    exclude: Annotated[
+        list[Id] | None, Parameter(max_items=1000, description="item ids that must not come; repeat it for more")
+    ] = None,
+    exclude_seen: Annotated[bool, Parameter(description="no item that the user has had an event with")] = True,
+    available_only: Annotated[bool, Parameter(description="no item whose `available` is false")] = True,
+    max_age: Annotated[
+        int | None, Parameter(ge=0, le=10**10, description="seconds since the item's `published_ms`, at most")
+    ] = None,
+    diversity: Annotated[
+        float | None, Parameter(ge=0, le=1, description="0: the best items; 1: the most different")
+    ] = None,
+    explore: Annotated[
+        float | None, Parameter(ge=0, le=1, description="share of the places that are drawn; see `propensity`")
+    ] = None,
+    explain: Annotated[bool, Parameter(description="say which clicks speak for each item")] = False,
+) -> Wishes:
+    known(request, *WISHES, "min_offset")
+    return Wishes(
+        k=k,
+        categories=categories or [],
+        exclude=exclude or [],
+        exclude_seen=exclude_seen,
+        available_only=available_only,
+        max_age=max_age,
+        diversity=diversity,
+        explore=explore,
+        explain=explain,
+    )
+
+
+@get(
+    "/v1/users/{user_id:str}/recommendations",
+    dependencies={"wishes": Provide(wishes)},
+    summary="A user's list",
+    description="The best items now. A user without known events gets what is popular; `fallback` says so.",
+    tags=["recommendations"],
+    **route("read"),
+)
+async def recommendations(
+    service: Served,
+    user_id: UserId,
+    wishes: Asked,
+    min_offset: Annotated[
+        int | None,
+        Parameter(
+            ge=0,
+            le=2**53,
+            description="wait until the user's partition is folded up to this offset, as POST /v1/events gave it; "
+            "when that takes too long the answer says `stale`",
+        ),
+    ] = None,
+) -> Answer:
+    reached = min_offset is None or await _reach(service, user_id, min_offset)
+    return await asyncio.to_thread(service.recommend, user_id, wishes, reached)
+
+
+async def _reach(service: Service, user_id: str, offset: int) -> bool:
+    deadline = time.monotonic() + service.settings.serve.wait_s
+    while not service.users.reached(service.stored_id(user_id), offset):
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(POLL_S)
+    return True
+
+
+@post(
+    "/v1/recommendations",
+    status_code=200,
+    sync_to_thread=True,
+    summary="A guest's list",
+    description="From a history, items to start from, or words; nothing is kept. The first request with words waits "
+    "for the encoder to load.",
+    tags=["recommendations"],
+    **route("read"),
+)
+def guest_recommendations(
+    service: Served,
+    data: Annotated[
+        Guest,
+        Body(
+            examples=[
+                *example({"text": "rivers and tides", "k": 5}, "words"),
+                *example({"history": [{"item_id": "b7", "event_type": "like"}], "diversity": 0.3}, "a session"),
+                *example({"items": ["b7", "b8"]}, "items to start from"),
+            ]
+        ),
+    ],
+) -> Answer:
+    if data.text.strip() and (data.history or data.items or data.explain):
+        raise HTTPException(status_code=400, detail="text: stands alone, without history, items and explain")
+    return service.recommend_guest(data)
+
+
+@get(
+    "/v1/items/{item_id:str}/similar",
+    dependencies={"wishes": Provide(wishes)},
+    sync_to_thread=True,
+    summary="What goes with an item",
+    description="Never the item itself. 404 for an item that the serving generation does not know.",
+    tags=["recommendations"],
+    **route("read", 404),
+)
+def similar(service: Served, item_id: ItemId, wishes: Asked) -> Similar:
+    try:
+        return service.similar(item_id, wishes)
+    except KeyError as error:
+        raise HTTPException(status_code=404, detail=f"item_id: the generation does not know {item_id}") from error

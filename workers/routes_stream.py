@@ -1,0 +1,125 @@
+"""Server-sent events: a user's list as it changes."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+import msgspec
+from litestar import Request, get
+from litestar.params import HeaderParameter, Parameter
+from litestar.response import ServerSentEvent
+from litestar.response.sse import ServerSentEventMessage
+
+from stream.answers import Answer, AsOf, Path, Status, Update, Wishes
+from stream.events import Id, Recommendations
+from workers.limits import refused
+from workers.live import NotReady
+from workers.routes import Served, known, route
+from workers.service import Service
+from workers.updates import Made
+
+HEARTBEAT_S = 15.0
+RECONNECT_MS = 1000
+
+
+class Stream:
+    """One open stream. An event's id names generation and offset: who comes back with it gets nothing twice."""
+
+    def __init__(self, service: Service, user_id: str, last_id: str | None) -> None:
+        self._service, self._user_id, self._last_id = service, user_id, last_id
+        self._wishes = Wishes(k=service.settings.worker.k, explain=True)
+        self._status: Status | None = None
+        self._sent_to = -1  # newest offset behind a list that was sent
+
+    async def events(self) -> AsyncIterator[ServerSentEventMessage]:
+        """Ends when the server does."""
+        updates = self._service.updates
+        with updates.mailbox(self._service.stored_id(self._user_id)) as box:
+            yield ServerSentEventMessage(data=None, retry=RECONNECT_MS, comment="upwell")
+            while not updates.closed:
+                box.wake.clear()
+                made, box.newest = box.newest, None
+                if made and made.answer.offset >= self._sent_to:
+                    yield self._update(self._answer_of(made.answer), made)
+                async for event in self._changes():
+                    yield event
+                try:
+                    async with asyncio.timeout(HEARTBEAT_S):
+                        await box.wake.wait()
+                except TimeoutError:
+                    yield ServerSentEventMessage(data=None, comment="")
+
+    async def _changes(self) -> AsyncIterator[ServerSentEventMessage]:
+        """The status where it is another, and with another generation its list."""
+        updates, before = self._service.updates, self._status
+        status = Status(updates.connected, updates.generation)
+        if status == before:
+            return
+        self._status = status
+        yield ServerSentEventMessage(event="status", data=msgspec.json.encode(status))
+        if before is None or before.generation != status.generation:
+            try:
+                answer = await asyncio.to_thread(self._service.recommend, self._user_id, self._wishes)
+            except NotReady:
+                return
+            if _id(answer) != self._last_id:
+                yield self._update(answer, None)
+
+    def _update(self, answer: Answer, made: Made | None) -> ServerSentEventMessage:
+        self._last_id = _id(answer)
+        if answer.as_of:
+            self._sent_to = max(self._sent_to, answer.as_of.offset)
+        update = Update(**msgspec.structs.asdict(answer), path=_path(made) if made else None)
+        return ServerSentEventMessage(event="recommendations", id=self._last_id, data=msgspec.json.encode(update))
+
+    def _answer_of(self, made: Recommendations) -> Answer:
+        """The worker's list."""
+        return Answer(
+            user_id=self._user_id,
+            items=self._service.places(made.items),
+            generation=made.generation,
+            source=made.source,
+            fallback=None if made.source == "personal" else "no event of this user is of a known item",
+            as_of=AsOf(made.partition, made.offset),
+            age_ms=max(0, _now_ms() - made.clicked_ms),
+            arm=made.arm,
+        )
+
+
+def _id(answer: Answer) -> str:
+    at = answer.as_of
+    return f"{answer.generation}:{at.partition}:{at.offset}" if at else answer.generation
+
+
+def _path(made: Made) -> Path:
+    of = made.answer
+    return Path(of.event_id, of.partition, of.offset, of.clicked_ms, of.sent_ms, made.seen_ms, _now_ms())
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+@get(
+    "/v1/stream",
+    summary="A user's list as it changes",
+    description="text/event-stream. Events: `recommendations` (an Update: the list and, where a click made it, the "
+    "click's path), `status` (connected, generation). A comment every 15 s keeps it open. A slow reader gets the "
+    "newest list and none of those between.",
+    media_type="text/event-stream",
+    tags=["recommendations"],
+    **route("read", stream=True),
+)
+async def stream(
+    service: Served,
+    request: Request[Any, Any, Any],
+    user: Annotated[Id, Parameter(description="the user's id")],
+    last_event_id: Annotated[
+        str | None, HeaderParameter(name="Last-Event-ID", description="of the last event received: browsers send it")
+    ] = None,
+) -> ServerSentEvent:
+    known(request, "user")
+    if service.updates.num_open >= service.settings.serve.max_streams:
+        raise refused(503, f"{service.updates.num_open} streams are open", 5)
+    return ServerSentEvent(Stream(service, user, last_event_id).events())

@@ -1,0 +1,135 @@
+"""Lists as they are made: the recommendations topic, followed in one thread, handed to the streams that are open.
+
+A stream keeps one list, the newest: a reader that is slow misses lists and holds no memory.
+"""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import msgspec
+import structlog
+
+from stream.events import BadEvent, Recommendations, decode
+from stream.subscriber import Subscriber
+from workers.live import Live
+from workers.settings import Settings
+
+log = structlog.get_logger()
+
+NEWEST_LISTS = 1000
+WATCH_S = 0.25
+
+
+class Made(NamedTuple):
+    """A list and when this server read it."""
+
+    answer: Recommendations
+    seen_ms: int
+
+
+class _Times(msgspec.Struct):
+    clicked_ms: int
+    sent_ms: int
+
+
+class Mailbox:
+    """What a stream has not sent yet. Belongs to the event loop."""
+
+    def __init__(self) -> None:
+        self.newest: Made | None = None
+        self.wake = asyncio.Event()
+
+
+class Updates:
+    """`start` belongs to the event loop that the streams run on."""
+
+    def __init__(self, settings: Settings, live: Live) -> None:
+        self._settings, self._live = settings, live
+        self._boxes: dict[str, set[Mailbox]] = {}
+        self._latency_ms: deque[int] = deque(maxlen=NEWEST_LISTS)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="updates", daemon=True)
+        self._decode = msgspec.json.Decoder(_Times).decode
+        self.connected = False
+        self.num_open = 0
+        self.closed = False
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._watch = self._loop.create_task(self._tell_of_changes())
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends every open stream at once."""
+        self.closed = True
+        self._wake_all()
+
+    def stop(self) -> None:
+        self.close()
+        self._watch.cancel()
+        self._stop.set()
+        self._thread.join()
+
+    @property
+    def generation(self) -> str | None:
+        snapshot = self._live.snapshot
+        return snapshot.name if snapshot else None
+
+    @property
+    def latencies_ms(self) -> list[int]:
+        """From Kafka's stamp of a click to the worker's of the list, of the newest lists."""
+        return list(self._latency_ms)
+
+    @contextmanager
+    def mailbox(self, user_id: str) -> Iterator[Mailbox]:
+        box = Mailbox()
+        self._boxes.setdefault(user_id, set()).add(box)
+        self.num_open += 1
+        try:
+            yield box
+        finally:
+            self.num_open -= 1
+            self._boxes[user_id].discard(box)
+            if not self._boxes[user_id]:
+                del self._boxes[user_id]
+
+    def _follow(self) -> None:
+        with Subscriber(self._settings.connection, self._settings.topics) as subscriber:
+            while not self._stop.is_set():
+                records = subscriber.records(0.2)
+                self.connected, seen_ms = subscriber.connected, time.time_ns() // 1_000_000
+                for record in records:
+                    if record.value is not None:
+                        self._take(record.key or b"", record.value, seen_ms)
+
+    def _take(self, key: bytes, value: bytes, seen_ms: int) -> None:
+        try:
+            times = self._decode(value)
+            self._latency_ms.append(times.sent_ms - times.clicked_ms)
+            if key.decode() in self._boxes:
+                self._loop.call_soon_threadsafe(self._deliver, Made(decode(value, Recommendations), seen_ms))
+        except (BadEvent, msgspec.DecodeError, UnicodeDecodeError) as error:
+            log.warning("list passed over", cause=str(error))
+
+    def _deliver(self, made: Made) -> None:
+        for box in self._boxes.get(made.answer.user_id, ()):
+            box.newest = made
+            box.wake.set()
+
+    async def _tell_of_changes(self) -> None:
+        said = (self.connected, self.generation)
+        while True:
+            await asyncio.sleep(WATCH_S)
+            if said != (self.connected, self.generation):
+                said = (self.connected, self.generation)
+                self._wake_all()
+
+    def _wake_all(self) -> None:
+        for boxes in self._boxes.values():
+            for box in boxes:
+                box.wake.set()

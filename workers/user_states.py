@@ -1,0 +1,118 @@
+"""All users' states, as the server follows them."""
+
+import threading
+import time
+from collections import OrderedDict
+from typing import NamedTuple
+
+from model.user_state import EMPTY, UserState
+from stream.consumer import Record, tail
+from stream.producer import partition_of
+from workers import metrics
+from workers.settings import Settings
+from workers.states import States, keep_newest
+
+RECENT_USERS = 50
+MARKED_S = 600.0  # a worker that has been overtaken is fenced long before
+
+
+class At(NamedTuple):
+    """Where a user's newest state lies, and when Kafka took it."""
+
+    partition: int
+    kafka_ms: int
+
+
+class UserStates:
+    """Followed from the compacted topic in a thread.
+
+    A user is forgotten here as soon as the wish is in Kafka: no older state is taken up any more.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.states: States = {}
+        self.places: dict[str, At] = {}
+        self.progress: dict[int, int] = {}  # partition -> newest offset of the clicks that a state has
+        self.applied = 0
+        self.recent: OrderedDict[str, None] = OrderedDict()  # newest last
+        self.caught_up = threading.Event()
+        self._erasing: set[str] = set()  # asked for here, not yet seen in the topic
+        self._erased: OrderedDict[str, float] = OrderedDict()  # user -> when, newest last
+        self._changing = threading.Lock()  # of what is above: requests that erase run beside the thread
+        self._stop = threading.Event()
+        self._settings = settings
+        self._thread = threading.Thread(target=self._follow, name="states", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def of(self, user_id: str) -> UserState:
+        """EMPTY for a stranger and for who is erased."""
+        state = self.states.get(user_id, EMPTY)
+        return EMPTY if state.erased else state
+
+    def partition(self, user_id: str) -> int:
+        at = self.places.get(user_id)
+        return at.partition if at else partition_of(user_id, self._settings.kafka.partitions)
+
+    def reached(self, user_id: str, offset: int) -> bool:
+        """Whether the clicks of the user's partition are folded up to this offset."""
+        own = self.states.get(user_id, EMPTY).offset
+        return max(own, self.progress.get(self.partition(user_id), -1)) >= offset
+
+    def erase(self, user_id: str, offset: int) -> None:
+        """Forgets a user up to this offset of the clicks, ahead of the worker."""
+        with self._changing:
+            if offset > self.states.get(user_id, EMPTY).offset:
+                self.states[user_id] = UserState(offset=offset)
+                self._erasing.add(user_id)
+                self._forget(user_id)
+
+    def _follow(self) -> None:
+        topic = self._settings.topics.users.name
+        for records in tail(self._settings.connection, [topic], self._stop, self.caught_up.set):
+            progress: dict[int, int] = {}
+            with self._changing:
+                for record in records:
+                    offset = self._take(record)
+                    progress[record.partition] = max(progress.get(record.partition, -1), offset)
+                self._drop_marks()
+                metrics.pending_erasures.set(len(self._erasing))
+            for partition, offset in progress.items():  # once all states of the read are there
+                self.progress[partition] = max(self.progress.get(partition, -1), offset)
+            while len(self.recent) > RECENT_USERS:
+                self.recent.popitem(last=False)
+
+    def _take(self, record: Record) -> int:
+        """The offset of the user's newest state."""
+        key = (record.key or b"").decode()
+        before = self.states.get(key, EMPTY)
+        user_id = keep_newest(self.states, record)
+        after = self.states[user_id]
+        self.applied += max(0, after.applied - before.applied)
+        if record.value is None or not after.erased:
+            self._erasing.discard(user_id)
+        if after.erased:
+            self._forget(user_id)
+        else:
+            self.places[user_id] = At(record.partition, record.timestamp)
+            self.recent[user_id] = None
+            self.recent.move_to_end(user_id)
+        return after.offset
+
+    def _forget(self, user_id: str) -> None:
+        self.places.pop(user_id, None)
+        self.recent.pop(user_id, None)
+        self._erased[user_id] = time.monotonic()
+        self._erased.move_to_end(user_id)
+
+    def _drop_marks(self) -> None:
+        """Of whom was erased a while ago, the mark that keeps older states out."""
+        while self._erased and next(iter(self._erased.values())) < time.monotonic() - MARKED_S:
+            user_id, _ = self._erased.popitem(last=False)
+            if self.states.get(user_id, EMPTY).erased and user_id not in self._erasing:
+                del self.states[user_id]
