@@ -6,10 +6,10 @@ M candidates, best first, known by their number 0..M-1; k places; d dimensions.
 from __future__ import annotations
 
 from functools import lru_cache
-from math import comb
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import gammaln, xlog1py, xlogy
 
 Rows = NDArray[np.int64]
 Doubles = NDArray[np.float64]
@@ -67,10 +67,12 @@ def _chances(k: int, size: int, share: float) -> tuple[float, float]:
     """Of an item of the first k, and of one behind them: m places of k are given up, m of m + size - k are drawn."""
 
     def binomial(count: int) -> Doubles:
-        return np.array([comb(count, m) * share**m * (1 - share) ** (count - m) for m in range(count + 1)])
+        m = np.arange(count + 1)
+        ways = gammaln(count + 1) - gammaln(m + 1) - gammaln(count - m + 1)
+        return np.exp(ways + xlogy(m, share) + xlog1py(count - m, -share))
 
     behind, others = size - k, np.arange(k)  # `others`: places given up beside the item's own
-    head = 1 - share + share * float(binomial(k - 1) @ ((1 + others) / (1 + others + behind)))
+    head = min(1.0, 1 - share + share * float(binomial(k - 1) @ ((1 + others) / (1 + others + behind))))
     m = np.arange(1, k + 1)
     tail = float(binomial(k)[1:] @ (m / (m + behind)))
     return head, tail

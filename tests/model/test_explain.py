@@ -16,7 +16,9 @@ NUM_ITEMS, NOW_MS = 40, 2_000_000
 @pytest.fixture(scope="module")
 def model() -> Model:
     draw = np.random.default_rng(0)
-    learner = Learner(ModelConfig(text_dim=16, tower_dim=8, covisitation_rank=6, projected_text_dim=7, hidden=16))
+    learner = Learner(
+        ModelConfig(text_dim=16, tower_dim=8, covisitation_rank=6, projected_text_dim=7, hidden=16, warmup_steps=0)
+    )
     learner.add_items([f"i{at}" for at in range(NUM_ITEMS)], draw.normal(size=(NUM_ITEMS, 16)).astype(np.float32))
     items = [f"i{at}" for at in draw.integers(0, NUM_ITEMS, 600)]
     users = [f"u{at}" for at in draw.integers(0, 20, 600)]

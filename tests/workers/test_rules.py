@@ -53,7 +53,9 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Snapshot]:
         )
         if one.item_id not in REMOVED:
             catalogue.take_item(one.item_id, one)
-    learner = Learner(ModelConfig(text_dim=WIDTH, tower_dim=8, covisitation_rank=8, projected_text_dim=8, hidden=16))
+    learner = Learner(
+        ModelConfig(text_dim=WIDTH, tower_dim=8, covisitation_rank=8, projected_text_dim=8, hidden=16, warmup_steps=0)
+    )
     learner.add_items(IDS[:NUM_INDEXED], text[:NUM_INDEXED].astype(np.float32))
     items = [IDS[number] for number in draw.integers(0, NUM_INDEXED, 300)]
     learner.learn(Events([f"u{n}" for n in draw.integers(0, 20, 300)], items, np.ones(300, np.float32), np.arange(300)))
@@ -102,7 +104,7 @@ def eligible(query: Query) -> set[str]:
 @settings(
     deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=80, phases=[Phase.generate]
 )
-@given(st.lists(asked_for, min_size=1, max_size=4), st.integers(1, 60))
+@given(st.lists(asked_for, min_size=1, max_size=4), st.integers(1, 60) | st.just(len(IDS)))
 def test_always_k_of_the_eligible_whatever_the_rules(snapshot: Snapshot, users: list[Any], k: int) -> None:
     asked = [asks(*user) for user in users]
     vectors = snapshot.model.user_vectors([snapshot.history(q.history) for q in asked], [NOW_MS] * len(asked))
@@ -130,9 +132,23 @@ def test_a_narrow_filter_is_answered_exactly(snapshot: Snapshot) -> None:
     assert [place.item_id for place in ranked] == sorted(eligible(query), key=lambda one: -scores[one])[:K]
 
 
+def test_k_come_where_what_passes_is_what_the_index_ranks_last(snapshot: Snapshot) -> None:
+    """Half of all items pass: enough to over-fetch, and what is over-fetched does not pass."""
+    query = Query([Entry("i1", 1.0, 0)], b"", NOW_MS, Rules(categories=frozenset({"worse"})))
+    ranked = [place.item_id for place in snapshot.recommend([query._replace(rules=PLAIN)], len(IDS))[0]]
+    worse = ranked[len(ranked) // 2 :]
+    catalogue = Catalogue()
+    for one in ITEMS[:NUM_INDEXED]:
+        catalogue.take_item(one.item_id, replace(one, categories=["worse"] if one.item_id in worse else []))
+    shelved = Snapshot.of(snapshot.announced, snapshot.search, snapshot.indexed, catalogue)
+    (found,) = shelved.recommend([query], 5)
+    expected = [item_id for item_id in worse if item_id in shelved.rows][:5]
+    assert [place.item_id for place in found] == expected
+
+
 def test_the_propensities_are_those_of_the_lists(snapshot: Snapshot) -> None:
     """2,000 lists by other seeds: how often the first and the last of the plain order came, and what they said."""
-    rounds, how = 2000, Rules(explore=0.4, categories=frozenset({"half"}))
+    rounds, how = 2000, Rules(explore=0.4)
     asked = [Query([], b"", NOW_MS, how._replace(seed=seed)) for seed in range(rounds)]
     said: dict[str, set[float]] = {}
     came: dict[str, int] = {}
