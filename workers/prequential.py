@@ -1,5 +1,6 @@
 """The live test: each click is ranked before it is folded, in what would have been served just then."""
 
+import math
 from collections import deque
 
 import numpy as np
@@ -23,14 +24,17 @@ class DecayedPopularity:
         self._scores = np.zeros(1024)
         self._weight = 1.0  # of the next click; grows, where all others would have to shrink
 
-    def is_hit(self, item_id: str, seen: bytes, k: int = K) -> bool:
-        """Would the item stand in the top k of what the user has not seen (packed digests)? Ties count against it."""
+    def place(self, item_id: str, seen: bytes) -> int | None:
+        """Place from 0 of the item among those the user has not seen (packed digests); ties count against it.
+
+        None: nobody has clicked on it yet.
+        """
         row = self._rows.get(digest(item_id))
         if row is None:
-            return False
+            return None
         above = np.count_nonzero(self._scores >= self._scores[row]) - 1
         seen_rows = [self._rows[key] for key in split(seen) if key in self._rows]
-        return bool(above - np.count_nonzero(self._scores[seen_rows] >= self._scores[row]) < k)
+        return int(above - np.count_nonzero(self._scores[seen_rows] >= self._scores[row]))
 
     def learn(self, item_id: str) -> None:
         row = self._rows.setdefault(digest(item_id), len(self._rows))
@@ -43,25 +47,38 @@ class DecayedPopularity:
             self._weight = 1.0
 
 
+class Recent:
+    """Hits and gains (NDCG of one relevant item) of the last WINDOW scored clicks in one ranking."""
+
+    def __init__(self, ranking: str) -> None:
+        self._ranking = ranking
+        self._gains: deque[float] = deque()
+        self._hits, self._sum = 0, 0.0  # running: adding up 5,000 a click would cost 0.3 ms
+
+    def add(self, place: int | None) -> None:
+        """place: from 0, of the clicked item; None where the ranking does not hold it."""
+        gain = 1 / math.log2(place + 2) if place is not None and place < K else 0.0
+        old = self._gains.popleft() if len(self._gains) == WINDOW else 0.0
+        self._gains.append(gain)
+        self._hits += (gain > 0) - (old > 0)
+        self._sum += gain - old
+        metrics.hits.labels(self._ranking).inc(gain > 0)
+        metrics.hit_rate.labels(self._ranking).set(self._hits / len(self._gains))
+        metrics.live_ndcg.labels(self._ranking).set(self._sum / len(self._gains))
+
+
 class LiveScore:
-    """Hits of the last WINDOW scored clicks as gauges, hits and clicks in all as counters."""
+    """HR@K and NDCG@K of what was served and of decayed popularity, on the same clicks."""
 
     def __init__(self) -> None:
         self.popularity = DecayedPopularity()
-        self._recent: deque[tuple[bool, bool]] = deque()
-        self._served = self._popular = 0  # hits in _recent
+        self._served, self._popular = Recent("served"), Recent("popularity")
 
     def add(self, item_id: str, seen: bytes, served: list[str]) -> None:
-        """Score one click on an item that its user had not seen; `served` is the top K as it would have been."""
-        hits = item_id in served[:K], self.popularity.is_hit(item_id, seen)
-        old = self._recent.popleft() if len(self._recent) == WINDOW else (False, False)
-        self._recent.append(hits)
-        self._served += hits[0] - old[0]
-        self._popular += hits[1] - old[1]
+        """Score one click on an item that its user had not seen; `served` is the list as it would have been."""
         metrics.scored_clicks.inc()
-        for ranking, hit, recent in (("served", hits[0], self._served), ("popularity", hits[1], self._popular)):
-            metrics.hits.labels(ranking).inc(hit)
-            metrics.hit_rate.labels(ranking).set(recent / len(self._recent))
+        self._served.add(served.index(item_id) if item_id in served else None)
+        self._popular.add(self.popularity.place(item_id, seen))
 
 
 class Trial:

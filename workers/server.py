@@ -25,6 +25,7 @@ from model.user_state import EMPTY
 from stream.events import BadEvent, Click, EventType, Id, Item, Milliseconds
 from stream.producer import BufferFull, DeliveryError
 from workers import metrics
+from workers.lag import LagFollower
 from workers.live import NotReady
 from workers.processes import end_with_threads
 from workers.service import RecentUser, RecommendationsOut, Service
@@ -193,6 +194,7 @@ def build_app(service: Service) -> Litestar:
 def run_server(settings: Settings) -> int:
     torch.set_num_threads(1)
     end_with_threads()
+    LagFollower(settings).start()
     config = uvicorn.Config(
         build_app(Service(settings)),
         host=settings.serve.host,
