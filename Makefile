@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := stream model workers tests
+SOURCES := stream model workers tests deploy/grafana/dashboards.py
 STAMP := .venv/.made
 
 .PHONY: help venv demo test chaos lint fmt schemas metrics dashboards lock kafka-lock clean
