@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from workers import cli_ops
 from workers.logs import configure
 from workers.settings import ConfigError, Settings, load_settings
 
@@ -17,6 +18,10 @@ dead_letters = typer.Typer(no_args_is_help=True, help="Messages that could not b
 generations = typer.Typer(no_args_is_help=True, help="What serves, and the way back.")
 app.add_typer(dead_letters, name="dead-letters")
 app.add_typer(generations, name="generations")
+app.add_typer(cli_ops.topics, name="topics")
+app.command("lag")(cli_ops.lag)
+app.command("export")(cli_ops.export)
+app.command("import")(cli_ops.import_)
 
 Broker = Annotated[str | None, typer.Option(help="HOST:PORT of your own Kafka; default: a local one.")]
 
@@ -73,18 +78,6 @@ def serve() -> None:
     from workers.server import run_server
 
     raise typer.Exit(run_server(settings))
-
-
-@app.command()
-def topics() -> None:
-    """Create the topics that are missing; say what each is for."""
-    settings = settings_for("topics")
-    from stream.topics import ensure
-
-    ensure(settings.topics, settings.connection)
-    for topic in settings.topics.all():
-        kept = "compacted" if topic.compacted else f"{(topic.retention_ms or 0) // 86_400_000} days"
-        typer.echo(f"{topic.name}  {topic.partitions} partitions, {kept}: {topic.about}")
 
 
 @app.command()

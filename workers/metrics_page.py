@@ -11,8 +11,8 @@ UNITS = ("seconds", "bytes", "clicks", "users", "items")
 HEAD = """# Metrics
 
 Made by `make metrics` from `workers/metrics.py`; a test holds it to that. Every role exposes all of these names,
-`serve` at `/metrics` of its port, the others on `metrics_port` at `metrics_host`; the ones that a role does not set stay
-0 or without samples. Histograms come as `_bucket`, `_sum` and `_count`. No label holds a user or an item. Beside these,
+`serve` at `/metrics` of its port, the others on `metrics_port` at `metrics_host`; those that a role does not set stay 0
+or without samples. Histograms come as `_bucket`, `_sum` and `_count`. No label holds a user or an item. Beside these,
 prometheus_client exports the process (`process_*`) and Python's garbage collector (`python_*`).
 
 | name | type | unit | labels | what it is, and what to do when it moves |
