@@ -74,7 +74,8 @@ def _put(out: IO[bytes] | gzip.GzipFile, line: Line) -> None:
 
 def read_backup(path: Path) -> Backup:
     """Raises BadBackup naming the line, OSError."""
-    backup, end = Backup([], {}), None
+    backup = Backup([], {})
+    end: Counts | None = None
     for number, line in enumerate(_lines(path), start=1):
         if end is not None:
             raise BadBackup(f"{path}: line {number}: something after the end")
@@ -84,8 +85,8 @@ def read_backup(path: Path) -> Backup:
                     backup.items.append(item)
                 case Line(user_id=str(user_id), state=UserState() as state):
                     backup.users[user_id] = state
-                case Line(end=Counts() as end):
-                    pass
+                case Line(end=Counts() as counts):
+                    end = counts
                 case _:
                     raise BadBackup(f"{path}: line {number}: neither item, user nor end")
         except msgspec.DecodeError as error:

@@ -67,11 +67,14 @@ def test_lag_is_what_the_group_has_not_committed(topics: Topics, connection: Con
     assert offsets.ends[topics.clicks.name, 1] == own[1]
 
 
-def states() -> dict[str, UserState]:
+def _states() -> dict[str, UserState]:
     folds: dict[str, Fold] = {}
     for offset, click in enumerate(clicks(60, users=7)):
         folds.setdefault(click.user_id, Fold(UserState(), Limits())).apply(Applied(click, 1.0, 100 + offset))
     return {user_id: fold.state() for user_id, fold in folds.items()}
+
+
+STATES = _states()
 
 
 def fill(settings: Settings) -> None:
@@ -82,7 +85,7 @@ def fill(settings: Settings) -> None:
             producer.send_item(item)
         producer.remove_item("i5")
     with Producer(settings.connection) as producer:
-        for user_id, state in states().items():
+        for user_id, state in STATES.items():
             producer.send_raw(settings.topics.users.name, user_id.encode(), encode_state(state))
         producer.send_raw(settings.topics.users.name, b"u3", None)
 
@@ -96,7 +99,7 @@ def test_what_is_exported_can_be_imported_elsewhere(connection: Connection, tmp_
     ensure(new.topics, new.connection)
     restore(new, read_backup(tmp_path / name))
     found = {user_id: decode_state(raw) for user_id, raw in raw_states(new).items()}
-    wanted = {user: state for user, state in states().items() if user != "u3"}
+    wanted = {user: state for user, state in STATES.items() if user != "u3"}
     assert found == {user: msgspec.structs.replace(state, offset=NOWHERE) for user, state in wanted.items()}
     fold = Fold(found["u1"], Limits())
     fold.apply(Applied(clicks(1, first=1000)[0], 1.0, 0))  # the first click of the new topic
