@@ -31,7 +31,7 @@ def traffic(service: Service, first: int) -> None:
 
 
 def test_the_list_of_metrics_is_what_the_roles_expose(service: Service) -> None:
-    traffic(service, 300_000)
+    traffic(service, 500_000)
     until(lambda: service.metric("upwell_training_rounds_total{published}", "trainer") > 0, "a round is published")
     used = set()
     for role, address in service.exporters.items():
@@ -62,7 +62,7 @@ def test_prometheus_sees_every_role_and_every_panel_has_data(service: Service, p
     assert prometheus.up.keys() == {f"upwell-{role}" for role in service.exporters}
 
     without: dict[tuple[str, str, str], str] = QUERIES
-    sent = 320_000
+    sent = 510_000
 
     def all_have_data() -> bool:
         nonlocal without, sent
