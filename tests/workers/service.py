@@ -31,7 +31,7 @@ ITEMS = [
     for number in range(120)
 ]
 PARTITIONS = 4
-DEADLINE_S = 240.0
+DEADLINE_S = 60.0
 
 
 def clicks(count: int, users: int = 40, first: int = 0) -> list[Click]:
