@@ -6,7 +6,6 @@ from contextlib import closing
 from typing import NamedTuple
 
 import structlog
-from kafka.errors import KafkaError
 
 from stream.consumer import committed_offsets, open_consumer, partitions_of
 from workers import metrics
@@ -59,7 +58,7 @@ class LagFollower(threading.Thread):
                     metrics.group_lag_clicks.labels(str(partition)).set(place.lag)
                 for (topic, partition), end in offsets.ends.items():
                     metrics.topic_end_offset.labels(topic, str(partition)).set(end)
-            except (KafkaError, OSError, ValueError, TimeoutError) as error:
+            except Exception as error:  # whatever it is, a gauge must not end the server
                 metrics.group_lag_clicks.clear()  # an old figure would look like a stalled partition
-                log.warning("lag not read", reason=str(error))
+                log.warning("lag not read", reason=repr(error))
             time.sleep(INTERVAL_S)

@@ -1,4 +1,7 @@
-"""What watches a running Upwell: its exporters, a real Prometheus on them, and the queries of every panel."""
+"""What watches a running Upwell: its exporters, a real Prometheus on them, and the queries of every panel.
+
+After test_service.py by its name: that one counts all clicks which the shared service has seen.
+"""
 
 import math
 import re
