@@ -75,7 +75,10 @@ def test_prometheus_sees_every_role_and_every_panel_has_data(service: Service, p
         without = {place: query for place, query in without.items() if not _has_data(prometheus, query)}
         return not without
 
-    until(all_have_data, f"every panel has data; without: {without}")
+    try:
+        until(all_have_data, "every panel has data")
+    except AssertionError as error:
+        raise AssertionError(f"{error}; without: {without}") from error
     _rules_are_evaluated(prometheus)
 
 
