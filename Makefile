@@ -2,10 +2,10 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := stream model workers tests
+SOURCES := stream model workers tests deploy/grafana/dashboards.py
 STAMP := .venv/.made
 
-.PHONY: help venv demo test chaos lint fmt schemas lock kafka-lock clean
+.PHONY: help venv demo test chaos lint fmt schemas metrics dashboards lock kafka-lock clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -33,6 +33,12 @@ fmt: venv  ## format, and mend what ruff can
 
 schemas: venv  ## docs/api anew from the wire types
 	$(BIN)/python -m stream.asyncapi docs/api
+
+metrics: venv  ## docs/metrics.md anew from workers/metrics.py
+	$(BIN)/python -m workers.metrics_page docs/metrics.md
+
+dashboards: venv  ## deploy/grafana/dashboards anew from deploy/grafana/dashboards.py
+	$(BIN)/python deploy/grafana/dashboards.py deploy/grafana/dashboards
 
 lock: $(STAMP)/uv  ## deploy/requirements.lock anew from pyproject.toml, with hashes and without addresses
 	$(BIN)/uv pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 \

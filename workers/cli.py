@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from workers import cli_arms
+from workers import cli_arms, cli_ops
 from workers.cli_erase import erase
 from workers.cli_keys import keys
 from workers.logs import configure
@@ -25,6 +25,10 @@ app.command()(watch)
 app.add_typer(keys, name="keys")
 app.add_typer(cli_arms.app, name="arms")
 app.command()(erase)
+app.add_typer(cli_ops.topics, name="topics")
+app.command("lag")(cli_ops.lag)
+app.command("export")(cli_ops.export)
+app.command("import")(cli_ops.import_)
 
 Broker = Annotated[str | None, typer.Option(help="HOST:PORT of your own Kafka; default: a local one.")]
 
@@ -88,18 +92,6 @@ def serve() -> None:
     from workers.server import run_server
 
     raise typer.Exit(run_server(settings, keys))
-
-
-@app.command()
-def topics() -> None:
-    """Create the topics that are missing; say what each is for."""
-    settings = settings_for("topics")
-    from stream.topics import ensure
-
-    ensure(settings.topics, settings.connection)
-    for topic in settings.topics.all():
-        kept = "compacted" if topic.retention_ms is None else f"{topic.retention_ms / 86_400_000:g} days"
-        typer.echo(f"{topic.name}  {topic.partitions} partitions, {kept}: {topic.about}")
 
 
 @app.command()

@@ -1,34 +1,47 @@
 """Is everything there that Upwell needs?"""
 
+import os
+import platform
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 
 import fsspec
 import kafka
 import torch
 from kafka.errors import KafkaError
 
+from stream.consumer import end_offsets, read_window
 from stream.topics import ensure
+from workers.lag import read_offsets
 from workers.preflight import check_access
 from workers.settings import ConfigError, Settings
 
 MIN_FREE_GB = 2.0
+MAX_SKEW_S = 2.0
 PACKAGES = ("upwell", "torch", "transformers", "hnswlib", "faust-streaming", "aiokafka", "kafka-python")
 Finding = tuple[bool, str]
 
 
 def examine(settings: Settings) -> Iterator[Finding]:
-    """(good, sentence) for the broker, the topics, versions, device, disk and clock."""
-    yield True, ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    yield True, f"device: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}"
+    """(good, sentence) for versions, device, the broker, its topics and clock, the artifact store and disks."""
+    packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    yield True, f"versions: Python {platform.python_version()}, {packages}"
+    yield True, f"machine: {platform.system()} {platform.machine()}, {os.cpu_count()} processors"
+    yield True, f"device: {_device()}"
     yield from _broker(settings)
     yield _artifacts(settings.artifacts)
-    free_gb = shutil.disk_usage(tempfile.gettempdir()).free / 1e9
-    yield free_gb > MIN_FREE_GB, f"disk: {free_gb:.1f} GB free for building generations, {MIN_FREE_GB} wanted"
-    yield time.time() > 1_700_000_000, f"clock: {time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime())}"
+    yield from _disks(settings)
+
+
+def _device() -> str:
+    if not torch.cuda.is_available():
+        return f"CPU (torch is {f'built for CUDA {torch.version.cuda}' if torch.version.cuda else 'without CUDA'})"
+    free, total = torch.cuda.mem_get_info()
+    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
 
 
 def _broker(settings: Settings) -> Iterator[Finding]:
@@ -40,12 +53,27 @@ def _broker(settings: Settings) -> Iterator[Finding]:
         yield True, f"broker: {address} answers, {len(brokers)} in the cluster"
         ensure(settings.topics, settings.connection)
         yield True, f"topics: {settings.kafka.prefix}.* are there, as they should be"
+        lag = sum(place.lag for place in read_offsets(settings).clicks.values())
+        yield True, f"lag: {lag} clicks are not committed by {settings.worker.group}"
+        yield _clock(settings)
     except (KafkaError, OSError) as error:
         yield False, f"broker: {address}: {error}"
     except ConfigError as error:
         yield False, f"broker: {error}"
     except ValueError as error:
         yield False, f"topics: {error}"
+
+
+def _clock(settings: Settings) -> Finding:
+    """Our clock against Kafka's stamp of the newest click: one from the future says that ours is behind."""
+    now_ms, topic = time.time() * 1000, settings.topics.clicks.name
+    last = {partition: max(0, end - 1) for partition, end in end_offsets(settings.connection, topic).items()}
+    stamps = [r.timestamp for records in read_window(settings.connection, topic, offsets=last) for r in records]
+    ahead_s = (max(stamps, default=0) - now_ms) / 1000
+    told = f"{-ahead_s:.0f} s after Kafka's newest click" if stamps else "no click to compare it with"
+    if ahead_s > MAX_SKEW_S:
+        told = f"behind Kafka's by {ahead_s:.0f} s or more"
+    return ahead_s <= MAX_SKEW_S, f"clock: {time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime())}, {told}"
 
 
 def _artifacts(url: str) -> Finding:
@@ -58,3 +86,11 @@ def _artifacts(url: str) -> Finding:
     except Exception as error:  # each store has errors of its own
         return False, f"artifacts: {url}: {error}"
     return True, f"artifacts: {url} can be written"
+
+
+def _disks(settings: Settings) -> Iterator[Finding]:
+    """Where generations are built and where fetched ones and vectors lie."""
+    for use, folder in (("building generations", Path(tempfile.gettempdir())), ("the cache", settings.cache)):
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+        free_gb = shutil.disk_usage(there).free / 1e9
+        yield free_gb > MIN_FREE_GB, f"disk: {free_gb:.1f} GB free for {use} in {folder}, {MIN_FREE_GB} wanted"

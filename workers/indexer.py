@@ -210,6 +210,6 @@ class Indexer:
 def run_indexer(settings: Settings) -> int:
     torch.set_num_threads(1)
     end_with_threads()
-    metrics.serve(settings.indexer.metrics_port)
+    metrics.serve(settings.indexer.metrics_port, settings.metrics_host)
     Indexer(settings).run(stop_on_signal())
     return 0

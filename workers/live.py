@@ -168,5 +168,6 @@ class Live:
         metrics.generation.clear()
         metrics.generation.labels(snapshot.name).set(1)
         metrics.generation_created_s.set(snapshot.announced.created_ms / 1000)
+        metrics.generation_bytes.set(snapshot.search.num_bytes)
         metrics.generation_items.labels("indexed").set(snapshot.num_indexed)
         metrics.generation_items.labels("fresh").set(len(snapshot.fresh))

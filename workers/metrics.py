@@ -1,7 +1,17 @@
-"""Every metric: name, type, unit, labels, and what to do when it moves. No user or item id in a label."""
+"""Every metric: name, type, unit, labels, and what to do when it moves. No user or item id in a label.
 
-from prometheus_client import Counter, Gauge, Histogram, start_http_server
+This is the closed list: docs/metrics.md is made from it (`make metrics`). A help text says what is counted, then what
+to do. Every role exposes all names; those that it does not set stay 0 or without samples.
+"""
 
+import platform
+from importlib.metadata import version
+
+from prometheus_client import Counter, Gauge, Histogram, Info, disable_created_metrics, start_http_server
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which nobody asks for
+
+WORK_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300)
 LATENCY_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
 clicks = Counter(
@@ -28,7 +38,8 @@ batch_clicks = Histogram(
 )
 lag_clicks = Gauge(
     "upwell_lag_clicks",
-    "Clicks not yet folded, by partition. One growing alone is a stalled fetch.",
+    "Clicks not yet folded, by partition, as the worker saw it after its last batch. Compare upwell_group_lag_clicks, "
+    "which moves when the worker stands still, too.",
     ["partition"],
 )
 restored_users = Gauge("upwell_restored_users", "User states in memory. Falls when partitions move away.")
@@ -45,12 +56,19 @@ hit_rate = Gauge(
     "since the swap.",
     ["ranking"],
 )
+live_ndcg = Gauge(
+    "upwell_live_ndcg_at_10",
+    "The same last 5,000 scored clicks, by ranking (served, popularity), higher places counting more. Falling while "
+    "the hit rate stays: the order within the lists has gone stale.",
+    ["ranking"],
+)
 generation = Gauge(
     "upwell_generation_info",
     "1 for the generation that serves here. Differing between roles: a fetch fails.",
     ["name"],
 )
 generation_created_s = Gauge("upwell_generation_created_seconds", "When it was built. Old: trainer or indexer stands.")
+generation_bytes = Gauge("upwell_generation_bytes", "Its files. Growing: watch the disk of the cache.")
 generation_items = Gauge("upwell_generation_items", "Items, by place (indexed, fresh).", ["place"])
 swaps = Counter(
     "upwell_swaps_total",
@@ -62,30 +80,70 @@ rollbacks = Counter(
     "Generations taken back after a swap: they did worse than the one before on the same clicks. Look at what the "
     "trainer's gate said of them.",
 )
-swap_s = Histogram("upwell_swap_seconds", "Fetch, verify, load and probe of a generation, beside traffic.")
+swap_s = Histogram(
+    "upwell_swap_seconds",
+    "Fetch, verify, load and probe of a generation, beside traffic. Rising: the store is slow, or the index has grown.",
+    buckets=WORK_S,
+)
 rounds = Counter(
     "upwell_training_rounds_total",
     "Training rounds, by result (published, refused, failed). Only refused for an hour: look into refused/.",
     ["result"],
 )
 training_s = Histogram(
-    "upwell_training_seconds", "Time of a round's training.", buckets=(0.1, 0.5, 1, 2, 5, 10, 30, 60, 300)
+    "upwell_training_seconds",
+    "Time of a round's training. Above trainer.round_s: rounds follow each other without a pause, lists grow older.",
+    buckets=WORK_S,
 )
-training_loss = Gauge("upwell_training_loss", "Mean tower loss of the last round.")
+training_loss = Gauge(
+    "upwell_training_loss",
+    "Mean tower loss of the last round. Rising for rounds: what users do has changed, look at upwell_drift.",
+)
+drift = Gauge(
+    "upwell_drift",
+    "Distance of the mean text vector of the newest held-out clicks' items from that of the 5,000 clicks before them, "
+    "in standard deviations (0: none). Rising: users click on other things than before; a campaign, a new shelf, or "
+    "made-up clicks.",
+)
 gate_ndcg = Gauge(
     "upwell_gate_ndcg_at_10",
-    "NDCG@10 on the newest held-out slice, by model (candidate, serving).",
+    "NDCG@10 on the newest held-out slice, by model (candidate, serving). Both falling: drift; candidate below "
+    "serving round after round: read `upwell generations refused`.",
     ["model"],
 )
-encoded_items = Counter("upwell_encoded_items_total", "Item texts encoded (cache misses).")
-encode_s = Histogram("upwell_encode_seconds", "Time of a batch of texts in the encoder, by device.", ["device"])
-build_s = Histogram("upwell_build_seconds", "Build of a generation: vectors, HNSW, probes, checksums.")
-index_recall = Gauge("upwell_index_recall_at_20", "Recall of the newest index against the exact search.")
-requests = Counter("upwell_requests_total", "HTTP requests, by route and status.", ["route", "status"])
-request_s = Histogram("upwell_request_seconds", "HTTP request time, by route.", ["route"], buckets=LATENCY_S)
+encoded_items = Counter(
+    "upwell_encoded_items_total", "Item texts encoded (cache misses). Rising with no new items: their texts change."
+)
+encode_s = Histogram(
+    "upwell_encode_seconds",
+    "Time of a batch of texts in the encoder, by device. cpu where a GPU was meant: look at `upwell doctor`.",
+    ["device"],
+    buckets=WORK_S,
+)
+build_s = Histogram(
+    "upwell_build_seconds",
+    "Build of a generation: vectors, HNSW, probes, checksums. It bounds how often a generation can come.",
+    buckets=WORK_S,
+)
+index_recall = Gauge(
+    "upwell_index_recall_at_20",
+    "Recall probe: the newest index against the exact search. Below 0.95 a generation is not published.",
+)
+requests = Counter(
+    "upwell_requests_total",
+    "HTTP requests, by route and status. 503: nothing serves yet, or Kafka does not take events.",
+    ["route", "status"],
+)
+request_s = Histogram(
+    "upwell_request_seconds",
+    "HTTP request time, by route. Rising: start another server.",
+    ["route"],
+    buckets=LATENCY_S,
+)
 answers = Counter(
     "upwell_answers_total",
-    "Lists answered, by source (personal, popular) and fullness (full, short, empty).",
+    "Lists answered, by source (personal, popular) and fullness (full, short, empty). More popular ones: many "
+    "strangers, or states are missing; short or empty: the filters leave too little.",
     ["source", "fullness"],
 )
 arm_clicks = Counter(
@@ -109,8 +167,22 @@ pending_erasures = Gauge(
     "Erasures on their way here: asked for and not yet seen in the users topic (serve), read and not yet cleared "
     "(worker). Not falling: look at the worker's lag.",
 )
+group_lag_clicks = Gauge(
+    "upwell_group_lag_clicks",
+    "Clicks that the worker group has not committed, by partition; read from Kafka by serve. One growing alone is a "
+    "stalled fetch, all together too few workers.",
+    ["partition"],
+)
+topic_end_offset = Gauge(
+    "upwell_topic_end_offset",
+    "Offset of the next record, by topic and partition; its rate is what is written. Standing still in clicks: the "
+    "producers are silent; standing still in users or recommendations alone: the workers are.",
+    ["topic", "partition"],
+)
+build = Info("upwell_build", "Versions of this process. Differing between roles: a release that did not go through.")
+build.info({"version": version("upwell"), "torch": version("torch"), "python": platform.python_version()})
 
 
-def serve(port: int) -> None:
-    """A Prometheus exporter on loopback; port 0 takes a free one."""
-    start_http_server(port, addr="127.0.0.1")
+def serve(port: int, host: str) -> None:
+    """A Prometheus exporter; port 0 takes a free one."""
+    start_http_server(port, addr=host)

@@ -50,6 +50,7 @@ class SearchProcess:
     """
 
     def __init__(self, folder: Path, manifest_sha256: str, *, threads: int = 1, timeout_s: float = 60.0) -> None:
+        self.num_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair()
         self._socket.settimeout(timeout_s)

@@ -24,6 +24,7 @@ from workers import routes_erasure, routes_ingest, routes_ops, routes_read, rout
 from workers.guests import OtherEncoder
 from workers.keys import OPEN, Keys
 from workers.limits import Gate, measured
+from workers.lag import LagFollower
 from workers.live import NotReady
 from workers.processes import end_with_threads
 from workers.routes import invalid, not_ready, other_encoder
@@ -129,6 +130,7 @@ def run_server(settings: Settings, keys: Keys = OPEN) -> int:
     if keys.required and serve.cert_file is None:
         log.warning("keys travel in the clear: set serve.cert_file, or put a proxy that speaks TLS in front")
     service = Service(settings)
+    LagFollower(settings).start()
     config = uvicorn.Config(
         build_app(service, keys),
         host=serve.host,

@@ -96,7 +96,7 @@ class Worker(Section):
     history: int = Field(50, ge=1, le=1000, description="entries kept in a user's history")
     event_ids: int = Field(1024, ge=1, le=100_000, description="event ids remembered a user")
     dead_letter_ratio: float = Field(0.5, gt=0, le=1, description="bad share of the last 1,000 at which to stop")
-    metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus exporter on loopback; 0: a free port")
+    metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus exporter; 0: a free port")
 
 
 class Trainer(Section):
@@ -186,6 +186,7 @@ class Settings(BaseSettings):
     arms_key: str = Field("", max_length=64, description="of the hash that deals the users: another one deals anew")
     artifacts: str = Field("data/artifacts", description="fsspec URL or folder: models and generations")
     cache: Path = Field(Path(".cache/upwell"), description="text vectors, fetched generations")
+    metrics_host: str = Field("127.0.0.1", description="where worker, trainer and indexer export their metrics")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     @classmethod

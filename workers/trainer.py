@@ -6,7 +6,8 @@ upwell.clicks (window) -> Learner.learn -> Learner.model -> judge on the newest 
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import structlog
@@ -15,6 +16,7 @@ from threadpoolctl import threadpool_limits
 
 from model.checkpoint import fetch_model, prune_models, publish_model
 from model.config import ModelConfig
+from model.drift import drift
 from model.gate import Verdict, hold_out, judge
 from model.generation import fetch
 from model.learner import Learner
@@ -34,6 +36,7 @@ log = structlog.get_logger()
 
 POLL_S = 1.0
 KEEP_MODELS = 5
+DRIFT_CLICKS = 5000  # clicks before the newest slice that it is compared with
 
 
 class Trainer:
@@ -44,6 +47,7 @@ class Trainer:
         self._texts, self._window = Texts(settings, stop), Window(settings)
         self._producer = Producer(settings.connection)
         self._text: dict[str, NDArray[np.float32]] = {}
+        self._before: deque[str] = deque(maxlen=DRIFT_CLICKS)  # items of the clicks before the newest slice
         self._encoder = ""
         self._learner: Learner | None = None
         self._parent: str | None = None  # name of the newest accepted model
@@ -109,6 +113,8 @@ class Trainer:
         trained_to = dict(self._window.offsets)
         for read in reversed(reads[cut:]):
             trained_to[read.partition] = read.offset
+        self._before.extend(read.click.item_id for read in reads[:cut])
+        metrics.drift.set(drift(self._texts_of(self._before), self._texts_of(r.click.item_id for r in reads[cut:])))
         self._conclude(candidate, verdict, trained_to)
         return reads[cut:]
 
@@ -143,6 +149,10 @@ class Trainer:
         self._encoder = encoder
         self._text |= new
         return new
+
+    def _texts_of(self, items: Iterable[str]) -> NDArray[np.float32]:
+        """Text vectors (B, E) of those items that have one."""
+        return np.array([self._text[item_id] for item_id in items if item_id in self._text], np.float32)
 
     def _events(self, reads: Sequence[Read]) -> Events:
         """Clicks on items that are in the catalogue; the others stay in the users' histories, as ids."""
@@ -205,7 +215,7 @@ def run_trainer(settings: Settings) -> int:
     """Until a signal; the exit code."""
     threadpool_limits(1)  # torch and BLAS
     end_with_threads()
-    metrics.serve(settings.trainer.metrics_port)
+    metrics.serve(settings.trainer.metrics_port, settings.metrics_host)
     stop = stop_on_signal()
     Trainer(settings, stop).run()
     return 0

@@ -81,6 +81,6 @@ def run_worker(settings: Settings) -> int:
         handed.forget(tp.partition for tp in revoked)
         await owned.forget(tp.partition for tp in revoked)
 
-    metrics.serve(settings.worker.metrics_port)
+    metrics.serve(settings.worker.metrics_port, settings.metrics_host)
     live.start()
     return execute(app)

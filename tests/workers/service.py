@@ -76,8 +76,14 @@ class Service:
             return status, raw.decode()
 
     def metric(self, name: str, role: str = "worker") -> float:
-        port = self.settings.serve.port if role == "serve" else self.settings.worker.metrics_port
-        return scrape(f"http://127.0.0.1:{port}/metrics").get(name, 0.0)
+        return scrape(f"http://{self.exporters[role]}/metrics").get(name, 0.0)
+
+    @property
+    def exporters(self) -> dict[str, str]:
+        """HOST:PORT of each role's metrics."""
+        s = self.settings
+        ports = {role: getattr(s, role).metrics_port for role in ("worker", "trainer", "indexer")}
+        return {role: f"127.0.0.1:{port}" for role, port in (ports | {"serve": s.serve.port}).items()}
 
     def send(self, events: list[Click]) -> None:
         with ClickProducer(self.settings.connection, self.settings.topics) as producer:
@@ -102,6 +108,8 @@ def running(broker: LocalBroker, folder: Path, artifacts: Path) -> Iterator[Serv
         "UPWELL_CACHE": str(folder / "cache"),
         "UPWELL_SERVE__PORT": str(free_port()),
         "UPWELL_WORKER__METRICS_PORT": str(free_port()),
+        "UPWELL_TRAINER__METRICS_PORT": str(free_port()),
+        "UPWELL_INDEXER__METRICS_PORT": str(free_port()),
         "UPWELL_WORKER__DEAD_LETTER_RATIO": "0.9",
         "UPWELL_TRAINER__ROUND_S": "1",
         "UPWELL_TRAINER__MIN_EVENTS": "100",

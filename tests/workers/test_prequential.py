@@ -23,7 +23,8 @@ def test_a_hit_is_a_place_among_the_k_most_popular_unseen(past: list[str], targe
     seen = seen - {target}
     above = sum(1 for item, score in scores.items() if item not in seen and score > scores.get(target, 0) * (1 - 1e-12))
     expected = target in scores and above - 1 < k  # the target itself is among those above
-    assert popularity.is_hit(target, b"".join(map(digest, seen)), k) == expected
+    place = popularity.place(target, b"".join(map(digest, seen)))
+    assert (place is not None and place < k) == expected
 
 
 def test_weights_are_rescaled_before_they_overflow() -> None:
@@ -32,16 +33,17 @@ def test_weights_are_rescaled_before_they_overflow() -> None:
     popularity._weight = 1e100
     for item in ("a", "b", "b"):
         popularity.learn(item)
-    assert popularity.is_hit("b", b"", 1)
-    assert not popularity.is_hit("a", b"", 1)
+    assert popularity.place("b", b"") == 0
+    assert popularity.place("a", b"") == 1
 
 
-def test_the_gauge_is_the_rate_of_the_newest_window(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gauges_are_of_the_newest_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prequential, "WINDOW", 4)
     score = LiveScore()
-    for served in (["x"], ["x"], ["a"], ["x"], ["a"], ["a"]):
+    for served in (["x"], ["x"], ["a"], ["x"], ["y", "z", "a"], ["a"]):
         score.add("a", b"", served)
     assert metrics.hit_rate.labels("served")._value.get() == 0.75  # of a x a a
+    assert metrics.live_ndcg.labels("served")._value.get() == pytest.approx((1 + 0 + 0.5 + 1) / 4)
     assert metrics.hit_rate.labels("popularity")._value.get() == 0.0
 
 

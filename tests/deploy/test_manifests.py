@@ -1,0 +1,113 @@
+"""Dockerfile, compose file and Kubernetes manifests, as far as that can be seen without an engine or a cluster."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from workers.settings import PREFIX, Section, Settings
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+ROLES = ("worker", "trainer", "indexer", "serve")
+KUBERNETES = "1.31"
+FILES = sorted(path for path in (DEPLOY / "kubernetes/base").glob("*.yaml") if path.stem != "kustomization")
+OBJECTS = [object_ for path in FILES for object_ in yaml.safe_load_all(path.read_text())]
+COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+
+
+def named(kind: str, name: str) -> Any:
+    (found,) = [each for each in OBJECTS if (each["kind"], each["metadata"]["name"]) == (kind, name)]
+    return found
+
+
+@pytest.mark.parametrize("manifest", OBJECTS, ids=lambda each: f"{each['kind']}-{each['metadata']['name']}")
+def test_manifests_are_valid_kubernetes(manifest: Any) -> None:
+    kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+
+
+def test_a_misspelt_key_is_no_valid_kubernetes() -> None:
+    manifest = named("Deployment", "worker")
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(manifest | {"spec": manifest["spec"] | {"replica": 2}}, KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_every_role_is_guarded_probed_and_found(role: str) -> None:
+    spec = named("Deployment", role)["spec"]
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["args"] == [role]
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    assert {"startupProbe", "livenessProbe"} <= container.keys()
+    assert container["resources"]["requests"].keys() == {"cpu", "memory"}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    labels = spec["template"]["metadata"]["labels"]
+    assert spec["selector"]["matchLabels"].items() <= labels.items()
+    service = named("Service", role)["spec"]
+    assert service["selector"].items() <= labels.items()
+    scraped = {
+        job["job_name"]: job
+        for job in yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())["scrape_configs"]
+    }
+    (found,) = scraped[f"upwell-{role}"]["dns_sd_configs"]
+    assert found["names"] == [role]
+    assert found["port"] == service["ports"][0]["port"] == container["ports"][0]["containerPort"]
+
+
+def test_workers_are_not_more_than_partitions() -> None:
+    partitions = int(named("ConfigMap", "upwell")["data"]["UPWELL_KAFKA__PARTITIONS"])
+    assert named("HorizontalPodAutoscaler", "worker")["spec"]["maxReplicas"] == partitions
+
+
+def test_variables_are_settings() -> None:
+    """A misspelt variable ends a role at its start."""
+    given = set(named("ConfigMap", "upwell")["data"]) | set(COMPOSE["x-upwell"]["environment"])
+    given |= set(re.findall(r"\bUPWELL_\w+", (DEPLOY / "Dockerfile").read_text()))
+    given.discard("UPWELL_SERVE__KEYS_FILE")  # comes with the API's keys
+    for name in given:
+        section, _, key = name.removeprefix(PREFIX).lower().partition("__")
+        field = Settings.model_fields[section]
+        assert not key or (isinstance(field.default, Section) and key in type(field.default).model_fields), name
+
+
+def test_compose_has_every_role_and_what_they_name() -> None:
+    services = COMPOSE["services"]
+    assert services.keys() >= {*ROLES, "kafka", "topics", "prometheus", "grafana"}
+    for name, service in services.items():
+        assert set(service.get("depends_on", {})) <= services.keys(), name
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            assert (DEPLOY / source).exists() if source.startswith(".") else source in COMPOSE["volumes"], volume
+        for port in service.get("ports", []):
+            assert port.startswith("127.0.0.1:"), f"{name} is open to the network"
+
+
+def test_the_image_is_not_root_and_copies_what_is_there() -> None:
+    text = (DEPLOY / "Dockerfile").read_text()
+    final = text[text.rindex("FROM ") :]
+    assert re.search(r"^USER 10001$", final, re.MULTILINE)
+    assert "HNSWLIB_NO_NATIVE=1" in text
+    for sources in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE):
+        for source in sources.split():
+            assert (DEPLOY.parent / source).exists(), source
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here")
+def test_kustomize_puts_the_indexer_on_a_gpu() -> None:
+    command = ["kubectl", "kustomize", str(DEPLOY / "kubernetes/gpu")]
+    rendered = list(yaml.safe_load_all(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    assert len(rendered) == len(OBJECTS)
+    with_gpu = set()
+    for manifest in rendered:
+        kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+        if manifest["kind"] == "Deployment":
+            (container,) = manifest["spec"]["template"]["spec"]["containers"]
+            if "nvidia.com/gpu" in container["resources"]["limits"]:
+                with_gpu.add(manifest["metadata"]["name"])
+    assert with_gpu == {"indexer"}

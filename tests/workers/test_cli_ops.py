@@ -1,0 +1,133 @@
+"""What an operator's commands find and change, on a real Kafka."""
+
+import gzip
+import secrets
+from pathlib import Path
+
+import kafka
+import msgspec
+import pytest
+from kafka.admin import ConfigResource
+from kafka.structs import OffsetAndMetadata
+
+from model.user_state import Applied, Fold, Limits, UserState, decode_state, encode_state
+from stream.connection import Connection
+from stream.producer import ClickProducer, Producer, partition_of
+from stream.topics import Topics, ensure
+from tests.workers.service import ITEMS, clicks
+from workers.backup import NOWHERE, BadBackup, Counts, read_backup, restore, write_backup
+from workers.lag import read_offsets
+from workers.settings import Kafka, Settings
+from workers.states import raw_states
+from workers.topic_report import describe, fix
+
+
+def settings_of(connection: Connection, prefix: str = "", partitions: int = 3) -> Settings:
+    prefix = prefix or f"o{secrets.token_hex(4)}"
+    return Settings(kafka=Kafka(bootstrap=connection.bootstrap, prefix=prefix, partitions=partitions))
+
+
+def test_topics_are_described_and_mended(connection: Connection) -> None:
+    settings = settings_of(connection)
+    assert {fault for found in describe(settings) for fault in found.faults()} == {"missing"}
+    assert len(fix(settings)) == len(settings.topics.all())
+    assert [fault for found in describe(settings) for fault in found.faults()] == []
+    with kafka.KafkaAdminClient(**connection.kafka_python()) as admin:
+        users = settings.topics.users.name
+        admin.alter_configs([ConfigResource("TOPIC", users, {"cleanup.policy": "delete"})])
+    faults = [fault for found in describe(settings) for fault in found.faults()]
+    assert faults == ["cleanup.policy is delete, should be compact"]
+    assert fix(settings) == [f"{users}: cleanup.policy = compact"]
+    assert fix(settings) == []
+
+
+def test_the_number_of_partitions_is_never_changed(topics: Topics, connection: Connection) -> None:
+    other = settings_of(connection, topics.prefix, partitions=5)
+    assert "3 partitions, the settings say 5" in [fault for found in describe(other) for fault in found.faults()]
+    with pytest.raises(ValueError, match="has 3 partitions, the settings say 5"):
+        fix(other)
+
+
+def test_lag_is_what_the_group_has_not_committed(topics: Topics, connection: Connection) -> None:
+    settings = settings_of(connection, topics.prefix)
+    sent = clicks(30)
+    with ClickProducer(connection, topics) as producer:
+        for click in sent:
+            producer.send(click)
+    own = [sum(partition_of(click.user_id, 3) == part for click in sent) for part in range(3)]
+    assert [place.lag for place in read_offsets(settings).clicks.values()] == own
+    consumer = kafka.KafkaConsumer(**connection.kafka_python(), group_id=settings.worker.group)
+    part = kafka.TopicPartition(topics.clicks.name, 1)
+    consumer.assign([part])
+    consumer.commit({part: OffsetAndMetadata(2, "", -1)})
+    consumer.close()
+    offsets = read_offsets(settings)
+    assert offsets.clicks[1] == (2, own[1], own[1] - 2)
+    assert offsets.clicks[0] == (None, own[0], own[0])
+    assert offsets.ends[topics.clicks.name, 1] == own[1]
+
+
+def _states() -> dict[str, UserState]:
+    folds: dict[str, Fold] = {}
+    for offset, click in enumerate(clicks(60, users=7)):
+        folds.setdefault(click.user_id, Fold(UserState(), Limits())).apply(Applied(click, 1.0, 100 + offset))
+    return {user_id: fold.state() for user_id, fold in folds.items()}
+
+
+STATES = _states()
+
+
+def fill(settings: Settings) -> None:
+    """The small catalogue, one item removed again; seven users, one erased."""
+    ensure(settings.topics, settings.connection)
+    with ClickProducer(settings.connection, settings.topics) as producer:
+        for item in ITEMS:
+            producer.send_item(item)
+        producer.remove_item("i5")
+    with Producer(settings.connection) as producer:
+        for user_id, state in STATES.items():
+            producer.send_raw(settings.topics.users.name, user_id.encode(), encode_state(state))
+        producer.send_raw(settings.topics.users.name, b"u3", None)
+
+
+@pytest.mark.parametrize("name", ["all.jsonl", "all.jsonl.gz"])
+def test_what_is_exported_can_be_imported_elsewhere(connection: Connection, tmp_path: Path, name: str) -> None:
+    old, new, again = settings_of(connection), settings_of(connection, partitions=2), tmp_path / f"again-{name}"
+    fill(old)
+    assert write_backup(old, tmp_path / name) == Counts(119, 6)
+    assert (tmp_path / name).stat().st_mode & 0o077 == 0
+    ensure(new.topics, new.connection)
+    restore(new, read_backup(tmp_path / name))
+    found = {user_id: decode_state(raw) for user_id, raw in raw_states(new).items()}
+    wanted = {user: state for user, state in STATES.items() if user != "u3"}
+    assert found == {user: msgspec.structs.replace(state, offset=NOWHERE) for user, state in wanted.items()}
+    fold = Fold(found["u1"], Limits())
+    fold.apply(Applied(clicks(1, first=1000)[0], 1.0, 0))  # the first click of the new topic
+    assert fold.state().applied == wanted["u1"].applied + 1
+    assert write_backup(new, again) == Counts(119, 6)
+    assert {item.item_id for item in read_backup(again).items} == {item.item_id for item in ITEMS} - {"i5"}
+    with pytest.raises(BadBackup, match="holds states already"):
+        restore(new, read_backup(again))
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        (b'{"item":{"item_id":"a","title":"b"}}\n', "cut short"),
+        (b'{"end":{"items":1,"users":0}}\n', "cut short"),
+        (b'{"end":{"items":0,"users":0}}\n{}\n', "line 2: something after the end"),
+        (b"{}\n", "line 1: neither"),
+        (b'{"surprise":1}\n', "line 1: .*surprise"),
+        (b'{"user_id":"u","state":[[], "", "", "x", 1]}\n', "line 1"),
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path: Path, text: bytes, cause: str) -> None:
+    (tmp_path / "all").write_bytes(text)
+    with pytest.raises(BadBackup, match=cause):
+        read_backup(tmp_path / "all")
+
+
+def test_a_compressed_file_cut_short_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "all.gz").write_bytes(gzip.compress(b'{"end":{"items":0,"users":0}}\n' * 50)[:-12])
+    with pytest.raises(BadBackup):
+        read_backup(tmp_path / "all.gz")

@@ -1,0 +1,97 @@
+"""What watches a running Upwell: its exporters, a real Prometheus on them, and the queries of every panel.
+
+After test_service.py by its name: that one counts all clicks which the shared service has seen.
+"""
+
+import math
+import re
+import urllib.request
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from stream.producer import Producer
+from tests.deploy.prometheus import RULES, Prometheus, needs_prometheus, running_prometheus
+from tests.deploy.test_rules import QUERIES
+from tests.workers.service import ITEMS, Service, clicks, until
+from workers.metrics_page import listed
+
+# What may stay 0 in a healthy service: nothing is rolled back, nothing drifts, nobody asks to be forgotten.
+QUIET = {"upwell_rollbacks_total", "upwell_drift", "upwell_erasures_total", "upwell_pending_erasures"}
+IDS = re.compile(r"\b(u\d+|i\d+|e\d+|http-user|watched)\b")
+
+
+def traffic(service: Service, first: int) -> None:
+    """A bit of everything: clicks, one nobody can read, a new item, requests for a known and an unknown user."""
+    service.send(clicks(150, first=first))
+    producer = Producer(service.settings.connection)
+    producer.send_raw(service.settings.topics.clicks.name, b"watched", b"{")
+    producer.close()
+    service.call("/v1/items", {"item_id": f"watched-{first}", "title": f"watched {first}", "text": "sailing"})
+    for user in ("u1", "watched"):
+        service.call(f"/v1/users/{user}/recommendations")
+    service.call("/v1/events", b"{")
+
+
+def test_the_list_of_metrics_is_what_the_roles_expose(service: Service) -> None:
+    traffic(service, 500_000)
+    until(lambda: service.metric("upwell_training_rounds_total{published}", "trainer") > 0, "a round is published")
+    used = set()
+    for role, address in service.exporters.items():
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+        for family in text_string_to_metric_families(text):
+            if family.name.startswith(("python_", "process_")):
+                continue
+            name = family.name + {"counter": "_total"}.get(family.type, "")
+            assert name in listed(), f"{role} exposes {name}, which is not in the list"
+            labels = {value for sample in family.samples for value in sample.labels.values()}
+            assert not [value for value in labels if IDS.search(value)], name
+            if any(sample.value or sample.labels.keys() - {"le"} for sample in family.samples):
+                used.add(name)
+    assert listed().keys() - used <= QUIET
+
+
+@pytest.fixture(scope="module")
+def prometheus(service_once: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    targets = {f"upwell-{role}": address for role, address in service_once.exporters.items()}
+    with running_prometheus(tmp_path_factory.mktemp("prometheus"), targets) as prometheus:
+        yield prometheus
+
+
+@needs_prometheus
+def test_prometheus_sees_every_role_and_every_panel_has_data(service: Service, prometheus: Prometheus) -> None:
+    until(lambda: set(prometheus.up.values()) == {"up"}, f"all targets are up: {prometheus.up}")
+    assert prometheus.up.keys() == {f"upwell-{role}" for role in service.exporters}
+
+    without: dict[tuple[str, str, str], str] = QUERIES
+    sent = 510_000
+
+    def all_have_data() -> bool:
+        nonlocal without, sent
+        sent += 150
+        traffic(service, sent)
+        without = {place: query for place, query in without.items() if not _has_data(prometheus, query)}
+        return not without
+
+    try:
+        until(all_have_data, "every panel has data")
+    except AssertionError as error:
+        raise AssertionError(f"{error}; without: {without}") from error
+    _rules_are_evaluated(prometheus)
+
+
+def _has_data(prometheus: Prometheus, query: str) -> bool:
+    values = prometheus.query(query)
+    return any(math.isfinite(value) for value in values)
+
+
+def _rules_are_evaluated(prometheus: Prometheus) -> None:
+    rules = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
+    assert len(rules) == sum(len(group["rules"]) for file in RULES.values() for group in file["groups"])
+    assert {rule["name"]: rule["health"] for rule in rules if rule["health"] != "ok"} == {}
+    assert prometheus.query("upwell:click_to_recommendation_seconds:p99")
+    firing = {rule["name"] for rule in rules if rule["type"] == "alerting" and rule["state"] == "firing"}
+    assert "UpwellRoleDown" not in firing
+    assert len(ITEMS) <= prometheus.query('max(upwell_generation_items{place="indexed"})')[0]

@@ -1,0 +1,123 @@
+"""Catalogue and user states in one file of JSON lines, and back; *.gz is compressed.
+
+{"item": Item} and {"user_id": ..., "state": [history, seen, event_ids, applied, offset]}, bytes as base64; the last
+line counts both, so that a file cut short is refused. It holds what users did: only its owner may read the file.
+"""
+
+import gzip
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import msgspec
+
+from model.user_state import UserState, decode_state, encode_state
+from stream.consumer import end_offsets, read_window
+from stream.events import BadEvent, Item, decode
+from stream.producer import ClickProducer
+from workers.settings import Settings
+from workers.states import raw_states
+
+NOWHERE = -1  # offset of a state before any click of this topic
+
+
+class BadBackup(ValueError):
+    """The file is not one that `upwell export` has written whole, or it must not be read into this installation."""
+
+
+class Counts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    items: int
+    users: int
+
+
+class Line(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    item: Item | None = None
+    user_id: str | None = None
+    state: UserState | None = None
+    end: Counts | None = None
+
+
+class Backup(NamedTuple):
+    items: list[Item]
+    users: dict[str, UserState]
+
+
+def write_backup(settings: Settings, path: Path) -> Counts:
+    """The catalogue and the states as Kafka holds them now; the file appears when it is whole."""
+    items: dict[bytes, Item] = {}
+    for records in read_window(settings.connection, settings.topics.items.name):
+        for record in records:
+            items.pop(record.key or b"", None)
+            if record.value is not None:
+                try:
+                    items[record.key or b""] = decode(record.value, Item)
+                except BadEvent:
+                    continue  # no reader could use it
+    states = raw_states(settings)
+    part = path.with_name(path.name + ".part")
+    opened = os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
+    with opened as raw, gzip.open(raw, "wb") if path.suffix == ".gz" else raw as out:
+        for item in items.values():
+            _put(out, Line(item=item))
+        for user_id, state in states.items():
+            _put(out, Line(user_id=user_id, state=decode_state(state)))
+        counts = Counts(len(items), len(states))
+        _put(out, Line(end=counts))
+    part.rename(path)
+    return counts
+
+
+def _put(out: IO[bytes] | gzip.GzipFile, line: Line) -> None:
+    out.write(msgspec.json.encode(line) + b"\n")
+
+
+def read_backup(path: Path) -> Backup:
+    """Raises BadBackup naming the line, OSError."""
+    backup = Backup([], {})
+    end: Counts | None = None
+    for number, line in enumerate(_lines(path), start=1):
+        if end is not None:
+            raise BadBackup(f"{path}: line {number}: something after the end")
+        try:
+            match msgspec.json.decode(line, type=Line):
+                case Line(item=Item() as item):
+                    backup.items.append(item)
+                case Line(user_id=str(user_id), state=UserState() as state):
+                    backup.users[user_id] = state
+                case Line(end=Counts() as counts):
+                    end = counts
+                case _:
+                    raise BadBackup(f"{path}: line {number}: neither item, user nor end")
+        except msgspec.DecodeError as error:
+            raise BadBackup(f"{path}: line {number}: {error}") from error
+    if end != Counts(len(backup.items), len(backup.users)):
+        raise BadBackup(
+            f"{path}: cut short: {len(backup.items)} items and {len(backup.users)} users, its end says {end}"
+        )
+    return backup
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+            yield from lines
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise BadBackup(f"{path}: {error}") from error
+
+
+def restore(settings: Settings, backup: Backup) -> Counts:
+    """Items and states into an installation that has no states yet. Raises BadBackup, DeliveryError.
+
+    The states' offsets are of another clicks topic and start anew; what is clicked from now on comes on top.
+    """
+    users = settings.topics.users.name
+    if backup.users and any(end_offsets(settings.connection, users).values()):
+        raise BadBackup(f"{users} holds states already: a worker may be writing them; import into a new kafka.prefix")
+    with ClickProducer(settings.connection, settings.topics) as producer:
+        for item in backup.items:
+            producer.send_item(item)
+        for user_id, state in backup.users.items():
+            value = encode_state(msgspec.structs.replace(state, offset=NOWHERE))
+            producer.send_raw(users, user_id.encode(), value)
+    return Counts(len(backup.items), len(backup.users))
