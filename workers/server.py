@@ -23,8 +23,8 @@ from litestar.types import Message, Scope
 from workers import routes_erasure, routes_ingest, routes_ops, routes_read, routes_recommend, routes_stream
 from workers.guests import OtherEncoder
 from workers.keys import OPEN, Keys
-from workers.limits import Gate, measured
 from workers.lag import LagFollower
+from workers.limits import Gate, measured
 from workers.live import NotReady
 from workers.processes import end_with_threads
 from workers.routes import invalid, not_ready, other_encoder
