@@ -45,12 +45,13 @@ class StateWriter:
         self._topic, self._partition, self._failed = topic, partition, failed
         self._sender = BatchSender(connection, transactional_id=f"{topic}-{partition}", timeout_ms=TIMEOUT_MS)
         self._waiting: asyncio.Queue[tuple[States, Acknowledge | None]] = asyncio.Queue(WAITING)
-        self._task: asyncio.Task[None] | None = None
+        self._committed: asyncio.Queue[Acknowledge] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """When this returns, no other writer of the partition can add anything, and nothing of theirs is open."""
         await self._sender.start()
-        self._task = asyncio.create_task(self._run())
+        self._tasks = [asyncio.create_task(self._for_ever(step)) for step in (self._transaction, self._acknowledge)]
 
     async def put(self, states: States, acknowledge: Acknowledge | None = None) -> None:
         """User id -> encoded state; `acknowledge` is called when these and all before them are committed."""
@@ -58,15 +59,15 @@ class StateWriter:
 
     async def stop(self) -> None:
         """Leaves what is not committed to the next writer, whose start aborts it."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._sender.stop()
 
-    async def _run(self) -> None:
+    async def _for_ever(self, step: Callable[[], Awaitable[None]]) -> None:
         try:
             while True:
-                await self._transaction()
+                await step()
         except Exception as error:
             self._failed(error)
 
@@ -84,7 +85,11 @@ class StateWriter:
         if begun:
             await self._sender.commit()
         for acknowledge in acknowledgements:
-            await acknowledge()
+            self._committed.put_nowait(acknowledge)
+
+    async def _acknowledge(self) -> None:
+        """In their order, beside the next transaction: an erasure looks through the dead letters first."""
+        await (await self._committed.get())()
 
     async def _take(self, ends: float | None) -> tuple[dict[bytes, bytes | Tombstone], list[Acknowledge]] | None:
         """All that waits, at least one put, of each user the newest state; None where nothing comes until `ends`."""
