@@ -48,27 +48,23 @@ def contributions(
 
 
 class Reasons(NamedTuple):
-    """What speaks for one item: clicked rows with their shares, largest first, and how much of it all they are."""
+    """What speaks for each item, the strongest first: R clicked items, and how much of it all the clicks are."""
 
-    rows: list[int]
-    shares: list[float]  # of the sum of all clicks that speak for the item; those that speak against it have none
-    explained: float  # that sum, beside it and the rest of the score where the rest speaks for the item too
+    rows: NDArray[np.int64]  # (B, M, R), -1 where there are no more
+    shares: NDArray[np.float32]  # (B, M, R) of the sum over all clicks that speak for the item; the others have none
+    explained: NDArray[np.float32]  # (B, M) that sum, beside it and the rest of the score where that is above 0
 
 
-def reasons(
-    rows: NDArray[np.int64], amounts: NDArray[np.float32], scores: NDArray[np.floating], most: int
-) -> list[Reasons]:
-    """At most so many reasons of each of a user's items, from the clicks' rows (T,), their amounts (M, T) and the
-    items' scores (M,). Clicks on one item add up."""
-    clicked, place = np.unique(rows[rows >= 0], return_inverse=True)
-    sums = amounts[:, rows >= 0] @ (place[:, None] == np.arange(len(clicked)))  # (M, C)
-    speaking = np.maximum(sums, 0.0)
-    totals = speaking.sum(axis=1)
-    rest = np.maximum(scores - sums.sum(axis=1), 0.0)
-    best = np.argsort(-speaking, axis=1, kind="stable")[:, :most]
-    found = []
-    for total, other, line, order in zip(totals, rest, speaking, best, strict=True):
-        order = order[line[order] > 0]
-        shares = line[order] / max(total, 1e-12)
-        found.append(Reasons(clicked[order].tolist(), shares.tolist(), float(total / max(total + other, 1e-12))))
-    return found
+def reasons(found: Contributions, scores: NDArray[np.floating], most: int) -> Reasons:
+    """At most so many of each item, whose scores are (B, M). Clicks on one item add up."""
+    same = found.rows[:, :, None] == found.rows[:, None, :]  # (B, T, T)
+    first = ~np.tril(same, -1).any(axis=2) & (found.rows >= 0)  # (B, T) each clicked item once
+    speaking = np.maximum(found.amounts @ same.astype(np.float32), 0.0) * first[:, None]  # (B, M, T)
+    totals = speaking.sum(axis=2)
+    rest = np.maximum(scores - found.amounts.sum(axis=2), 0.0)
+    best = np.argsort(-speaking, axis=2, kind="stable")[:, :, :most]  # (B, M, R)
+    strongest = np.take_along_axis(speaking, best, axis=2)
+    rows = np.take_along_axis(np.broadcast_to(found.rows[:, None], speaking.shape), best, axis=2)
+    shares = strongest / np.maximum(totals, 1e-12)[:, :, None]
+    explained = totals / np.maximum(totals + rest, 1e-12)
+    return Reasons(np.where(strongest > 0, rows, -1), shares.astype(np.float32), explained.astype(np.float32))

@@ -82,7 +82,7 @@ def bootstrap(
     sums, counts = np.bincount(user, values), np.bincount(user, under)  # (U,)
     draw, even = np.random.default_rng(seed), np.full(len(sums), 1 / len(sums))
     picks = (draw.multinomial(len(sums), even) for _ in range(draws))  # one by one: users may be a million
-    low, high = np.quantile([(pick @ sums) / max(pick @ counts, 1e-12) for pick in picks], [0.025, 0.975])
+    low, high = np.quantile([float(pick @ sums) / max(float(pick @ counts), 1e-12) for pick in picks], [0.025, 0.975])
     return float(low), float(high)
 
 

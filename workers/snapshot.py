@@ -11,7 +11,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from model.explain import Reasons, contributions, reasons
+from model.explain import contributions, reasons
 from model.index import EXACT_SHARE
 from model.model import History, Model
 from model.queries import Rows, Vectors
@@ -125,24 +125,26 @@ class Snapshot:
 
     def explain(self, queries: Sequence[Query], lists: Sequence[list[Ranked]], places: int = 200) -> list[list[Ranked]]:
         """The lists of these queries, each with the reasons of its first places."""
-        heads = [ranked[:places] for ranked in lists]
-        items = np.zeros((len(lists), max(map(len, heads), default=0)), np.int64)  # (B, M)
-        for line, head in zip(items, heads, strict=True):
-            line[: len(head)] = [self.rows[place.item_id] for place in head]
+        width = min(places, max(map(len, lists), default=0))
+        items, scores = np.zeros((len(lists), width), np.int64), np.zeros((len(lists), width), np.float32)  # (B, M)
+        for at, ranked in enumerate(lists):
+            for place, item in enumerate(ranked[:width]):
+                items[at, place], scores[at, place] = self.rows[item.item_id], item.score
         if not items.size:
             return list(lists)
         histories = [self.history(query.history) for query in queries]
-        clicked, amounts = contributions(self.model, histories, [query.now_ms for query in queries], items)
-        explained = []
-        for ranked, head, rows, added in zip(lists, heads, clicked, amounts, strict=True):
-            found = reasons(rows, added[: len(head)], np.array([place.score for place in head]), MOST_REASONS)
-            explained.append([*map(self._because, head, found), *ranked[places:]])
-        return explained
+        found = contributions(self.model, histories, [query.now_ms for query in queries], items)
+        told = zip(*(column.tolist() for column in reasons(found, scores, MOST_REASONS)), strict=True)
+        return [
+            [*map(self._because, ranked, *columns), *ranked[width:]]
+            for ranked, columns in zip(lists, told, strict=True)
+        ]
 
-    def _because(self, place: Ranked, reason: Reasons) -> Ranked:
-        ids = self.model.ids
-        because = [Because(ids[row], round(share, 3)) for row, share in zip(reason.rows, reason.shares, strict=True)]
-        return replace(place, because=because, explained=round(reason.explained, 3))
+    def _because(self, place: Ranked, rows: list[int], shares: list[float], explained: float) -> Ranked:
+        because = [
+            Because(self.model.ids[row], round(share, 3)) for row, share in zip(rows, shares, strict=True) if row >= 0
+        ]
+        return replace(place, because=because, explained=round(explained, 3))
 
     def history(self, entries: Sequence[Entry]) -> History:
         """The entries whose items this generation knows."""

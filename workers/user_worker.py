@@ -27,7 +27,6 @@ from workers.states import Owned, OwnedStates, States
 
 log = structlog.get_logger()
 
-EXPLAINED = 3  # places of a sent list with reasons: what a page has room for; each costs 100 bytes of the record
 RATIO_WINDOW = 1000  # messages over which the share of bad ones is taken
 RATIO_MIN = 100
 MAX_DEAD_PAYLOAD = 512 * 1024  # base64 and the other fields must fit one record
@@ -159,7 +158,7 @@ class UserWorker:
             return Recommended("", {}, set())
         self._test(folded.applied, before, lists)
         self._try(snapshot, before, folded.applied, lists)
-        fresh = snapshot.explain(after, [ranked[:k] for ranked in lists[len(before) :]], EXPLAINED)
+        fresh = snapshot.explain(after, [ranked[:k] for ranked in lists[len(before) :]], settings.worker.explained)
         known = {u for u, state in states.items() if snapshot.knows(state.history)}
         return Recommended(snapshot.name, dict(zip(states, fresh, strict=True)), known)
 

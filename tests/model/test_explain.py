@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from model.config import PARTS, ModelConfig
-from model.explain import contributions, reasons
+from model.explain import Contributions, contributions, reasons
 from model.learner import Learner
 from model.mix import situation
 from model.model import Model
@@ -63,11 +63,11 @@ def test_with_the_rest_they_are_the_score(model: Model) -> None:
 
 
 def test_shares_are_of_what_speaks_for_the_item() -> None:
-    rows = np.array([-1, 3, 7, 3, 9])
-    amounts = np.array([[0.0, 1.0, 3.0, 2.0, -4.0], [0.0, -1.0, 0.0, 0.5, -2.0]], np.float32)
-    first, second = reasons(rows, amounts, np.array([5.0, 9.0]), 2)
-    assert (first.rows, first.shares) == ([3, 7], [0.5, 0.5])  # two clicks on 3: 1 + 2; 7: 3; 9 speaks against it
-    assert first.explained == pytest.approx(6 / (6 + 3))  # score 5 = 6 - 4 from the clicks + 3 from the rest
-    assert (second.rows, second.shares, second.explained) == ([], [], 0.0)
-    (none,) = reasons(np.array([-1]), np.zeros((1, 1), np.float32), np.array([1.0]), 3)
-    assert (none.rows, none.explained) == ([], 0.0)
+    rows = np.array([[-1, 3, 7, 3, 9]])
+    amounts = np.array([[[0.0, 1.0, 3.0, 2.0, -4.0], [0.0, -1.0, 0.0, 0.5, -2.0]]], np.float32)
+    found = reasons(Contributions(rows, amounts), np.array([[5.0, 9.0]]), 2)
+    assert found.rows.tolist() == [[[3, 7], [-1, -1]]]  # two clicks on 3: 1 + 2; 7: 3; 9 speaks against it
+    assert found.shares.tolist() == [[[0.5, 0.5], [0.0, 0.0]]]
+    assert found.explained[0].tolist() == pytest.approx([6 / (6 + 3), 0.0])  # 5 = 6 - 4 by clicks + 3 by the rest
+    none = reasons(Contributions(np.array([[-1]]), np.zeros((1, 1, 1), np.float32)), np.array([[1.0]]), 3)
+    assert none.rows.tolist() == [[[-1]]] and none.explained.tolist() == [[0.0]]

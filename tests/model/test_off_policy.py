@@ -6,10 +6,11 @@ import pytest
 from model.off_policy import Estimate, hit_rate, ips, snips
 from model.rules import chances, diversify, explore
 
+Simulated = tuple[dict[str, float], dict[str, tuple[Estimate, Estimate]], Estimate]
 SIZE, K, CLICKS, SHARE = 30, 6, 12_000, 0.4
 
 
-def simulated(seed: int) -> tuple[dict[str, float], dict[str, tuple[Estimate, Estimate]], Estimate]:
+def simulated(seed: int) -> Simulated:
     """Users with tastes of their own click on what they would have clicked on anyway; lists come from the exploring
     policy. -> true hit rate of each policy, its IPS and SNIPS estimates, hit rate of the exploring one."""
     draw = np.random.default_rng(seed)
@@ -38,11 +39,11 @@ def simulated(seed: int) -> tuple[dict[str, float], dict[str, tuple[Estimate, Es
 
 
 @pytest.fixture(scope="module")
-def found() -> list[tuple[dict[str, float], dict[str, tuple[Estimate, Estimate]], Estimate]]:
+def found() -> list[Simulated]:
     return [simulated(seed) for seed in range(6)]
 
 
-def test_both_estimates_meet_the_truth(found: list) -> None:
+def test_both_estimates_meet_the_truth(found: list[Simulated]) -> None:
     """18 intervals of 95 % each: nearly all hold the truth, and none is far off; the measured rate is another."""
     for kind in (0, 1):
         pairs = [(truth[name], estimates[name][kind]) for truth, estimates, _ in found for name in truth]
@@ -51,7 +52,7 @@ def test_both_estimates_meet_the_truth(found: list) -> None:
     assert max(abs(measured.value - truth["best"]) for truth, _, measured in found) > 0.05
 
 
-def test_snips_varies_less(found: list) -> None:
+def test_snips_varies_less(found: list[Simulated]) -> None:
     """For policies whose ratios vary: narrower intervals than IPS, taken together."""
     widths = [[e[kind].high - e[kind].low for _, estimates, _ in found for e in estimates.values()] for kind in (0, 1)]
     assert np.mean(widths[1]) < np.mean(widths[0])

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from model.config import ModelConfig
 from model.generation import build_generation
@@ -16,10 +16,14 @@ from model.learner import Learner
 from model.manifest import manifest_sha256
 from model.sampling import Events
 from model.user_state import Entry, digest
-from stream.events import Artifact, Item, ItemVector
+from stream.events import Artifact, Click, Item, ItemVector, Ranked, encode
+from workers import metrics
+from workers.arms import arm_of
 from workers.catalogue import Catalogue
 from workers.search import SearchProcess
+from workers.settings import Arm, Settings
 from workers.snapshot import PLAIN, Query, Rules, Snapshot
+from workers.user_worker import Read, UserWorker
 
 NUM_INDEXED, NUM_FRESH, WIDTH, NOW_MS, K = 1500, 12, 16, 10_000_000, 10
 SHELVES = ("common", "half", "rare", "single")  # every item, every second, every 200th, one
@@ -185,8 +189,49 @@ def test_a_moved_item_is_found_on_its_new_shelf(snapshot: Snapshot) -> None:
     catalogue = Catalogue()
     for one in ITEMS:
         catalogue.take_item(one.item_id, one)
-    moved = msgspec.structs.replace(ITEMS[5], categories=["single"])
+    moved = replace(ITEMS[5], categories=["single"])
     assert catalogue.take_item("i5", moved)
     after = Snapshot.of(snapshot.announced, snapshot.search, snapshot.indexed, catalogue)
     (ranked,) = after.recommend([Query([], b"", NOW_MS, Rules(categories=frozenset({"single"})))], K)
     assert {place.item_id for place in ranked} == {"i0", "i5"}
+
+
+class Serving:
+    """`Live` with one generation."""
+
+    previous = None
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+
+    def recommend(self, queries: list[Query], k: int) -> tuple[Snapshot, list[list[Ranked]]]:
+        return self.snapshot, self.snapshot.recommend(queries, k)
+
+
+def test_what_is_sent_says_arm_chances_reasons_and_source(snapshot: Snapshot) -> None:
+    arms = {"draws": Arm(share=0.5, explore=0.5)}
+    settings = Settings(arms=arms)
+    worker = UserWorker(settings, Serving(snapshot), None, None)  # type: ignore[arg-type]
+    users = {
+        name: [u for u in map("u{}".format, range(40)) if arm_of(settings, u) == name] for name in ("draws", "default")
+    }
+    (drawn, stranger), (plain, *_) = users["draws"][:2], users["default"]
+    before = metrics.arm_clicks.labels("draws", "miss")._value.get()
+    clicks = [(drawn, "i8"), (plain, "i8"), (stranger, "unheard of"), (drawn, "i10")]
+    reads = [Read(Click(event_id=f"e{at}", user_id=user, item_id=one, ts_ms=NOW_MS), at, NOW_MS)
+             for at, (user, one) in enumerate(clicks)]  # fmt: skip
+    folded = worker._fold({}, reads)
+    recommended = worker._recommend(folded)
+    answers = {user: worker._answer(user, folded, 0, recommended, 5) for user in (drawn, plain, stranger)}
+    assert [answers[user].arm for user in (drawn, plain, stranger)] == ["draws", "default", "draws"]
+    assert [answers[user].source for user in (drawn, plain, stranger)] == ["personal", "personal", "popular"]
+    assert all(place.propensity < 1 and set(place.under) == {"default"} for place in answers[drawn].items)
+    assert all(place.propensity == 1 and not place.under for place in answers[plain].items)
+    assert {one.item_id for place in answers[drawn].items for one in place.because} <= {"i8", "i10"}
+    for user in (drawn, plain):
+        assert any(place.because for place in answers[user].items[:3])
+        assert not any(place.because for place in answers[user].items[3:])
+    assert all(answer.items == worker._recommend(folded).lists[user] for user, answer in answers.items())  # sent again
+    assert metrics.arm_clicks.labels("draws", "miss")._value.get() > before
+    assert len(encode(answers[plain])) < 1.6 * len(encode(replace(answers[plain], items=[
+        Ranked(place.item_id, place.score) for place in answers[plain].items])))  # fmt: skip

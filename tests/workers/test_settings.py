@@ -62,6 +62,11 @@ def test_bad_variables_are_named(monkeypatch: pytest.MonkeyPatch, name: str, val
         ("colour = 'red'\n", "colour"),
         ("[trainer]\nround_s = -1\n", "trainer.round_s"),
         ("not toml", "upwell.toml"),
+        ("[arms.wide]\nshare = 0.6\n[arms.draws]\nshare = 0.5\n", r"the shares add up to 1\.1"),
+        ("[arms.default]\nshare = 0.5\n", "default is the name of the control"),
+        ("[arms.wide]\nshare = 0.5\ndiversity = 2\n", "arms.wide.diversity"),
+        ("[arms.'no spaces']\nshare = 0.5\n", "arms"),
+        ("[worker]\nk = 5\n[arms.draws]\nshare = 0.5\nexplore = 0.1\n", "worker.k has to be at least 10"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, text: str, cause: str) -> None:
