@@ -96,8 +96,8 @@ def _read(settings: Settings) -> tuple[list[str], dict[str, bytes], int]:
     dead = 0
     for records in read_window(settings.connection, settings.topics.clicks.name):
         for partition in sorted({record.partition for record in records}):
-            reads, letters = worker._decode([record for record in records if record.partition == partition])
-            states |= worker._fold(states, reads).states
+            reads, erased, letters = worker._decode([record for record in records if record.partition == partition])
+            states |= worker._fold(states, reads, erased).states
             dead += len(letters)
     return ids, {user_id: encode_state(state) for user_id, state in states.items()}, dead
 
