@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from workers.cli_bench import bench
 from workers.logs import configure
 from workers.settings import ConfigError, Settings, load_settings
 
@@ -17,6 +18,7 @@ dead_letters = typer.Typer(no_args_is_help=True, help="Messages that could not b
 generations = typer.Typer(no_args_is_help=True, help="What serves, and the way back.")
 app.add_typer(dead_letters, name="dead-letters")
 app.add_typer(generations, name="generations")
+app.command()(bench)
 
 Broker = Annotated[str | None, typer.Option(help="HOST:PORT of your own Kafka; default: a local one.")]
 
