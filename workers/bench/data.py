@@ -1,4 +1,4 @@
-"""What the benchmarks run on: made-up clicks and catalogues of any size, and item vectors as a trained tower has them."""
+"""What the benchmarks run on: made-up clicks and catalogues of any size, and vectors as a trained tower has them."""
 
 import time
 from collections.abc import Sequence
@@ -19,20 +19,22 @@ from stream.datasets import Dataset, load_dataset
 from stream.events import Artifact, Click, Item, encode
 
 Floats = NDArray[np.float32]
-CLICK_BYTES = 200
 SMALL = ModelConfig(text_dim=16, tower_dim=8, covisitation_rank=8, projected_text_dim=8, hidden=16)
 
 
-def clicks(count: int, users: int, items: int, seed: int = 0) -> list[tuple[str, bytes]]:
-    """User id and JSON of about CLICK_BYTES; users as likely as one another, items by Zipf's law."""
+def clicks(count: int, users: int, items: int, seed: int = 0, first_user: int | None = None) -> list[tuple[str, bytes]]:
+    """User id and JSON of about 200 bytes; users as likely as one another, or each one click from `first_user` on;
+    items by Zipf's law.
+    """
     draw = np.random.default_rng(seed)
-    who, what = draw.integers(users, size=count), (draw.zipf(1.2, size=count) - 1) % items
+    who = draw.integers(users, size=count) if first_user is None else first_user + np.arange(count)
+    what = (draw.zipf(1.2, size=count) - 1) % items
     now_ms = time.time_ns() // 1_000_000
 
     def click(number: int) -> tuple[str, bytes]:
         user_id = f"user-{who[number]:07d}"
         event = Click(
-            event_id=f"{seed:04d}-{number:012d}",
+            event_id=f"{seed:04d}-{first_user or 0:07d}-{number:07d}",
             user_id=user_id,
             item_id=f"item-{what[number]:07d}",
             ts_ms=now_ms,
@@ -146,4 +148,5 @@ def users_of(model: Model, dataset: Dataset, count: int) -> Floats:
         stamps = np.array([click.ts_ms for click in clicks], np.int64)
         rows = np.array([row[click.item_id] for click in clicks], np.int64)
         histories.append(History(rows, np.ones(len(rows), np.float32), stamps))
-    return model.user_vectors(histories, [int(history.ts_ms[-1]) for history in histories])
+    stamps = [int(history.ts_ms[-1]) for history in histories]
+    return model.user_vectors(histories, stamps)

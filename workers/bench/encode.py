@@ -3,13 +3,16 @@
 Naive: texts as they come, 32 at a time, padded to the longest of the batch, float32, mean of the tokens.
 """
 
+import importlib.util
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from model.encoder import Encoder, _folder, unit
+from model.encoder import MINILM_PACKAGE, Encoder, unit
 from model.queries import Vectors
 from stream.datasets import load_dataset
 from workers.bench.harness import Options, alternate, measured, medians, ratio, seconds
@@ -25,7 +28,9 @@ def mixed_texts(count: int) -> list[str]:
 
 
 def naive(device: torch.device) -> Callable[[Sequence[str]], Vectors]:
-    folder = _folder("minilm")
+    found = importlib.util.find_spec(MINILM_PACKAGE)
+    assert found is not None and found.origin is not None
+    folder = Path(found.origin).parent / "model"
     tokenizer, net = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).to(device).eval()
 
     @torch.inference_mode()
@@ -46,18 +51,16 @@ def naive(device: torch.device) -> Callable[[Sequence[str]], Vectors]:
     return encode
 
 
+def texts_per_s(encode: Callable[[Sequence[str]], Vectors], texts: Sequence[str]) -> float:
+    return len(texts) / seconds(lambda: encode(texts))
+
+
 def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
     texts = mixed_texts(options.scaled(1_000, 48))
     encoder = Encoder("minilm", max_tokens=MAX_TOKENS)
     contenders = {"upwell": encoder.encode, "naive": naive(encoder.device)}
     vectors = {name: encode(texts) for name, encode in contenders.items()}
-    runs = alternate(
-        {
-            name: lambda encode=encode: len(texts) / seconds(lambda: encode(texts))
-            for name, encode in contenders.items()
-        },
-        options.rounds,
-    )
+    runs = alternate({name: partial(texts_per_s, encode, texts) for name, encode in contenders.items()}, options.rounds)
     values = {f"texts_per_s {name}": figure for name, figure in medians(runs).items()}
     values |= {"lowest_cosine": float((vectors["upwell"] * vectors["naive"]).sum(axis=1).min())}
     values |= {"device": device_name(encoder.device), "texts": float(len(texts))}

@@ -52,7 +52,7 @@ def alternate(contenders: Mapping[str, Callable[[], float]], rounds: int) -> Run
     """One figure a run; the contenders take turns, so that a busy spell of the machine meets all of them."""
     runs: Runs = {name: [] for name in contenders}
     for round_ in range(rounds):
-        names = list(contenders) if round_ % 2 == 0 else list(reversed(contenders))
+        names = list(contenders) if round_ % 2 == 0 else list(reversed(list(contenders)))
         for name in names:
             runs[name].append(contenders[name]())
     return runs

@@ -10,7 +10,7 @@ from functools import partial
 
 from model.config import ModelConfig
 from model.model import Model
-from model.user_state import EMPTY, Applied, Fold, Limits
+from model.user_state import EMPTY, Applied, Fold, Limits, UserState
 from stream.events import Artifact, Item, decode_click
 from stream.producer import partition_of
 from workers.bench import data
@@ -69,7 +69,7 @@ def micro_batches(clicks: Keyed, settings: Settings) -> list[list[Query]]:
     partitions: dict[int, list[bytes]] = {}
     for user_id, raw in clicks:
         partitions.setdefault(partition_of(user_id, settings.kafka.partitions), []).append(raw)
-    states, batches = {}, []
+    states, batches = dict[str, UserState](), list[list[Query]]()
     for raws in partitions.values():
         for start in range(0, len(raws), settings.worker.batch_clicks):
             folds: dict[str, Fold] = {}
@@ -110,7 +110,7 @@ def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
     with stage() as set_up:
         artifact = data.generation(set_up.folder / "g1", model)
         with SearchProcess(set_up.folder / "g1", artifact.manifest_sha256) as search:
-            contenders = {
+            contenders: dict[str, Callable[[], float]] = {
                 "a_faust_agent": partial(floor, set_up, "faust", folding[: len(folding) // 4]),
                 "b_aiokafka": partial(floor, set_up, "aiokafka", folding),
                 "c_recommend_alone": recommending(search, artifact, model, items, whole, set_up.fresh()),

@@ -35,13 +35,17 @@ def shares(work: Callable[[], object]) -> dict[str, float]:
     profile = cProfile.Profile()
     profile.runcall(work)
     stats = pstats.Stats(profile)
-    found = {function: cumulative for (_, _, function), (_, _, _, cumulative, _) in stats.stats.items()}  # type: ignore[attr-defined]
+    found = {
+        function: cumulative
+        for (file, _, function), (_, _, _, cumulative, _) in stats.stats.items()  # type: ignore[attr-defined]
+        if file.endswith("model/learner.py")
+    }
     return {f"share {name}": found.get(function, 0.0) / found["learn"] for function, name in PARTS.items()}
 
 
 def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
     dataset = load_dataset("ml-100k")
-    count = min(options.scaled(20_000, 1_000), len(dataset.events))
+    count = min(options.scaled(20_000, 300), len(dataset.events))
     events = data.events_of(dataset.events[:count])
     steps, losses = list[int](), list[float]()
 

@@ -18,7 +18,7 @@ from stream.topics import ensure
 from workers.bench.harness import await_true
 from workers.observe import scrape
 from workers.sender import BatchSender
-from workers.settings import Kafka, Serve, Settings, Trainer, Worker
+from workers.settings import Indexer, Kafka, Serve, Settings, Trainer, Worker
 
 Keyed = Sequence[tuple[str, bytes]]
 
@@ -35,6 +35,7 @@ class Stage:
             kafka=kafka,
             worker=Worker(metrics_port=free_port()),
             trainer=Trainer(metrics_port=free_port()),
+            indexer=Indexer(metrics_port=free_port()),
             serve=Serve(port=free_port()),
             artifacts=str(self.folder / "artifacts"),
             cache=self.folder / "cache",
@@ -81,6 +82,7 @@ def environment(settings: Settings) -> Mapping[str, str]:
         "UPWELL_KAFKA__PARTITIONS": str(settings.kafka.partitions),
         "UPWELL_WORKER__METRICS_PORT": str(settings.worker.metrics_port),
         "UPWELL_TRAINER__METRICS_PORT": str(settings.trainer.metrics_port),
+        "UPWELL_INDEXER__METRICS_PORT": str(settings.indexer.metrics_port),
         "UPWELL_SERVE__PORT": str(settings.serve.port),
         "UPWELL_ARTIFACTS": settings.artifacts,
         "UPWELL_CACHE": str(settings.cache),
@@ -125,7 +127,7 @@ def said(process: "subprocess.Popen[str]", word: str) -> str:
         first, _, rest = line.strip().partition(" ")
         if first == word:
             return rest
-    raise EOFError(f"{process.args}: ended without a word of {word}")
+    raise EOFError(f"{process.args!r}: ended without "{word}"")
 
 
 def worker_metrics(settings: Settings) -> dict[str, float]:
