@@ -121,7 +121,7 @@ class Grown:
         own = model.item_vectors()
         self._first, other = draw.integers(len(own), size=(2, count))
         share = 0.3 * draw.random((count, 1), np.float32)
-        self._vectors = own[self._first] + share * (own[other] - own[self._first])  # (count, D)
+        self._vectors: Floats = own[self._first] + share * (own[other] - own[self._first])  # (count, D)
         self._vectors += 0.02 * own.std() * draw.standard_normal(self._vectors.shape, np.float32)
         self.ids = [f"item-{row:07d}" for row in range(count)]
 

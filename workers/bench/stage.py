@@ -127,7 +127,7 @@ def said(process: "subprocess.Popen[str]", word: str) -> str:
         first, _, rest = line.strip().partition(" ")
         if first == word:
             return rest
-    raise EOFError(f"{process.args!r}: ended without "{word}"")
+    raise EOFError(f"{process.args!r} ended and never said {word}")
 
 
 def worker_metrics(settings: Settings) -> dict[str, float]:
