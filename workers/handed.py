@@ -2,11 +2,12 @@
 
 A batch that is fetched while a rebalance begins can vanish between the fetch and the agent's queue (seen: 52 clicks in
 a row, `_drain_messages` goes on after `suspend_flow`). The next batch of the partition would be acknowledged past it.
-Folding is idempotent, so to hand a click on twice is harmless, and to hand it on never is not.
+A dropped batch that nothing follows is found by a second look at partitions that stand still. Folding is idempotent, so
+to hand a click on twice is harmless, and to hand it on never is not.
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import structlog
@@ -22,7 +23,10 @@ class Handed:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self.under_way = False  # a batch is being worked on, or one waits
         self._next: dict[int, int] = {}  # partition -> offset after the last one handed on
+        self._looked: dict[int, tuple[int, int]] = {}  # partition -> that and the end, at the last look
+        self._again: dict[int, int] = {}  # partition -> from where it was last fetched again
 
     async def complete(self, partition: int, records: Sequence[Any]) -> Sequence[Any]:
         """The records of a batch, before them those that are missing since the last one or since the commit.
@@ -30,9 +34,10 @@ class Handed:
         The first batch after an assignment costs a look at the committed offset (0.1 s), a gap one more read; a
         producer's transaction marker looks like a gap.
         """
+        self.under_way = True
         first, next_ = records[0].offset, self._next.get(partition)
         if next_ is None:
-            next_ = await asyncio.to_thread(self._committed, partition)
+            next_ = (await asyncio.to_thread(self._committed)).get(partition, 0)
         if next_ < first:
             missing = await asyncio.to_thread(self._between, partition, next_, first)
             if missing:
@@ -41,13 +46,32 @@ class Handed:
         self._next[partition] = max(next_, records[-1].offset + 1)
         return records
 
+    async def behind(self, ends: Mapping[int, int]) -> dict[int, int]:
+        """Partition -> offset to fetch from again, once for each; call it now and then while no batch is under way.
+
+        It is behind where it has not moved since the last call and stands below the end that it had then (a
+        producer's transaction marker looks so too: one fetch in vain).
+        """
+        if any(partition not in self._next and end for partition, end in ends.items()):
+            committed = await asyncio.to_thread(self._committed)
+            self._next = {partition: committed.get(partition, 0) for partition in ends} | self._next
+        looked, self._looked = self._looked, {p: (self._next.get(p, 0), end) for p, end in ends.items()}
+        behind = {}
+        for partition, (at, _) in self._looked.items():
+            before, end = looked.get(partition, (-1, 0))
+            if before == at < end and self._again.get(partition) != at:
+                log.warning("nothing came of what was fetched: fetched again", partition=partition, first=at, end=end)
+                behind[partition] = self._again[partition] = at
+        return behind
+
     def forget(self, partitions: Iterable[int]) -> None:
         for partition in partitions:
-            self._next.pop(partition, None)
+            for known in (self._next, self._looked, self._again):
+                known.pop(partition, None)
 
-    def _committed(self, partition: int) -> int:
+    def _committed(self) -> dict[int, int]:
         topic = self._settings.topics.clicks.name
-        return committed_offsets(self._settings.connection, self._settings.worker.group, topic).get(partition, 0)
+        return committed_offsets(self._settings.connection, self._settings.worker.group, topic)
 
     def _between(self, partition: int, first: int, end: int) -> list[Record]:
         topic = self._settings.topics.clicks.name

@@ -130,7 +130,7 @@ class Live:
             self._moved, self._not_before = True, time.monotonic() + RETRY_S
             log.warning("generation not fetched", generation=announced.name, reason=str(error))
             return False
-        except (DamagedGeneration, GenerationRefused, ValueError) as error:
+        except (DamagedGeneration, GenerationRefused, SearchProcessDied, ValueError) as error:
             self._refused.add(announced.manifest_sha256)
             metrics.swaps.labels("refused").inc()
             log.warning("generation refused", generation=announced.name, reason=str(error))
@@ -151,7 +151,9 @@ class Live:
         model = Model.load(folder / "model")
         search = SearchProcess(folder, announced.manifest_sha256)
         try:
-            return Snapshot.of(announced, search, model, self.catalogue)
+            snapshot = Snapshot.of(announced, search, model, self.catalogue)
+            snapshot.recommend([Query((), b"", 0)], 1)  # the first call takes 30 ms: not one that somebody waits for
+            return snapshot
         except BaseException:
             search.close()
             raise

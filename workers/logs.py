@@ -2,8 +2,34 @@
 
 import logging
 import sys
+import threading
+import time
 
 import structlog
+
+BURST = 20  # lines of one place in a minute; Kafka's clients wrote 110 a second while no broker was there
+WINDOW_S = 60.0
+
+
+class Bounded(logging.Filter):
+    """Passes the first BURST lines of each place in the code a minute; the next that passes says how many did not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.Lock()
+        self._places: dict[tuple[str, int], tuple[float, int]] = {}  # (file, line) -> since when, how many
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        place, now = (record.pathname, record.lineno), time.monotonic()
+        with self._lock:
+            since, count = self._places.get(place, (now, 0))
+            if now - since >= WINDOW_S:
+                if count > BURST:
+                    record.msg = f"{record.getMessage()} (and {count - BURST} more like it in {now - since:.0f} s)"
+                    record.args = None
+                since, count = now, 0
+            self._places[place] = since, count + 1
+        return count < BURST
 
 
 def configure(level: str, role: str) -> None:
@@ -23,3 +49,5 @@ def configure(level: str, role: str) -> None:
     for noisy in ("kafka", "aiokafka"):  # every retry that succeeds is a warning to them
         logging.getLogger(noisy).setLevel(logging.ERROR)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(Bounded())

@@ -103,8 +103,9 @@ class SearchProcess:
 
     def close(self) -> None:
         """Wait for the call in flight, then end the child. A second call does nothing."""
-        with self._lock:
-            self._end()
+        with self._lock:  # not while the child leaves (30 ms): a caller that waits here is to ask the next generation
+            self._socket.close()
+        self._end()
 
     def _end(self, error: Exception | None = None) -> str:
         """Close the socket, reap the child, and say how it ended."""

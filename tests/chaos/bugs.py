@@ -12,6 +12,7 @@ from stream.producer import ClickProducer
 from workers import states as states_module
 from workers import worker_process
 from workers.faust_batches import BatchApp
+from workers.handed import Handed
 from workers.sender import BatchSender
 from workers.state_writer import StateWriter
 from workers.states import OwnedStates, States
@@ -110,6 +111,15 @@ def hoards() -> None:
     UserWorker._decode = keep  # type: ignore[method-assign]
 
 
+def no_second_look() -> None:
+    """A dropped batch that nothing follows is not looked for."""
+
+    async def nothing(self: Handed, ends: Any) -> dict[int, int]:
+        return {}
+
+    Handed.behind = nothing  # type: ignore[method-assign]
+
+
 BUGS: dict[str, Callable[[], None]] = {
     bug.__name__: bug
     for bug in (
@@ -123,6 +133,7 @@ BUGS: dict[str, Callable[[], None]] = {
         states_read_short,
         events_not_awaited,
         hoards,
+        no_second_look,
     )
 }
 

@@ -115,7 +115,8 @@ class Load:
 class Fleet:
     """Workers of one group on fresh topics, started again when they fall, as an orchestrator would; a context manager.
 
-    session_s: None is the product's own, for which a dead worker's partitions wait; the rest are worker settings.
+    session_s: None is the product's own, for which a dead worker's partitions wait. fault: called in each worker first.
+    The rest are worker settings.
     exits: name and exit code of every worker that ended without being told to (a kill is that, too).
     traps: of a worker's successors, by name.
     """
@@ -128,6 +129,7 @@ class Fleet:
         *,
         partitions: int = 4,
         session_s: float | None = None,
+        fault: Callable[[], None] | None = None,
         **settings: Any,
     ) -> None:
         name = f"c{secrets.token_hex(4)}"
@@ -136,7 +138,7 @@ class Fleet:
             worker=Worker(group=name, **settings),
             cache=folder / "cache",
         )
-        self.folder, self._session_s = folder, session_s
+        self.folder, self._session_s, self._fault = folder, session_s, fault
         self.exits: list[tuple[str, int]] = []
         self._duplicates = 0.0
         self._processes: dict[str, Any] = {}
@@ -176,7 +178,8 @@ class Fleet:
             port = self._ports[name] = free_port()
             own = self.settings.worker.model_copy(update={"metrics_port": port})
             settings = self.settings.model_copy(update={"worker": own})
-            self._processes[name] = start(worker, settings, self.folder / f"{name}.log", trap, self._session_s)
+            log = self.folder / f"{name}.log"
+            self._processes[name] = start(worker, settings, log, trap, self._session_s, self._fault)
 
     def send_signal(self, name: str, number: signal.Signals) -> None:
         """SIGKILL, SIGSTOP, SIGCONT."""

@@ -1,14 +1,11 @@
 """Scenario 6: swaps while 200 requests a second are answered."""
 
-import http.client
 import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -21,53 +18,11 @@ from stream.connection import Connection
 from stream.events import Artifact, Item, encode
 from stream.producer import ClickProducer, Producer
 from stream.topics import Topics, ensure
+from tests.chaos.clients import Answer, Clients
 from tests.workers.service import free_port, until
 from workers.observe import scrape
 
-ITEMS, CLIENTS, RATE, K = 2000, 4, 200.0, 20
-
-
-class Answer(NamedTuple):
-    at: float  # monotonic, when it was asked
-    ms: float
-    status: int
-    generation: str
-    items: list[str]
-
-
-class Clients:
-    """Asks at a fixed rate whatever the answers take (open loop); a context manager."""
-
-    def __init__(self, port: int) -> None:
-        self._port, self._stop = port, threading.Event()
-        self.answers: list[Answer] = []
-        self._threads = [threading.Thread(target=self._ask, args=(n,), daemon=True) for n in range(CLIENTS)]
-
-    def __enter__(self) -> "Clients":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _ask(self, number: int) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=20)
-        due = time.monotonic() + number / RATE
-        while not self._stop.is_set():
-            time.sleep(max(0.0, due - time.monotonic()))
-            try:
-                connection.request("GET", f"/v1/users/u{number}/recommendations?k={K}")
-                response = connection.getresponse()
-                status, body = response.status, json.loads(response.read())
-            except (OSError, http.client.HTTPException, ValueError):
-                status, body = 0, {}
-                connection.close()
-            items = [item["item_id"] for item in body.get("items", [])]
-            self.answers.append(Answer(due, (time.monotonic() - due) * 1000, status, body.get("generation", ""), items))
-            due += CLIENTS / RATE
+ITEMS, RATE, K = 2000, 200.0, 20
 
 
 def generation(folder: Path, name: str) -> Artifact:
@@ -116,7 +71,7 @@ def test_no_answer_fails_is_empty_or_mixes_two_generations(connection: Connectio
     spans: list[tuple[float, float]] = []
     try:
         until(lambda: swapped() == 1, "the first generation serves")
-        with Clients(port) as clients:
+        with Clients(port, RATE, K) as clients:
             time.sleep(30 if long else 5)
             began = time.monotonic()
             for number in range(1, swaps + 1):
@@ -129,7 +84,7 @@ def test_no_answer_fails_is_empty_or_mixes_two_generations(connection: Connectio
     finally:
         server.terminate()
         server.wait(20)
-    calm = [answer for answer in clients.answers[CLIENTS * 10 :] if answer.at < began]
+    calm = [answer for answer in clients.answers[40:] if answer.at < began]
     during = [answer for answer in clients.answers if any(first <= answer.at <= last for first, last in spans)]
     answers = clients.answers
     wrong = {

@@ -63,9 +63,13 @@ def start(
     log: Path,
     trap: Trap | None = None,
     session_s: float | None = None,
+    fault: Callable[[], None] | None = None,
 ) -> ForkServerProcess:
-    """A started process; its log is appended to. `session_s`: another session than the worker's own."""
-    process = FORKS.Process(target=_run, args=(role, settings, log, trap, session_s), daemon=True)
+    """A started process; its log is appended to. `session_s`: another session than the worker's own.
+
+    `fault` is called in it first: what happens to it, not in it.
+    """
+    process = FORKS.Process(target=_run, args=(role, settings, log, trap, session_s, fault), daemon=True)
     process.start()
     return process
 
@@ -82,8 +86,32 @@ def worker(settings: Settings) -> int:
     return worker_process.run_worker(settings)
 
 
+def drop_batches() -> None:
+    """Every third of the fetched batches does not reach the agent; fetched again, it does."""
+    fetch, seen, fetched = PartitionBatchConsumer._wait_next_records, set[tuple[Any, int]](), 0
+
+    async def lossy(self: PartitionBatchConsumer, timeout: float) -> Any:
+        nonlocal fetched
+        records, active = await fetch(self, timeout)
+        for tp, (batch,) in list(records.items()):
+            fetched += 1
+            place = tp, batch.offset
+            if fetched % 3 == 0 and place not in seen:
+                os.write(2, f"fault: dropped {place}\n".encode())
+                del records[tp]
+            seen.add(place)
+        return records, active
+
+    PartitionBatchConsumer._wait_next_records = lossy  # type: ignore[method-assign]
+
+
 def _run(
-    role: Callable[[Settings], int], settings: Settings, log: Path, trap: Trap | None, session_s: float | None
+    role: Callable[[Settings], int],
+    settings: Settings,
+    log: Path,
+    trap: Trap | None,
+    session_s: float | None,
+    fault: Callable[[], None] | None,
 ) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with log.open("ab") as file:
@@ -91,6 +119,8 @@ def _run(
         os.dup2(file.fileno(), 2)
     configure(settings.log_level, role.__name__)
     plant(os.environ.get("CHAOS_BUG", ""))
+    if fault is not None:
+        fault()
     if trap is not None:
         _set(trap)
     if session_s is not None:
