@@ -148,5 +148,5 @@ def users_of(model: Model, dataset: Dataset, count: int) -> Floats:
         stamps = np.array([click.ts_ms for click in clicks], np.int64)
         rows = np.array([row[click.item_id] for click in clicks], np.int64)
         histories.append(History(rows, np.ones(len(rows), np.float32), stamps))
-    stamps = [int(history.ts_ms[-1]) for history in histories]
-    return model.user_vectors(histories, stamps)
+    newest = [int(history.ts_ms[-1]) for history in histories]
+    return model.user_vectors(histories, newest)
