@@ -104,7 +104,7 @@ def process_cost(process: SearchProcess, index: HnswIndex, queries: Vectors, rou
 
 
 def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
-    count = options.scaled(100_000, 3_000)
+    count = options.scaled(100_000, 1_000)
     model, dataset = data.trained(500 if options.quick else 20_000)
     grown, queries = data.Grown(model, count), data.users_of(model, dataset, QUERIES)
     with tempfile.TemporaryDirectory(prefix="upwell-bench-") as name:
