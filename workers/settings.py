@@ -89,9 +89,7 @@ class Worker(Section):
     batch_clicks: int = Field(
         256, ge=1, le=10_000, description="clicks of one partition folded before state is written"
     )
-    scored_clicks: int = Field(
-        16, ge=0, le=10_000, description="clicks of a micro-batch scored for the live hit rate; each costs a search"
-    )
+    scored_clicks: int = Field(64, ge=0, le=10_000, description="clicks of a micro-batch scored for the live hit rate")
     history: int = Field(50, ge=1, le=1000, description="entries kept in a user's history")
     event_ids: int = Field(1024, ge=1, le=100_000, description="event ids remembered a user")
     dead_letter_ratio: float = Field(0.5, gt=0, le=1, description="bad share of the last 1,000 at which to stop")
