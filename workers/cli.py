@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from workers import cli_arms, cli_ops
+from workers.cli_bench import bench
 from workers.cli_erase import erase
 from workers.cli_keys import keys
 from workers.logs import configure
@@ -29,6 +30,7 @@ app.add_typer(cli_ops.topics, name="topics")
 app.command("lag")(cli_ops.lag)
 app.command("export")(cli_ops.export)
 app.command("import")(cli_ops.import_)
+app.command()(bench)
 
 Broker = Annotated[str | None, typer.Option(help="HOST:PORT of your own Kafka; default: a local one.")]
 

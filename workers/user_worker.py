@@ -134,7 +134,7 @@ class UserWorker:
             folds[user_id].erase(offset)
         newest: dict[str, Read] = {}
         applied: list[Before] = []
-        to_score = self._settings.worker.scored_clicks
+        to_score, num_duplicate = self._settings.worker.scored_clicks, 0
         for read in reads:
             user_id, click = read.click.user_id, read.click
             fold = folds.setdefault(user_id, Fold(states.get(user_id, EMPTY), self._limits))
@@ -144,9 +144,11 @@ class UserWorker:
                 scored = to_score > 0 and not fold.has_seen(click.item_id)
                 to_score -= scored
                 applied.append(Before(click, tuple(fold.history) if scored else None, fold.num_seen))
-            metrics.clicks.labels("applied" if new else "duplicate").inc()
+            num_duplicate += not new
             fold.apply(weighed)
             newest[user_id] = read
+        metrics.clicks.labels("applied").inc(len(applied))  # once a micro-batch: 2 us a click otherwise
+        metrics.clicks.labels("duplicate").inc(num_duplicate)
         after = {user_id: fold.state() for user_id, fold in folds.items()}
         changed = [user_id for user_id, state in after.items() if state is not folds[user_id].before]
         return Folded(after, changed, newest, applied)

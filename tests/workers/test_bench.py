@@ -1,0 +1,105 @@
+"""`upwell bench`, in its quick forms: the figures are there and the work was done. No speed is asserted."""
+
+import importlib
+import json
+import math
+from collections import deque
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from workers.bench import data, harness, probe, search
+from workers.bench.ingest import micro_batches
+from workers.settings import Settings, Worker
+
+EXPECTED = {
+    "ingest": ("fold_path / a", "fold_path / b", "whole_job / c"),
+    "freshness": ("p50 ours / weekend, 200 a second", "p99 ours / weekend, 200 a second"),
+    "search": ("ours / hnswlib", "ours / faiss", "ours / usearch", "ours / exact"),
+    "swap": ("memory peak / one generation", "longest wait in a swap / without"),
+    "learn": ("matrix products / learning",),
+    "encode": ("upwell / naive",),
+    "gpu": ("one by one / cpu, 64 users",),
+    "scale": ("clicks, users 3000 / 1000", "queries, items 2000 / 500"),
+    "startup": ("worker / import torch",),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_figures(name: str) -> None:
+    result = importlib.import_module(f"workers.bench.{name}").run(harness.Options(quick=True, rounds=1))
+    found = json.loads(msgspec.json.encode(result))
+    assert found["name"] == name
+    assert set(EXPECTED[name]) <= found["ratios"].keys()
+    assert all(math.isfinite(figure) and figure > 0 for figure in found["ratios"].values()), found["ratios"]
+    assert found["values"] and len(found["load"]) == 2 and found["cores"] >= 1
+    if name == "search":
+        assert min(found["values"][f"recall@20 {peer}"] for peer in ("ours", "hnswlib", "faiss", "usearch")) > 0.9
+    if name == "encode":
+        assert found["values"]["lowest_cosine"] > 0.99
+    if name == "swap":
+        assert found["values"]["swaps"] == 1
+
+
+def test_contenders_take_turns() -> None:
+    order: list[str] = []
+
+    def turn(name: str) -> float:
+        order.append(name)
+        return float(len(order))
+
+    contenders = {name: partial(turn, name) for name in "ab"}
+    runs = harness.alternate(contenders, 3)
+    assert order == list("abbaab")
+    assert harness.medians(runs) == {"a": 4.0, "b": 3.0}
+    assert harness.ratio({"x": [1.0, 9.0, 4.0], "y": [1.0, 3.0, 4.0]}, "x", "y") == 1.0  # round by round: not 4 / 3
+
+
+def test_clicks_are_what_they_are_said_to_be() -> None:
+    clicks = data.clicks(2_000, users=300, items=50)
+    assert 190 <= np.mean([len(raw) for _, raw in clicks]) <= 210
+    assert len({raw for _, raw in clicks}) == 2_000
+    assert len({user_id for user_id, _ in clicks}) > 290
+    batches = micro_batches(clicks, Settings(worker=Worker(batch_clicks=50)))
+    touched = sum(len(batch) for batch in batches)
+    assert 300 < touched < 2_000  # a query a touched user, not a click
+    assert sum(len(query.history) for batch in batches for query in batch) > 2 * 2_000  # states are carried on
+
+
+def test_lifted_vectors_rank_by_inner_product() -> None:
+    vectors = np.random.default_rng(0).normal(size=(200, 8)).astype(np.float32)
+    query = np.random.default_rng(1).normal(size=(1, 8)).astype(np.float32)
+    distances = ((search.lifted(vectors) - np.pad(query, ((0, 0), (0, 1)))) ** 2).sum(axis=1)
+    assert np.argmin(distances) == np.argmax(vectors @ query[0])
+
+
+def test_the_peers_find_what_an_exact_scan_finds() -> None:
+    model_like = data.clustered(1_000, 16)
+    wanted = np.argsort(-(model_like[:50] @ model_like.T), axis=1)[:, :20]
+    for name, (set_ef, rows_of) in search.peers(search.lifted(model_like)).items():
+        set_ef(512)
+        found = rows_of(np.pad(model_like[:50], ((0, 0), (0, 1))))
+        assert np.mean([len(set(a) & set(b)) / 20 for a, b in zip(found, wanted, strict=True)]) > 0.95, name
+
+
+class Lists:
+    """A consumer that has these records."""
+
+    def __init__(self, *values: bytes) -> None:
+        self._values = values
+
+    async def getmany(self, timeout_ms: int) -> dict[int, list[Any]]:
+        return {0: [SimpleNamespace(value=value) for value in self._values]}
+
+
+async def test_a_list_answers_the_click_it_names_and_those_before_it() -> None:
+    waiting = {"u": deque([("e1", 1.0), ("e2", 2.0), ("e3", 3.0)])}
+    empty = b'{"user_id": "u", "event_id": "e3", "items": []}'
+    first = b'{"user_id": "u", "event_id": "e2", "items": [1], "clicked_ms": 5, "sent_ms": 6}'
+    seen = await probe.read_lists(Lists(empty, first, first), waiting, 2)
+    assert [(one.due, one.clicked, one.sent) for one in seen] == [(1.0, 5.0, 6.0), (2.0, 5.0, 6.0)]
+    assert list(waiting["u"]) == [("e3", 3.0)]

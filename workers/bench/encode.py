@@ -1,0 +1,75 @@
+"""Item texts a second through `Encoder`, against plain transformers with the same weights in naive batches.
+
+Naive: texts as they come, 32 at a time, padded to the longest of the batch, float32, mean of the tokens.
+"""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from model.encoder import MINILM_PACKAGE, Encoder, unit
+from model.queries import Vectors
+from stream.datasets import load_dataset
+from workers.bench.harness import Options, alternate, measured, medians, ratio, seconds
+
+NAIVE_BATCH, MAX_TOKENS = 32, 256
+
+
+def mixed_texts(count: int) -> list[str]:
+    """Film descriptions joined to lengths of a catalogue: most of some ten words, a few of hundreds."""
+    pieces, draw = [item.text for item in load_dataset("ml-100k").items], np.random.default_rng(0)
+    lengths = np.maximum(1, draw.lognormal(0.8, 1.0, count)).astype(int)
+    return [" ".join(draw.choice(pieces, length)) for length in lengths]
+
+
+def naive(device: torch.device) -> Callable[[Sequence[str]], Vectors]:
+    found = importlib.util.find_spec(MINILM_PACKAGE)
+    assert found is not None and found.origin is not None
+    folder = Path(found.origin).parent / "model"
+    tokenizer, net = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).to(device).eval()
+
+    @torch.inference_mode()
+    def encode(texts: Sequence[str]) -> Vectors:
+        vectors = []
+        for start in range(0, len(texts), NAIVE_BATCH):
+            part = list(texts[start : start + NAIVE_BATCH])
+            inputs = tokenizer(part, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt").to(
+                device
+            )
+            hidden, mask = (
+                net(**inputs).last_hidden_state,
+                inputs["attention_mask"].unsqueeze(-1),
+            )  # (b, T, E), (b, T, 1)
+            vectors.append(((hidden * mask).sum(1) / mask.sum(1)).cpu().numpy())
+        return unit(np.concatenate(vectors))
+
+    return encode
+
+
+def texts_per_s(encode: Callable[[Sequence[str]], Vectors], texts: Sequence[str]) -> float:
+    return len(texts) / seconds(lambda: encode(texts))
+
+
+def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
+    texts = mixed_texts(options.scaled(1_000, 48))
+    encoder = Encoder("minilm", max_tokens=MAX_TOKENS)
+    contenders = {"upwell": encoder.encode, "naive": naive(encoder.device)}
+    vectors = {name: encode(texts) for name, encode in contenders.items()}
+    runs = alternate({name: partial(texts_per_s, encode, texts) for name, encode in contenders.items()}, options.rounds)
+    values = {f"texts_per_s {name}": figure for name, figure in medians(runs).items()}
+    values |= {"lowest_cosine": float((vectors["upwell"] * vectors["naive"]).sum(axis=1).min())}
+    values |= {"device": device_name(encoder.device), "texts": float(len(texts))}
+    return {"upwell / naive": ratio(runs, "upwell", "naive")}, values
+
+
+def device_name(device: torch.device) -> str:
+    """The card's name, or CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, 1 thread: no GPU figure exists"
+
+
+run = measured("encode", work)

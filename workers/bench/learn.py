@@ -1,0 +1,74 @@
+"""Milliseconds an event of a full fine-tune, and the share of it that the matrix products alone would take.
+
+The floor: the floating point operations that torch counts in the tower's steps, at the rate that one large product of
+two matrices reaches on this core in the same run.
+"""
+
+import cProfile
+import pstats
+from collections.abc import Callable
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from stream.datasets import load_dataset
+from workers.bench import data
+from workers.bench.harness import Options, alternate, measured, medians, ratio, seconds
+
+WIDTH = 1024
+PARTS = {
+    "_learn_tower": "tower",
+    "_learn_mix": "mix",
+    "_refresh": "factorisation",
+    "_count": "counts",
+    "_append": "log",
+}
+
+
+def gflops_per_s() -> float:
+    a, b = torch.rand(2, WIDTH, WIDTH)
+    return 2e-9 * WIDTH**3 / min(seconds(lambda: a @ b) for _ in range(5))
+
+
+def shares(work: Callable[[], object]) -> dict[str, float]:
+    """Of the profiled time, what each part of `Learner.learn` took."""
+    profile = cProfile.Profile()
+    profile.runcall(work)
+    stats = pstats.Stats(profile)
+    found = {
+        function: cumulative
+        for (file, _, function), (_, _, _, cumulative, _) in stats.stats.items()  # type: ignore[attr-defined]
+        if file.endswith("model/learner.py")
+    }
+    return {f"share {name}": found.get(function, 0.0) / found["learn"] for function, name in PARTS.items()}
+
+
+def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
+    dataset = load_dataset("ml-100k")
+    count = min(options.scaled(20_000, 300), len(dataset.events))
+    events = data.events_of(dataset.events[:count])
+    steps, losses = list[int](), list[float]()
+
+    def learn_ms() -> float:
+        learner = data.untrained(dataset)
+        reports = []
+        took = seconds(lambda: reports.append(learner.learn(events)))
+        steps.append(reports[0].steps)
+        losses.append(reports[0].tower_loss)
+        return 1000 * took / count
+
+    learner = data.untrained(dataset)
+    head, sample = events.slice(0, count // 2), events.slice(count // 2, count // 2 + 256)
+    learner.learn(head)
+    with FlopCounterMode(display=False) as counter:
+        learner.learn(sample)
+    gflop = counter.get_total_flops() / len(sample) / 1e9
+    contenders = {"learn_ms": learn_ms, "floor_ms": lambda: 1000 * gflop / gflops_per_s()}
+    runs = alternate(contenders, options.rounds)
+    values = medians(runs) | {"gflop_an_event": gflop, "events": float(count), "steps": float(steps[0])}
+    values |= {"steps_per_s": steps[0] / count * 1000 / float(medians(runs)["learn_ms"]), "tower_loss": losses[0]}
+    values |= shares(lambda: learner.learn(events.slice(count // 2, count // 2 + min(2_000, count // 2))))
+    return {"matrix products / learning": ratio(runs, "floor_ms", "learn_ms")}, values
+
+
+run = measured("learn", work)

@@ -1,0 +1,119 @@
+"""What a click costs as users, items, partitions and workers grow, and what a user and an item cost in memory.
+
+Users: decode, fold and encode of clicks in this process over that many states. Items: search in batches of 64 in a
+search process. Partitions and workers: the fold path on Kafka; workers share two cores here, so it is CPU time a click
+that is compared, not wall time.
+"""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import psutil
+
+from model.model import Model
+from model.user_state import EMPTY, Applied, Fold, Limits, UserState, encode_state
+from stream.datasets import Dataset
+from stream.events import decode_click
+from workers.bench import data
+from workers.bench.harness import Options, alternate, await_true, cpu_s, measured, medians, rate, ratio, rss_mib
+from workers.bench.stage import Keyed, Stage, await_worker, free_port, stage, write_clicks
+from workers.observe import num_committed
+from workers.search import SearchProcess
+from workers.settings import Worker
+
+LIMITS = Limits()
+HELD = 5  # clicks of each user before the measured ones
+KIB = 1024
+
+
+def fold(states: dict[str, UserState], clicks: Keyed, first: int) -> None:
+    """Decode, fold and encode, a click at a time."""
+    for offset, (_, raw) in enumerate(clicks, first):
+        click = decode_click(raw)
+        folding = Fold(states.get(click.user_id, EMPTY), LIMITS)
+        folding.apply(Applied(click, 1.0, offset))
+        states[click.user_id] = folding.state()
+        encode_state(states[click.user_id])
+
+
+def with_users(count: int, options: Options) -> tuple[Callable[[], float], float]:
+    """Clicks a CPU second over the states of `count` users, and bytes a user."""
+    before, states = psutil.Process().memory_info().rss, dict[str, UserState]()
+    for turn in range(HELD):
+        for start in range(0, count, 10_000):
+            batch = data.clicks(min(10_000, count - start), 0, 50_000, seed=turn, first_user=start)
+            fold(states, batch, turn * count + start)
+    held = (psutil.Process().memory_info().rss - before) / len(states)
+    clicks, turns = data.clicks(options.scaled(20_000, 2_000), count, 50_000, seed=HELD), iter(range(1, 1_000))
+    return rate(len(clicks), lambda: fold(states, clicks, next(turns) * 10_000_000)), held
+
+
+def with_items(stack: ExitStack, count: int, model: Model, dataset: Dataset) -> tuple[Callable[[], float], float]:
+    """Queries a CPU second of a search process over `count` items, and its bytes an item."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="upwell-bench-"))) / "g"
+    artifact, queries = data.generation(folder, data.Grown(model, count)), data.users_of(model, dataset, 64)
+    search = stack.enter_context(SearchProcess(folder, artifact.manifest_sha256))
+
+    def run() -> float:
+        before = cpu_s(search.pid)
+        for _ in range(50):
+            search.search(queries, 20)
+        return 50 * len(queries) / (cpu_s(search.pid) - before)
+
+    run()
+    return run, rss_mib(search.pid) * KIB * KIB / count
+
+
+def on_kafka(stage: Stage, clicks: Keyed, partitions: int, workers: int) -> float:
+    """Clicks a CPU second of the fold path, all workers together."""
+    settings = stage.fresh(partitions)
+    with ExitStack() as stack:
+        own = [settings.model_copy(update={"worker": Worker(metrics_port=free_port())}) for _ in range(workers)]
+        running = [stack.enter_context(stage.running(one, "workers.cli", "worker")) for one in own]
+        for one in own:
+            await_worker(one, serves=False)
+        before = sum(cpu_s(process.pid) for process in running)
+        write_clicks(settings, clicks)
+        await_true(lambda: num_committed(settings) >= len(clicks), "all clicks committed", pause_s=0.3)
+        return len(clicks) / (sum(cpu_s(process.pid) for process in running) - before)
+
+
+def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
+    users = (1_000, 3_000) if options.quick else (1_000, 10_000, 100_000, 1_000_000)
+    items = (500, 2_000) if options.quick else (10_000, 100_000)
+    values: dict[str, float | str] = {}
+    ratios: dict[str, float] = {}
+
+    def compare(what: str, contenders: Mapping[int, Callable[[], float]], rounds: int) -> None:
+        """Each against the smallest."""
+        runs = alternate({str(size): contender for size, contender in contenders.items()}, rounds)
+        first, *rest = runs
+        values.update({f"per_cpu_s {what} {size}": figure for size, figure in medians(runs).items()})
+        ratios.update({f"{what} {size} / {first}": ratio(runs, size, first) for size in rest})
+
+    folding = {}
+    for count in users:
+        folding[count], values[f"bytes_a_user {count}"] = with_users(count, options)
+    compare("clicks, users", folding, options.rounds)
+    folding.clear()
+    model, dataset = data.trained(500 if options.quick else 5_000)
+    with ExitStack() as stack:
+        searching = {}
+        for count in items:
+            searching[count], values[f"bytes_an_item {count}"] = with_items(stack, count, model, dataset)
+        compare("queries, items", searching, options.rounds)
+    clicks = data.clicks(options.scaled(100_000, 2_000), 100_000, 50_000)
+    if options.quick:
+        return ratios, values
+    with stage() as set_up:
+        split = {count: partial(on_kafka, set_up, clicks, count, 1) for count in (1, 8, 64)}
+        compare("clicks, partitions", split, options.rounds)
+        shared = {count: partial(on_kafka, set_up, clicks, 8, count) for count in (1, 2, 4)}
+        compare("clicks, workers", shared, options.rounds)
+    return ratios, values
+
+
+run = measured("scale", work)

@@ -1,0 +1,124 @@
+"""Queries a second at equal recall: ours against in-process hnswlib, faiss, usearch and the exact scan.
+
+Vectors are a trained tower's item vectors, grown to any number; queries are the vectors of its users. Ours searches as
+wide as its build chose; each peer takes the smallest ef that finds as much; all on one thread, with M = 16 and
+ef_construction = 200, the peers over the vectors lifted by one dimension, where L2 order is inner product order.
+And: what the search process costs beside the same index in this process, by batch.
+"""
+
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import faiss
+import hnswlib
+import numpy as np
+from usearch.index import Index as UsearchIndex
+
+from model.index import ExactIndex, HnswIndex, recall
+from model.manifest import load_index, verify
+from model.probes import EF_SEARCH
+from model.queries import Rows, Vectors
+from workers.bench import data
+from workers.bench.harness import Options, Runs, alternate, measured, medians, ratio, seconds
+from workers.search import SearchProcess
+
+K, M, EF_CONSTRUCTION = 20, 16, 200
+BATCHES = (1, 16, 64, 256)
+QUERIES, TRUTHS = 512, 256
+Ask = Callable[[Vectors], Rows]  # lifted queries (B, D + 1) -> rows (B, K)
+
+
+def lifted(vectors: Vectors) -> Vectors:
+    """(N, D) -> (N, D + 1) of equal length."""
+    squares = np.einsum("nd,nd->n", vectors, vectors)
+    return np.column_stack([vectors, np.sqrt(squares.max() - squares)]).astype(np.float32)
+
+
+def peers(points: Vectors) -> dict[str, tuple[Callable[[int], None], Ask]]:
+    """Name -> how to set ef, and how to ask."""
+    dim = points.shape[1]
+    graph = hnswlib.Index(space="l2", dim=dim)
+    graph.init_index(len(points), M=M, ef_construction=EF_CONSTRUCTION, random_seed=0)
+    graph.add_items(points, num_threads=1)
+    faiss.omp_set_num_threads(1)
+    flat = faiss.IndexHNSWFlat(dim, M)
+    flat.hnsw.efConstruction = EF_CONSTRUCTION
+    flat.add(points)
+    usearch = UsearchIndex(ndim=dim, metric="l2sq", dtype="f32", connectivity=M, expansion_add=EF_CONSTRUCTION)
+    usearch.add(np.arange(len(points)), points, threads=1)
+
+    def usearch_rows(some: Vectors) -> Rows:
+        return np.atleast_2d(usearch.search(some, K, threads=1).keys).astype(np.int64)
+
+    return {
+        "hnswlib": (graph.set_ef, lambda some: graph.knn_query(some, K, num_threads=1)[0].astype(np.int64)),
+        "faiss": (partial(setattr, flat.hnsw, "efSearch"), lambda some: flat.search(some, K)[1]),
+        "usearch": (partial(setattr, usearch, "expansion_search"), usearch_rows),
+    }
+
+
+def against_peers(
+    vectors: Vectors, queries: Vectors, ours: Callable[[Vectors], Rows], rounds: int
+) -> tuple[Runs, dict[str, float | str]]:
+    """Queries a second of each in one batch, and what each finds."""
+    some = queries[:TRUTHS]
+    truth = ExactIndex(vectors).search(some, K)[1]
+
+    def found(rows: Rows) -> float:
+        return recall(np.einsum("bkd,bd->bk", vectors[rows], some), truth)
+
+    wanted = found(ours(some))
+    values: dict[str, float | str] = {"recall@20 ours": wanted}
+    contenders = {"ours": per_second(len(queries), partial(ours, queries))}
+    ask = np.pad(queries, ((0, 0), (0, 1)))  # (B, D + 1)
+    for name, (set_ef, rows_of) in peers(lifted(vectors)).items():
+        for ef in EF_SEARCH:
+            set_ef(ef)
+            share = found(rows_of(ask[:TRUTHS]))
+            if share >= wanted - 0.002:
+                break
+        values |= {f"recall@20 {name}": share, f"ef {name}": float(ef)}
+        contenders[name] = per_second(len(ask), partial(rows_of, ask))
+    contenders["exact"] = per_second(len(some), lambda: ExactIndex(vectors).search(some, K))
+    return alternate(contenders, rounds), values
+
+
+def per_second(count: int, work: Callable[[], object]) -> Callable[[], float]:
+    return lambda: count / seconds(work)
+
+
+def process_cost(process: SearchProcess, index: HnswIndex, queries: Vectors, rounds: int) -> dict[str, float]:
+    """Time through the process / time in this one, by batch."""
+    costs = {}
+    for batch in BATCHES:
+        parts = [queries[at : at + batch] for at in range(0, min(len(queries), 64 * batch), batch)]
+
+        def each(search: Callable[[Vectors, int], object], parts: list[Vectors] = parts) -> Callable[[], float]:
+            return lambda: seconds(lambda: [search(part, K) for part in parts])
+
+        runs = alternate({"process": each(process.search), "in_process": each(index.search)}, 2 * rounds)
+        costs[f"search process / in process, batches of {batch}"] = ratio(runs, "process", "in_process")
+    return costs
+
+
+def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
+    count = options.scaled(100_000, 1_000)
+    model, dataset = data.trained(500 if options.quick else 20_000)
+    grown, queries = data.Grown(model, count), data.users_of(model, dataset, QUERIES)
+    with tempfile.TemporaryDirectory(prefix="upwell-bench-") as name:
+        folder = Path(name) / "g"
+        artifact = data.generation(folder, grown)
+        index = load_index(folder, verify(folder), 1)
+        runs, values = against_peers(
+            index.exact.vectors, queries, lambda some: index.search(some, K)[0], options.rounds
+        )
+        with SearchProcess(folder, artifact.manifest_sha256) as process:
+            ratios = process_cost(process, index, queries, options.rounds)
+    ratios |= {f"ours / {peer}": ratio(runs, "ours", peer) for peer in runs if peer != "ours"}
+    values |= {f"queries_per_s {name}": figure for name, figure in medians(runs).items()}
+    return ratios, values | {"items": float(count), "dim": float(index.dim), "ef ours": float(index.ef)}
+
+
+run = measured("search", work)

@@ -1,0 +1,142 @@
+"""A local Kafka with fresh topics, and processes that work on them."""
+
+import asyncio
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from stream.broker import LocalBroker
+from stream.events import Artifact, Item, encode
+from stream.producer import partition_of
+from stream.topics import ensure
+from workers.bench.harness import await_true
+from workers.observe import scrape
+from workers.sender import BatchSender
+from workers.settings import Indexer, Kafka, Serve, Settings, Trainer, Worker
+
+Keyed = Sequence[tuple[str, bytes]]
+
+
+class Stage:
+    """One broker; `fresh` makes topics that nobody has used, `running` a process on them."""
+
+    def __init__(self, broker: LocalBroker, folder: Path) -> None:
+        self.broker, self.folder = broker, folder
+
+    def fresh(self, partitions: int = 8) -> Settings:
+        kafka = Kafka(bootstrap=self.broker.bootstrap, prefix=f"b{secrets.token_hex(4)}", partitions=partitions)
+        settings = Settings(
+            kafka=kafka,
+            worker=Worker(metrics_port=free_port()),
+            trainer=Trainer(metrics_port=free_port()),
+            indexer=Indexer(metrics_port=free_port()),
+            serve=Serve(port=free_port()),
+            artifacts=str(self.folder / "artifacts"),
+            cache=self.folder / "cache",
+        )
+        ensure(settings.topics, settings.connection)
+        return settings
+
+    @contextmanager
+    def running(self, settings: Settings, module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+        """`python -m MODULE ARGUMENTS` with these settings; its stdout is ours to read, its log lies in the folder."""
+        log = self.folder / f"{module}-{secrets.token_hex(3)}.log"
+        with log.open("wb") as errors:
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                env=os.environ | environment(settings),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+        try:
+            yield process
+        except BaseException as error:
+            error.add_note(log.read_text()[-2000:])
+            raise
+        finally:
+            process.terminate()
+            process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+
+
+@contextmanager
+def stage() -> Iterator[Stage]:
+    with tempfile.TemporaryDirectory(prefix="upwell-bench-") as name, LocalBroker(Path(name) / "kafka") as broker:
+        yield Stage(broker, Path(name))
+
+
+def environment(settings: Settings) -> Mapping[str, str]:
+    """The variables that make a process load these settings."""
+    return {
+        "UPWELL_KAFKA__BOOTSTRAP": settings.kafka.bootstrap,
+        "UPWELL_KAFKA__PREFIX": settings.kafka.prefix,
+        "UPWELL_KAFKA__PARTITIONS": str(settings.kafka.partitions),
+        "UPWELL_WORKER__METRICS_PORT": str(settings.worker.metrics_port),
+        "UPWELL_TRAINER__METRICS_PORT": str(settings.trainer.metrics_port),
+        "UPWELL_INDEXER__METRICS_PORT": str(settings.indexer.metrics_port),
+        "UPWELL_SERVE__PORT": str(settings.serve.port),
+        "UPWELL_ARTIFACTS": settings.artifacts,
+        "UPWELL_CACHE": str(settings.cache),
+        "UPWELL_LOG_LEVEL": "WARNING",
+    }
+
+
+def write_clicks(settings: Settings, clicks: Keyed) -> None:
+    """All of them at once, in batches, to the partitions that a producer takes."""
+    batches: dict[int, list[tuple[bytes, bytes]]] = {}
+    for user_id, raw in clicks:
+        batches.setdefault(partition_of(user_id, settings.kafka.partitions), []).append((user_id.encode(), raw))
+    asyncio.run(_write(settings, [(settings.topics.clicks.name, *batch) for batch in batches.items()]))
+
+
+def announce(settings: Settings, items: Sequence[Item], artifact: Artifact) -> None:
+    """The catalogue, then the generation that serves it."""
+    topics = settings.topics
+    catalogue = [(item.item_id.encode(), encode(item)) for item in items]
+    generation = [(artifact.name.encode(), encode(artifact))]
+    asyncio.run(_write(settings, [(topics.items.name, 0, catalogue), (topics.generations.name, 0, generation)]))
+
+
+async def _write(settings: Settings, batches: Sequence[tuple[str, int, Sequence[tuple[bytes, bytes]]]]) -> None:
+    sender = BatchSender(settings.connection)
+    await sender.start()
+    for topic, partition, records in batches:
+        await sender.send(topic, partition, records)
+    await sender.stop()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def said(process: "subprocess.Popen[str]", word: str) -> str:
+    """What follows the word on the next line that begins with it. Raises EOFError when the process has ended before."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        first, _, rest = line.strip().partition(" ")
+        if first == word:
+            return rest
+    raise EOFError(f"{process.args!r} ended and never said {word}")
+
+
+def worker_metrics(settings: Settings) -> dict[str, float]:
+    return scrape(f"http://127.0.0.1:{settings.worker.metrics_port}/metrics")
+
+
+def await_worker(settings: Settings, serves: bool) -> None:
+    """Until the worker's exporter answers and, where it has one to take in, its generation serves."""
+    wanted = "upwell_swaps_total{served}" if serves else "upwell_restored_users"
+    await_true(
+        lambda: worker_metrics(settings).get(wanted, 0.0) >= float(serves) and bool(worker_metrics(settings)), wanted
+    )

@@ -1,0 +1,103 @@
+"""Build, load and swap of a generation: how long, how much memory, and what traffic notices.
+
+Queries go on in this process while the next generation is taken in as the worker does it: verified, its model and
+its search process loaded beside, one reference moved, the old process closed.
+"""
+
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from model.model import Model
+from model.queries import Vectors
+from workers.bench import data
+from workers.bench.harness import Options, alternate, measured, medians, ratio, rss_mib, seconds
+from workers.search import SearchProcess, SearchProcessDied
+
+BATCH = 16
+
+
+class Traffic:
+    """Searches without pause in a thread; the longest wait for an answer, in milliseconds."""
+
+    def __init__(self, search: SearchProcess, queries: Vectors) -> None:
+        self.search, self._queries = search, queries
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self.waits_ms: list[float] = []
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            began = time.perf_counter()
+            while True:
+                try:
+                    self.search.search(self._queries, 20)
+                    break
+                except SearchProcessDied:  # closed between our look and our call, as in workers/live.py
+                    continue
+            self.waits_ms.append(1000 * (time.perf_counter() - began))
+
+    def during(self, work: Callable[[], object]) -> float:
+        """The longest wait while the work is done; at least a second of traffic."""
+        self.waits_ms = []
+        ends = time.monotonic() + 1
+        work()
+        while time.monotonic() < ends or not self.waits_ms:
+            time.sleep(0.01)
+        return max(self.waits_ms)
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def peak_mib(pid: int) -> float:
+    """Most memory that a process has ever had resident."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return float(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
+    count = options.scaled(100_000, 2_000)
+    model, dataset = data.trained(500 if options.quick else 5_000)
+    grown, queries = data.Grown(model, count), data.users_of(model, dataset, BATCH)
+    with tempfile.TemporaryDirectory(prefix="upwell-bench-") as name:
+        folder = Path(name) / "g"
+        began = time.perf_counter()
+        artifact = data.generation(folder, grown)
+        build_s = time.perf_counter() - began
+        files_mib = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
+        serving = SearchProcess(folder, artifact.manifest_sha256)
+        traffic = Traffic(serving, queries)
+        traffic.during(lambda: None)
+        alone_mib, peaks_mib, loads_s = rss_mib(serving.pid), list[float](), list[float]()
+
+        def load() -> None:
+            Model.load(folder / "model")
+            new = SearchProcess(folder, artifact.manifest_sha256)
+            peaks_mib.append(peak_mib(new.pid) + rss_mib(traffic.search.pid))
+            old, traffic.search = traffic.search, new
+            old.close()
+
+        contenders = {
+            "swap": lambda: traffic.during(lambda: loads_s.append(seconds(load))),
+            "steady": lambda: traffic.during(lambda: None),
+        }
+        runs = alternate(contenders, options.rounds)
+        traffic.close()
+        traffic.search.close()
+    ratios = {
+        "memory peak / one generation": statistics.median(peaks_mib) / alone_mib,
+        "longest wait in a swap / without": ratio(runs, "swap", "steady"),
+        "load / build": statistics.median(loads_s) / build_s,
+    }
+    values = {f"longest_wait_ms {name}": figure for name, figure in medians(runs).items()}
+    values |= {"build_s": build_s, "load_s": statistics.median(loads_s), "search_process_mib": alone_mib}
+    return ratios, values | {"files_mib": files_mib, "items": float(count), "swaps": float(len(loads_s))}
+
+
+run = measured("swap", work)
