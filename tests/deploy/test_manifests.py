@@ -69,7 +69,6 @@ def test_variables_are_settings() -> None:
     """A misspelt variable ends a role at its start."""
     given = set(named("ConfigMap", "upwell")["data"]) | set(COMPOSE["x-upwell"]["environment"])
     given |= set(re.findall(r"\bUPWELL_\w+", (DEPLOY / "Dockerfile").read_text()))
-    given.discard("UPWELL_SERVE__KEYS_FILE")  # comes with the API's keys
     for name in given:
         section, _, key = name.removeprefix(PREFIX).lower().partition("__")
         field = Settings.model_fields[section]
