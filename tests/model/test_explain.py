@@ -46,6 +46,10 @@ def test_contributions_are_the_linear_parts_click_by_click(model: Model) -> None
                                   ("text", "text.items", "text.items")):  # fmt: skip
             steps = [w * np.exp(-(len(rows) - 1 - t) / 5) * arrays[left][row] for t, (row, w) in
                      enumerate(zip(rows, weights, strict=True))]  # fmt: skip
+            taste = np.sum([step for step, w in zip(steps, weights, strict=True) if w > 0], axis=0)
+            taste = taste / max(np.linalg.norm(taste), 1e-12)
+            # A dislike takes away only what it does not share with the taste.
+            steps = [s - min(0.0, s @ taste) * taste if w < 0 else s for s, w in zip(steps, weights, strict=True)]
             for m, item in enumerate(ITEMS[user]):
                 for t, step in enumerate(steps):
                     length = np.linalg.norm(np.sum(steps, axis=0))

@@ -62,7 +62,7 @@ class Service:
         self.url = f"http://127.0.0.1:{settings.serve.port}"
 
     def call(self, path: str, body: Any = None) -> tuple[int, Any]:
-        """Status and JSON (or text) of a request; a body makes it a POST, bytes go as they are."""
+        """Status (0: no answer) and JSON (or text) of a request; a body makes it a POST, bytes go as they are."""
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data=data, headers={"Content-Type": "application/json"})
         try:
@@ -70,6 +70,8 @@ class Service:
                 status, raw = answer.status, answer.read()
         except urllib.error.HTTPError as error:
             status, raw = error.code, error.read()
+        except urllib.error.URLError as error:
+            status, raw = 0, str(error).encode()  # nobody listens: the server starts
         try:
             return status, json.loads(raw)
         except ValueError:

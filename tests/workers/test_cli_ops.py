@@ -17,14 +17,17 @@ from stream.topics import Topics, ensure
 from tests.workers.service import ITEMS, clicks
 from workers.backup import NOWHERE, BadBackup, Counts, read_backup, restore, write_backup
 from workers.lag import read_offsets
-from workers.settings import Kafka, Settings
+from workers.settings import Kafka, Settings, Worker
 from workers.states import raw_states
 from workers.topic_report import describe, fix
 
 
 def settings_of(connection: Connection, prefix: str = "", partitions: int = 3) -> Settings:
     prefix = prefix or f"o{secrets.token_hex(4)}"
-    return Settings(kafka=Kafka(bootstrap=connection.bootstrap, prefix=prefix, partitions=partitions))
+    return Settings(
+        kafka=Kafka(bootstrap=connection.bootstrap, prefix=prefix, partitions=partitions),
+        worker=Worker(group=prefix),  # the suite's service has members in the usual one: they alone may commit there
+    )
 
 
 def test_topics_are_described_and_mended(connection: Connection) -> None:
