@@ -24,9 +24,7 @@ def test_three_times_too_many(connection: Connection, generation: Artifact, tmp_
     # Ten seconds on a machine that others use say little of its speed: the short form allows for that.
     rush_s, slack_s = (300, 0) if long else (10, 20)
     draw, began = random.Random(SEED), time.monotonic()
-    first = make_clicks(
-        draw, CALIBRATION, users=CALIBRATION // 2, name="first-"
-    )  # as many lists a batch as later
+    first = make_clicks(draw, CALIBRATION, users=CALIBRATION // 2, name="first-")  # as many lists a batch as later
     with (
         Fleet(connection, tmp_path, generation, partitions=PARTITIONS) as fleet,
         closing(Subscriber(connection, fleet.settings.topics)),
