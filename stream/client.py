@@ -7,14 +7,14 @@ ApiError(RuntimeError)     the service has refused the request: `status`, and it
 import time
 import uuid
 from collections.abc import Iterator
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx
 import msgspec
 
 from stream.answers import Answer, EventIn, Guest, ItemOut, ItemsOut, Receipt, Similar, Status, Update, UserOut
+from stream.closing import Closing
 from stream.events import Item
 
 BUSY = (429, 503)
@@ -35,7 +35,7 @@ class Unavailable(ApiError):
 T = TypeVar("T")
 
 
-class Client:
+class Client(Closing):
     """A context manager; one a thread. `patience_s`: how long a request is tried again before Unavailable."""
 
     def __init__(self, url: str, key: str | None = None, *, timeout_s: float = 10.0, patience_s: float = 30.0) -> None:
@@ -98,14 +98,6 @@ class Client:
 
     def close(self) -> None:
         self._http.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _get(self, path: str, kind: type[T], **query: Any) -> T:
         return self._call("GET", path, kind, params=query)

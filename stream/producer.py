@@ -3,13 +3,13 @@
 import contextlib
 import threading
 from concurrent.futures import Future
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import kafka
 import msgspec
 from kafka.partitioner.default import murmur2
 
+from stream.closing import Closing
 from stream.connection import Connection
 from stream.events import MAX_ITEM_BYTES, Click, Erasure, Item, decode, decode_click, encode
 from stream.pseudonyms import Pseudonyms
@@ -36,7 +36,7 @@ class Place(NamedTuple):
     offset: int
 
 
-class Producer:
+class Producer(Closing):
     """Raw records; idempotent, acks of all replicas; usable from several threads.
 
     max_in_flight: events sent and not yet acknowledged; at the bound `send` waits block_s, then raises
@@ -87,14 +87,6 @@ class Producer:
         self.flush()
         self._abandon()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def send_raw(self, topic: str, key: bytes | None, raw: bytes | None) -> Future[Place]:
         """Its place, once it is acknowledged. Raises BufferFull, DeliveryError (of earlier records)."""
         self._raise_failures()
@@ -112,6 +104,7 @@ class Producer:
         except BaseException as error:
             with self._changed:
                 self._in_flight.discard(ticket)
+                self._changed.notify_all()
             if isinstance(error, kafka.errors.KafkaTimeoutError):
                 raise BufferFull(f"{topic}: no metadata in {METADATA_MS} ms; is the cluster reachable?") from error
             if isinstance(error, kafka.errors.KafkaError):

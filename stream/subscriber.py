@@ -1,16 +1,15 @@
 """Following the recommendations as they are made."""
 
 from collections.abc import Callable, Iterator
-from types import TracebackType
-from typing import Self
 
+from stream.closing import Closing
 from stream.connection import Connection
 from stream.consumer import Record, open_consumer, partitions_of
 from stream.events import Recommendations, decode
 from stream.topics import Topics
 
 
-class Subscriber:
+class Subscriber(Closing):
     """Iterates over decoded recommendations, for ever; from now, or from the oldest that are kept.
 
     on_erased: told the id of each erased user, whose lists are to be forgotten wherever you keep them.
@@ -62,11 +61,3 @@ class Subscriber:
 
     def close(self) -> None:
         self._consumer.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

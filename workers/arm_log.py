@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from stream.consumer import Record, end_offsets, read_window
-from stream.events import BadEvent, Click, Recommendations, decode, decode_click
+from stream.events import BadEvent, Click, Erasure, Recommendations, decode, decode_record
 from workers.settings import Settings
 
 
@@ -45,14 +45,18 @@ def score(settings: Settings, clicks: Iterable[Record], lists: Iterable[Record])
                 answer = decode(record.value, Recommendations)
                 latest[answer.user_id] = answer
                 continue
-            click = decode_click(record.value, record.timestamp)
+            event = decode_record(record.value, record.key, record.timestamp)
         except BadEvent:
             continue
-        before = latest.get(click.user_id)
-        new = click.item_id not in clicked[click.user_id]
-        clicked[click.user_id].add(click.item_id)
-        if new and before is not None and before.offset < record.offset and settings.weight(click) > 0:
-            yield _scored(click, before)
+        if isinstance(event, Erasure):
+            latest.pop(event.user_id, None)
+            clicked.pop(event.user_id, None)
+            continue
+        before = latest.get(event.user_id)
+        new = event.item_id not in clicked[event.user_id]
+        clicked[event.user_id].add(event.item_id)
+        if new and before is not None and before.offset < record.offset and settings.weight(event) > 0:
+            yield _scored(event, before)
 
 
 def _scored(click: Click, before: Recommendations) -> Scored:

@@ -1,7 +1,8 @@
 """The command `upwell`. Heavy imports happen inside the commands: `upwell --help` does not load torch."""
 
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -35,20 +36,27 @@ app.command()(bench)
 Broker = Annotated[str | None, typer.Option(help="HOST:PORT of your own Kafka; default: a local one.")]
 
 
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Bad configuration ends the process with one line a key."""
+    try:
+        yield
+    except ConfigError as error:
+        typer.echo(f"configuration:\n{error}", err=True)
+        raise typer.Exit(EX_CONFIG) from error
+
+
 def settings_for(role: str, reach_kafka: bool = True) -> Settings:
     """Settings, with logs configured; bad configuration ends the process with one line a key.
 
     So does a Kafka that answers and does not let us in; one that does not answer is waited for.
     """
-    try:
+    with refusing():
         settings = load_settings()
         if reach_kafka:
             from workers.preflight import check_access
 
             check_access(settings.connection)
-    except ConfigError as error:
-        typer.echo(f"configuration:\n{error}", err=True)
-        raise typer.Exit(EX_CONFIG) from error
     configure(settings.log_level, role)
     return settings
 
@@ -86,11 +94,8 @@ def serve() -> None:
     settings = settings_for("serve")
     from workers.keys import load_keys
 
-    try:
+    with refusing():
         keys = load_keys(settings.serve)
-    except ConfigError as error:
-        typer.echo(f"configuration:\n{error}", err=True)
-        raise typer.Exit(EX_CONFIG) from error
     from workers.server import run_server
 
     raise typer.Exit(run_server(settings, keys))

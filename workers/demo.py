@@ -7,7 +7,6 @@ subscriber, HTTP requests, metrics       ->  live table, or one JSON summary
 import json
 import os
 import shutil
-import socket
 import sys
 import threading
 import time
@@ -28,7 +27,7 @@ from stream.topics import ensure
 from workers.check import failures, summarise
 from workers.logs import configure
 from workers.observe import Observer, num_committed
-from workers.processes import stop_on_signal
+from workers.processes import free_port, stop_on_signal
 from workers.settings import Settings, load_settings
 from workers.states import raw_states
 from workers.up import Roles
@@ -86,20 +85,14 @@ def _settings(bootstrap: str, port: int) -> Settings:
         "UPWELL_KAFKA__BOOTSTRAP": bootstrap,
         "UPWELL_KAFKA__PREFIX": f"demo-{int(time.time())}",
         "UPWELL_ARTIFACTS": str(FOLDER / "artifacts"),
-        "UPWELL_SERVE__PORT": str(port or _free_port()),
-        "UPWELL_WORKER__METRICS_PORT": str(_free_port()),
+        "UPWELL_SERVE__PORT": str(port or free_port()),
+        "UPWELL_WORKER__METRICS_PORT": str(free_port()),
     }
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
     settings = load_settings()
     configure(settings.log_level, "demo")
     return settings
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def send_items(settings: Settings, dataset: Dataset) -> None:

@@ -16,7 +16,7 @@ log = structlog.get_logger()
 INTERVAL_S = 10.0
 
 
-class Place(NamedTuple):
+class Progress(NamedTuple):
     """Where the worker group stands in one partition of the clicks; committed is None before its first commit."""
 
     committed: int | None
@@ -25,7 +25,7 @@ class Place(NamedTuple):
 
 
 class Offsets(NamedTuple):
-    clicks: dict[int, Place]
+    clicks: dict[int, Progress]
     ends: dict[tuple[str, int], int]  # of every topic: (name, partition) -> offset of the next record
 
 
@@ -37,7 +37,7 @@ def read_offsets(settings: Settings) -> Offsets:
         ends = consumer.end_offsets(partitions_of(consumer, [topic.name for topic in settings.topics.all()]))
         first = consumer.beginning_offsets([part for part in ends if part.topic == topic])
     clicks = {
-        part.partition: Place(at := committed.get(part.partition), ends[part], ends[part] - max(at or 0, beginning))
+        part.partition: Progress(at := committed.get(part.partition), ends[part], ends[part] - max(at or 0, beginning))
         for part, beginning in sorted(first.items())
     }
     return Offsets(clicks, {(part.topic, part.partition): end for part, end in ends.items()})

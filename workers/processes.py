@@ -1,7 +1,8 @@
-"""Ending a role: in order, or at once where it cannot go on."""
+"""Starting a role on a free port; ending it, in order, or at once where it cannot go on."""
 
 import os
 import signal
+import socket
 import sys
 import threading
 
@@ -10,6 +11,13 @@ import structlog
 log = structlog.get_logger()
 
 EX_DATA, EX_SOFTWARE = 65, 70  # sysexits.h: the input is bad; an internal error was met
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on; somebody else may take it before you do."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def stop_on_signal() -> threading.Event:

@@ -15,7 +15,7 @@ from workers.limits import refused
 from workers.routes import Served, example, route
 from workers.routes_recommend import UserId
 
-Place = Annotated[str, Parameter(max_length=40, description="as DELETE gave it", examples=example("3-1207"))]
+ReceiptId = Annotated[str, Parameter(max_length=40, description="as DELETE gave it", examples=example("3-1207"))]
 
 
 @delete(
@@ -43,7 +43,7 @@ async def erase_user(service: Served, user_id: UserId) -> Erased:
     tags=["users"],
     **route("admin", 404),
 )
-def erasure(service: Served, receipt: Place) -> Erased:
+def erasure(service: Served, receipt: ReceiptId) -> Erased:
     try:
         return status(service.settings, receipt)
     except UnknownReceipt as error:

@@ -20,13 +20,13 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
 from model.index import HnswIndex
 from model.manifest import DamagedGeneration, load_index, verify
 from model.queries import Rows, Vectors, check_excluded, check_queries
+from stream.closing import Closing
 
 _READY = struct.Struct("<2q")  # N, D; or -1 and the length of the reason
 _CALL = struct.Struct("<4q")  # B, k, E, H
@@ -42,7 +42,7 @@ class SearchProcessDied(RuntimeError):
     """The child has ended or was closed: start another one."""
 
 
-class SearchProcess:
+class SearchProcess(Closing):
     """A child that has verified, loaded and probed one generation. Thread-safe: calls queue up.
 
     `manifest_sha256` is the announced one. `threads` bounds the cores of one call. `timeout_s` is the longest
@@ -121,12 +121,6 @@ class SearchProcess:
         if isinstance(error, TimeoutError):
             return "no answer in time"
         return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-
-    def __enter__(self) -> SearchProcess:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
-        self.close()
 
 
 def _receive(connection: socket.socket, size: int) -> bytearray:

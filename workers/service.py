@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from typing import Literal
+from typing import Any, Literal
 
 from model.user_state import EMPTY, UserState
 from stream.answers import Answer, AsOf, Guest, ItemOut, Past, Place, Reason, Similar, UserOut, Wishes
@@ -23,6 +23,7 @@ from workers.snapshot import Query, Rules, Snapshot
 from workers.updates import Updates
 from workers.user_states import UserStates
 
+Source = Literal["personal", "session", "popular"]
 SENDING_THREADS = 4  # of their own: events that Kafka does not take hold up no request for a list
 
 
@@ -80,14 +81,14 @@ class Service:
         query = Query(state.history, state.seen, now_ms, self._rules(wishes, arm))
         snapshot, items = self._list(query, wishes)
         missing = _unknown(snapshot, query, "no event of this user is known")
-        source: Literal["personal", "popular"] = "popular" if missing else "personal"
-        _count(source, items, wishes.k)
-        return Answer(
-            user_id=user_id,
-            items=items,
-            generation=snapshot.name,
-            source=source,
+        source: Source = "popular" if missing else "personal"
+        return _answer(
+            items,
+            wishes.k,
+            snapshot,
+            source,
             fallback=missing,
+            user_id=user_id,
             as_of=AsOf(self.users.partition(stored_id), state.offset),
             age_ms=max(0, now_ms - at.kafka_ms) if at else None,
             stale=not (reached and self.updates.connected),
@@ -106,17 +107,8 @@ class Service:
             query = session(guest, self.settings, rules)
             snapshot, items = self._list(query, guest)
             missing = _unknown(snapshot, query, "no history, item or text was given")
-        source: Literal["session", "popular"] = "popular" if missing else "session"
-        _count(source, items, guest.k)
-        return Answer(
-            user_id=None,
-            items=items,
-            generation=snapshot.name,
-            source=source,
-            fallback=missing,
-            as_of=None,
-            age_ms=None,
-        )
+        source: Source = "popular" if missing else "session"
+        return _answer(items, guest.k, snapshot, source, fallback=missing, user_id=None, as_of=None, age_ms=None)
 
     def similar(self, item_id: str, wishes: Wishes) -> Similar:
         """Raises NotReady, KeyError for an item that the generation does not know."""
@@ -197,6 +189,7 @@ def _num_seen(state: UserState) -> int:
     return len(state.seen) // 8
 
 
-def _count(source: str, items: Sequence[Place], k: int) -> None:
+def _answer(items: list[Place], k: int, snapshot: Snapshot, source: Source, **rest: Any) -> Answer:
     fullness = "empty" if not items else "full" if len(items) == k else "short"
     metrics.answers.labels(source, fullness).inc()
+    return Answer(items=items, generation=snapshot.name, source=source, **rest)

@@ -27,8 +27,9 @@ from stream.events import EVENT_TYPES, Artifact, BadEvent, Click, Erasure, decod
 from stream.producer import ClickProducer
 from stream.topics import ensure
 from tests.chaos.worker import Trap, start, worker
-from tests.workers.service import ITEMS, free_port
+from tests.workers.service import ITEMS
 from workers.observe import scrape
+from workers.processes import free_port
 from workers.settings import Kafka, Serve, Settings, Trainer, Worker
 from workers.states import raw_states
 from workers.up import HOPELESS

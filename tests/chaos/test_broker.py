@@ -14,7 +14,8 @@ from stream.connection import Connection
 from stream.events import Artifact, Click
 from tests.chaos.harness import SEED, SHORT_SESSION_S, Fleet, holds, judge, make_clicks, report, until
 from tests.chaos.worker import start
-from tests.workers.service import Service, free_port
+from tests.workers.service import Service
+from workers.processes import free_port
 from workers.server import run_server
 from workers.settings import Serve
 from workers.up import Roles

@@ -26,8 +26,8 @@ from stream.producer import ClickProducer
 from tests.chaos.clients import Clients
 from tests.chaos.harness import SEED, Fleet, Load, calibrate, holds, make_clicks, report, until
 from tests.chaos.worker import start
-from tests.workers.service import free_port
 from workers.observe import scrape
+from workers.processes import free_port
 from workers.server import run_server
 from workers.settings import Serve, Settings
 from workers.states import raw_states

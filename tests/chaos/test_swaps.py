@@ -19,8 +19,9 @@ from stream.events import Artifact, Item, encode
 from stream.producer import ClickProducer, Producer
 from stream.topics import Topics, ensure
 from tests.chaos.clients import Answer, Clients
-from tests.workers.service import free_port, until
+from tests.workers.service import until
 from workers.observe import scrape
+from workers.processes import free_port
 
 ITEMS, RATE, K = 2000, 200.0, 20
 

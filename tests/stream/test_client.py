@@ -8,7 +8,7 @@ import pytest
 from stream.answers import EventIn, Guest, Status, Update
 from stream.client import ApiError, Client, Unavailable
 from tests.workers.console_fake import Fake, fake_api
-from tests.workers.service import free_port
+from workers.processes import free_port
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from stream.events import Click, Item
 from stream.producer import ClickProducer
 from stream.topics import ensure
 from workers.observe import scrape
+from workers.processes import free_port
 from workers.settings import Settings, load_settings
 from workers.states import raw_states
 from workers.up import Roles
@@ -133,9 +133,3 @@ def upwell(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     """The command line with the service's settings. A process of its own: it sets up logging for good."""
     command = [sys.executable, "-m", "workers.cli", *arguments]
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=60)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 
 from stream.broker import LocalBroker
-from stream.events import Click, Ranked, Recommendations, encode
+from stream.events import Click, Erasure, Ranked, Recommendations, encode
 from stream.producer import Producer
 from stream.topics import Topics
 from workers.arm_log import Scored, score
@@ -77,21 +77,23 @@ DRAWN = [Ranked("a", 1.0, 0.8, under={"default": 1.0}), Ranked("b", 0.5, 0.1, un
 
 
 def test_a_click_is_held_against_the_list_before_it() -> None:
-    clicks = [
+    clicks: list[tuple[int, int, Click | Erasure]] = [
         (10, 0, a_click("u", "z")),  # no list yet
         (20, 1, a_click("u", "a")),  # in the list of 15
         (25, 2, a_click("u", "a")),  # a repeat
         (30, 3, a_click("u", "b", "hide")),  # says no
         (40, 4, a_click("u", "c")),  # in the list of 40, which came at the same moment: not seen yet
         (50, 5, a_click("v", "a")),  # of another user
+        (65, 6, Erasure(event_type="erase", user_id="v", requested_ms=0)),
+        (70, 7, a_click("v", "a")),  # a stranger again: the list of 60 is forgotten
     ]
     lists = [(15, a_list("u", "draws", DRAWN, 0)), (40, a_list("u", "default", [Ranked("c", 1.0)], 3)),
              (60, a_list("v", "default", [Ranked("a", 1.0)], 5))]  # fmt: skip
     topics = SETTINGS.topics
     found = score(
         SETTINGS,
-        [Record(topics.clicks.name, encode(click), ms, offset) for ms, offset, click in clicks]
-        + [Record(topics.clicks.name, b"no click", 70)],
+        [Record(topics.clicks.name, encode(e), ms, offset, key=e.user_id.encode()) for ms, offset, e in clicks]
+        + [Record(topics.clicks.name, b"no click", 80)],
         [Record(topics.recommendations.name, encode(answer), ms) for ms, answer in lists],
     )
     sizes = {"default": (1 / 0.8 + 0) / 2}

@@ -12,9 +12,10 @@ from litestar import Litestar, get
 from litestar.testing import TestClient
 
 from stream.answers import Wishes
-from tests.workers.service import free_port, upwell
+from tests.workers.service import upwell
 from workers.keys import OPEN, SCOPES, Keys, load_keys, new_key
 from workers.limits import Buckets, Gate
+from workers.processes import free_port
 from workers.routes import route
 from workers.server import ROUTES, build_app
 from workers.service import Service

@@ -35,10 +35,10 @@ class Meter:
         return True
 
 
-def bare_agent(settings: Settings, meter: Meter) -> int:
-    """Faust as it comes: raw values, an agent that does nothing with them."""
-    app = faust.App(
-        GROUP,
+def plain_app(settings: Settings, group: str) -> faust.App:
+    """Faust as it comes, but for its web server and topics."""
+    return faust.App(
+        group,
         broker=f"kafka://{settings.kafka.bootstrap}",
         web_enabled=False,
         topic_disable_leader=True,
@@ -46,6 +46,11 @@ def bare_agent(settings: Settings, meter: Meter) -> int:
         consumer_auto_offset_reset="earliest",
         store="memory://",
     )
+
+
+def bare_agent(settings: Settings, meter: Meter) -> int:
+    """Raw values, an agent that does nothing with them."""
+    app = plain_app(settings, GROUP)
     clicks = app.topic(settings.topics.clicks.name, value_type=bytes, value_serializer="raw")
 
     @app.agent(clicks)  # type: ignore[untyped-decorator]

@@ -19,8 +19,9 @@ from stream.datasets import Dataset
 from stream.events import decode_click
 from workers.bench import data
 from workers.bench.harness import Options, alternate, await_true, cpu_s, measured, medians, rate, ratio, rss_mib
-from workers.bench.stage import Keyed, Stage, await_worker, free_port, stage, write_clicks
+from workers.bench.stage import Keyed, Stage, await_worker, stage, write_clicks
 from workers.observe import num_committed
+from workers.processes import free_port
 from workers.search import SearchProcess
 from workers.settings import Worker
 

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from stream.producer import partition_of
 from stream.topics import ensure
 from workers.bench.harness import await_true
 from workers.observe import scrape
+from workers.processes import free_port
 from workers.sender import BatchSender
 from workers.settings import Indexer, Kafka, Serve, Settings, Trainer, Worker
 
@@ -112,12 +112,6 @@ async def _write(settings: Settings, batches: Sequence[tuple[str, int, Sequence[
     for topic, partition, records in batches:
         await sender.send(topic, partition, records)
     await sender.stop()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def said(process: "subprocess.Popen[str]", word: str) -> str:

@@ -9,12 +9,12 @@ process; one `topic.send` a list. State lives in memory alone: nothing survives 
 import sys
 from typing import Any
 
-import faust
 import hnswlib
 import msgspec
 
 from stream.events import decode_click
 from workers.bench.data import clustered
+from workers.bench.floors import plain_app
 from workers.faust_batches import execute
 from workers.settings import load_settings
 
@@ -28,15 +28,7 @@ def main(num_items: str, dim: str) -> None:
     index.init_index(len(vectors), M=16, ef_construction=100, random_seed=0)
     index.add_items(vectors)
     users: dict[str, list[int]] = {}
-    app = faust.App(
-        "weekend",
-        broker=f"kafka://{settings.kafka.bootstrap}",
-        web_enabled=False,
-        topic_disable_leader=True,
-        topic_allow_declare=False,
-        consumer_auto_offset_reset="earliest",
-        store="memory://",
-    )
+    app = plain_app(settings, "weekend")
     raw = {"value_type": bytes, "value_serializer": "raw"}
     clicks = app.topic(settings.topics.clicks.name, **raw)
     lists = app.topic(settings.topics.recommendations.name, **raw)
