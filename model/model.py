@@ -252,8 +252,7 @@ def steps(table: Tensor, rows: Tensor, faded: Tensor) -> Tensor:
     """(B, T, K) what each event adds to a user's direction: its row of table (N, K), times its faded weight (B, T).
 
     Of an event with a negative weight only what it does not share with the positive ones: one dislike says little
-    about everything that the user ever chose. Taken whole, it took 39 % of the hits of users who disliked the first
-    item of their list (docs/quality.md).
+    about everything that the user ever chose (docs/quality.md).
     """
     whole = faded.unsqueeze(2) * table[rows]
     taste = F.normalize((whole * (faded > 0).unsqueeze(2)).sum(dim=1), dim=1)  # (B, K)
