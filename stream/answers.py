@@ -52,7 +52,9 @@ class Reason(Struct):
     share: Annotated[float, Meta(description="of `explained`; the shares of an item add up to 1 over all its clicks")]
 
 
-class Place(Struct):
+class RankedItem(Struct):
+    """One place in a list."""
+
     item_id: str
     score: float
     title: str
@@ -74,7 +76,7 @@ class Answer(Struct, kw_only=True):
     """A list of recommendations and what it rests on."""
 
     user_id: str | None
-    items: list[Place]
+    items: list[RankedItem]
     generation: str
     source: Literal["personal", "session", "popular"]
     fallback: Annotated[str | None, Meta(description="why the list is not personal, where it should be")] = None
@@ -86,7 +88,7 @@ class Answer(Struct, kw_only=True):
 
 class Similar(Struct):
     item_id: str
-    items: list[Place]
+    items: list[RankedItem]
     generation: str
 
 

@@ -13,6 +13,8 @@ CONTROL = Arm(share=1.0)
 
 def arm_of(settings: Settings, user_id: str) -> str:
     """The arm of a user: by a keyed hash of the id, so the same in every process; another key deals anew."""
+    if not settings.arms:
+        return DEFAULT_ARM
     hashed = blake2b(user_id.encode(), digest_size=8, key=settings.arms_key.encode()).digest()
     dealt = int.from_bytes(hashed, "big") / 2**64
     for name in sorted(settings.arms):

@@ -18,8 +18,7 @@ from workers.settings import Settings
 
 log = structlog.get_logger()
 
-
-STUCK_S = 60.0
+STUCK_S = 60.0  # longer than any rebalance seen, under load, too
 
 
 class Stuck(RuntimeError):

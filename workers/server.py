@@ -100,9 +100,8 @@ def build_app(service: Service, keys: Keys) -> Litestar:
             description=ABOUT,
             use_handler_docstrings=True,
             components=Components(security_schemes={"key": scheme}),
-            render_plugins=[
-                JsonRenderPlugin(path=["/openapi.json", "/"])
-            ],  # the pages would load scripts from elsewhere
+            # Not Litestar's pages: they load scripts from elsewhere.
+            render_plugins=[JsonRenderPlugin(path=["/openapi.json", "/"])],
             openapi_router=Router("/schema", route_handlers=[], opt={"scope": None}, include_in_schema=False),
         ),
         on_startup=[service.start],

@@ -9,7 +9,7 @@ from functools import cache, partial
 from typing import Any, Literal
 
 from model.user_state import EMPTY, UserState
-from stream.answers import Answer, AsOf, Guest, ItemOut, Past, Place, Reason, Similar, UserOut, Wishes
+from stream.answers import Answer, AsOf, Guest, ItemOut, Past, RankedItem, Reason, Similar, UserOut, Wishes
 from stream.events import Ranked
 from stream.producer import ClickProducer
 from stream.text import clean
@@ -142,9 +142,9 @@ class Service:
             arm=arm_of(self.settings, stored_id),
         )
 
-    def places(self, ranked: Sequence[Ranked]) -> list[Place]:
+    def places(self, ranked: Sequence[Ranked]) -> list[RankedItem]:
         return [
-            Place(
+            RankedItem(
                 r.item_id,
                 r.score,
                 self.title(r.item_id),
@@ -159,7 +159,7 @@ class Service:
         item = self.live.catalogue.items.get(item_id)
         return item.title if item else ""
 
-    def _list(self, query: Query, wishes: Wishes) -> tuple[Snapshot, list[Place]]:
+    def _list(self, query: Query, wishes: Wishes) -> tuple[Snapshot, list[RankedItem]]:
         snapshot, lists = self.live.recommend([query], wishes.k, wishes.explain)
         return snapshot, self.places(lists[0])
 
@@ -189,7 +189,7 @@ def _num_seen(state: UserState) -> int:
     return len(state.seen) // 8
 
 
-def _answer(items: list[Place], k: int, snapshot: Snapshot, source: Source, **rest: Any) -> Answer:
+def _answer(items: list[RankedItem], k: int, snapshot: Snapshot, source: Source, **rest: Any) -> Answer:
     fullness = "empty" if not items else "full" if len(items) == k else "short"
     metrics.answers.labels(source, fullness).inc()
     return Answer(items=items, generation=snapshot.name, source=source, **rest)
