@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def downloads(package: Path) -> Path:
-    """The folder, which need not exist. package: the folder of this package; a checkout has pyproject.toml beside it."""
+    """The folder, which need not exist. package: the folder of our code; a checkout has pyproject.toml beside it."""
     if (package.parent / "pyproject.toml").exists():
         return package.parent / ".cache"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "upwell"

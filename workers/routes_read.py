@@ -11,7 +11,14 @@ from workers.routes import Served, example, route
 from workers.routes_recommend import UserId
 
 
-@get("/v1/items", sync_to_thread=True, summary="Items of the catalogue", tags=["catalogue"], **route("read"))
+@get(
+    "/v1/items",
+    sync_to_thread=True,
+    summary="Items of the catalogue",
+    description="Those whose title or id has the words; all where there are none.",
+    tags=["catalogue"],
+    **route("read"),
+)
 def items(
     service: Served,
     limit: Annotated[int, Parameter(ge=1, le=200, description="items at most")] = 50,
