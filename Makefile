@@ -51,7 +51,7 @@ reference: venv  ## docs/reference anew from the API, the topics, the settings a
 	$(BIN)/python -m workers.reference docs/reference
 
 docs: venv  ## the documentation as a site, in out/site
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 sbom: venv  ## dist/sbom.json (CycloneDX): what .venv holds, versions, licences, who needs what
 	mkdir -p dist

@@ -82,6 +82,7 @@ def api() -> str:
     text = f"# HTTP API\n\n{MADE}\n{document['info']['description']} `/schema` of a server has it for programs.\n"
     text += "\n| status | what it means |\n|---|---|\n"
     text += "".join(f"| {status} | {meaning} |\n" for status, meaning in PROBLEMS.items())
+    schemas = dict(document["components"]["schemas"])
     for path, methods in document["paths"].items():
         for method, route in methods.items():
             scopes = ", ".join(f"`{scope}`" for one in route.get("security") or () for scope in one["key"])
@@ -92,7 +93,8 @@ def api() -> str:
                 text += TABLE + "".join(lines)
             for media, body in route.get("requestBody", {}).get("content", {}).items():
                 text += f"\nBody: {media}, {type_of(body['schema'])}.\n"
-    return text + "\n## Types\n" + "".join(types(document["components"]["schemas"], "###"))
+                schemas |= {one["title"]: one for one in body["schema"].get("anyOf", ()) if "properties" in one}
+    return text + "\n## Types\n" + "".join(types(schemas, "###"))
 
 
 def kept(topic: Topic) -> str:
