@@ -55,7 +55,9 @@ docs: venv  ## the documentation as a site, in out/site
 
 sbom: venv  ## dist/sbom.json (CycloneDX): what .venv holds, versions, licences, who needs what
 	mkdir -p dist
-	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o dist/sbom.json $(BIN)/python
+	sed "s/^dynamic = .*/version = '`$(BIN)/hatchling version`'/" pyproject.toml > dist/pyproject.toml
+	$(BIN)/cyclonedx-py environment --pyproject dist/pyproject.toml --output-reproducible -o dist/sbom.json $(BIN)/python
+	rm dist/pyproject.toml
 
 release: venv sbom  ## dist: wheel, sdist, SBOM, and locks with hashes for a machine with CUDA and one without
 	$(BIN)/uv build --no-build-isolation --python $(BIN)/python --quiet -o dist
