@@ -185,10 +185,14 @@ class _Replay:
 
 
 class LearnerArm:
-    """The learner as it is served: vectors of its newest snapshot, inner products."""
+    """The learner, scoring by inner products: counts and mix every `batch` events (or stamp), as the arms that count
+    are brought up to date, towers and factors every micro-batch."""
+
+    batch = 16  # popularity of half-life 125 loses 4 % of its NDCG@10 on beauty at 64, 1 % at 16, none at 8
 
     def __init__(self, learner: Learner) -> None:
-        self.batch, self._learner, self._model = learner.config.micro_batch, learner, learner.model()
+        self._learner, self._waiting = learner, np.zeros(0, np.int64)
+        self._model = learner.model()
         self._items = self._model.item_vectors()
 
     def score(self, users: Rows, histories: Sequence[History], now_ms: Sequence[int]) -> Floats:
@@ -196,6 +200,11 @@ class LearnerArm:
         return scores
 
     def learn(self, events: Events, rows: Rows) -> None:
-        self._learner.learn(events)
-        self._model = self._learner.model()
+        size, learner, stepped = self._learner.config.micro_batch, self._learner, False
+        for start in range(0, len(events), size):
+            self._waiting = np.append(self._waiting, learner.observe(events.slice(start, start + size)))
+            while len(self._waiting) >= size:
+                learner.learn_observed(self._waiting[:size])
+                self._waiting, stepped = self._waiting[size:], True
+        self._model = learner.model() if stepped else learner.recounted(self._model)
         self._items = self._model.item_vectors()

@@ -330,3 +330,26 @@ def test_a_window_of_forgotten_users_alone_trains_nothing() -> None:
     made.forget(range(20))
     assert made.learn(Events([99], [ITEMS[0]], np.ones(1, np.float32), np.array([200_000]))).events == 1
     assert made.model().ids == ITEMS
+
+
+def test_counts_and_mix_may_run_ahead_of_the_towers() -> None:
+    halves, whole, events = learner(), learner(), chain(64, 0.2)
+    before = halves.model()
+    numbers = halves.observe(events)
+    counted = halves.recounted(before)
+    assert torch.equal(counted.arrays["popularity"], halves.model().arrays["popularity"])
+    assert torch.equal(counted.arrays["mix"], halves.model().arrays["mix"])
+    assert torch.equal(counted.arrays["tower.items"], before.arrays["tower.items"])
+    halves.learn_observed(numbers)
+    whole.learn(events)
+    assert same(halves.model(), whole.model())
+
+
+def test_an_arm_is_up_to_date_within_a_micro_batch() -> None:
+    made, events = learner(), chain(48, 0.2)
+    arm, stranger = LearnerArm(made), History(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64))
+    for start in range(0, 48, arm.batch):
+        before = arm.score(np.zeros(1, np.int64), [stranger], [0])
+        part = events.slice(start, start + arm.batch)
+        arm.learn(part, np.array([ITEMS.index(item) for item in part.items]))
+        assert not np.array_equal(arm.score(np.zeros(1, np.int64), [stranger], [0]), before)
