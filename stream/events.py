@@ -110,6 +110,7 @@ class Recommendations(Event, frozen=True, kw_only=True):
     clicked_ms: int  # when Kafka took that click (record timestamp)
     sent_ms: int
     arm: str = DEFAULT_ARM  # of the A/B test
+    updated_ms: int | None = None  # when the worker had folded that click into the state that the vector is made from
 
 
 class Artifact(Event, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from stream.topics import WrongTopic
 from workers import cli_arms, cli_ops
 from workers.cli_bench import bench
 from workers.cli_erase import erase
@@ -38,10 +39,10 @@ Broker = Annotated[str | None, typer.Option(help="HOST:PORT of your own Kafka; d
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Bad configuration ends the process with one line a key."""
+    """Bad configuration, or topics that are not as it says, ends the process with one line a key or topic."""
     try:
         yield
-    except ConfigError as error:
+    except (ConfigError, WrongTopic) as error:
         typer.echo(f"configuration:\n{error}", err=True)
         raise typer.Exit(EX_CONFIG) from error
 
@@ -119,7 +120,8 @@ def up(broker: Broker = None) -> None:
         environment = {"UPWELL_KAFKA__BOOTSTRAP": broker}
         os.environ.update(environment)
         settings = load_settings()
-        ensure(settings.topics, settings.connection)
+        with refusing():
+            ensure(settings.topics, settings.connection)
         roles = stack.enter_context(Roles(environment))
         typer.echo(f"Upwell on Kafka {broker}: http://{settings.serve.host}:{settings.serve.port}/")
         while not stop.wait(0.5):
@@ -147,7 +149,8 @@ def demo(
     from workers.demo import DemoOptions, run_demo
 
     options = DemoOptions(check, stream, events or (30_000 if check else None), rate, port, broker, kafka_home())
-    raise typer.Exit(run_demo(options))
+    with refusing():
+        raise typer.Exit(run_demo(options))
 
 
 @app.command()

@@ -42,11 +42,17 @@ def example(value: Any, summary: str = "") -> list[Example]:
     return [Example(summary=summary or None, value=value)]
 
 
-def known(request: Request[Any, Any, Any], *names: str) -> None:
-    """A misspelt parameter must not pass in silence. Raises HTTPException 400 naming it."""
+async def known(request: Request[Any, Any, Any]) -> None:
+    """A misspelt parameter must not pass in silence. Raises HTTPException 400 naming one that OpenAPI does not."""
+    if not request.query_params or not request.route_handler.opt.get("scope"):
+        return
+    paths = request.app.openapi_schema.paths or {}
+    listed = getattr(paths[request.scope["path_template"]], request.method.lower()).parameters or ()
+    names = [parameter.name for parameter in listed if parameter.param_in == "query"]
     for name in request.query_params:
         if name not in names:
-            raise HTTPException(status_code=400, detail=f"{name}: no such parameter; there are {', '.join(names)}")
+            there = ", ".join(names) or "none"
+            raise HTTPException(status_code=400, detail=f"{name}: no such parameter; there are: {there}")
 
 
 def invalid(_: Request[Any, Any, Any], error: ValidationException) -> Response[Problem]:

@@ -194,7 +194,7 @@ def test_a_click_is_pushed_with_its_way(service: Service) -> None:
         assert (path["event_id"], path["partition"], path["offset"]) == tuple(
             result[name] for name in ("event_id", "partition", "offset")
         )
-        assert path["clicked_ms"] <= path["sent_ms"] <= path["seen_ms"] <= path["pushed_ms"]
+        assert path["clicked_ms"] <= path["updated_ms"] <= path["sent_ms"] <= path["seen_ms"] <= path["pushed_ms"]
         assert result["offset"] == pushed["as_of"]["offset"]
         assert first["items"][0]["item_id"] not in [item["item_id"] for item in pushed["items"]]
     generation = get(service, "/v1/users/streamed/recommendations")["generation"]
