@@ -30,7 +30,6 @@ class Handed:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self.under_way = False  # a batch is being worked on, or one waits
         self._next: dict[int, int] = {}  # partition -> offset after the last one handed on
         self._looked: dict[int, tuple[int, int]] = {}  # partition -> that and the end, at the last look
         self._again: dict[int, tuple[int, float]] = {}  # partition -> from where it was last fetched again, and when
@@ -41,7 +40,6 @@ class Handed:
         The first batch after an assignment costs a look at the committed offset (0.1 s), a gap one more read; a
         producer's transaction marker looks like a gap.
         """
-        self.under_way = True
         first, next_ = records[0].offset, self._next.get(partition)
         if next_ is None:
             next_ = (await asyncio.to_thread(self._committed)).get(partition, 0)
@@ -54,7 +52,9 @@ class Handed:
         return records
 
     async def behind(self, ends: Mapping[int, int]) -> dict[int, int]:
-        """Partition -> offset to fetch from again, once for each; call it now and then while no batch is under way.
+        """Partition -> offset to fetch from again, once for each; call it now and then.
+
+        `ends`: of those partitions of which no batch is under way.
 
         It is behind where it has not moved since the last call and stands below the end that it had then (a
         producer's transaction marker looks so too: one fetch in vain). Raises Stuck where it still is STUCK_S later.

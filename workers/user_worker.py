@@ -16,6 +16,7 @@ from model.user_state import DIGEST_BYTES, EMPTY, Applied, Entry, Fold, Limits
 from stream.events import Artifact, BadEvent, Click, DeadLetter, Erasure, Ranked, Recommendations, decode_record, encode
 from workers import metrics
 from workers.arms import arm_of, query_of
+from workers.batcher import Batcher
 from workers.dead_letters import DeadLetters, dead_letter, place
 from workers.live import Live, NotReady
 from workers.prequential import K, LiveScore, Trial
@@ -77,6 +78,7 @@ class UserWorker:
         self._trial: Trial | None = None
         self._lost: Artifact | None = None  # the generation to go back to
         self._letters = DeadLetters(settings, sender)
+        self._lists = Batcher(self._recommend, "recommend")
         self._bad: deque[bool] = deque(maxlen=RATIO_WINDOW)
 
     async def process(self, partition: int, records: Sequence[Any], acknowledge: Acknowledge) -> None:
@@ -101,7 +103,7 @@ class UserWorker:
         owned.states.update(folded.states)
         await owned.writer.put({u.encode(): encoded(folded.states[u]) for u in folded.changed})
         folded_at = time.perf_counter()
-        recommended = await asyncio.to_thread(self._recommend, folded)
+        recommended = await self._lists.ask(folded)
         recommended_at = time.perf_counter()
         await self._send(partition, folded, recommended, dead, erased)
         await self._go_back()
@@ -154,28 +156,37 @@ class UserWorker:
         changed = [user_id for user_id, state in after.items() if state is not folds[user_id].before]
         return Folded(after, changed, newest, applied, time.time_ns() // 1_000_000)
 
-    def _recommend(self, folded: Folded) -> Recommended:
-        """Scored clicks and touched users in one embedding pass and one search."""
-        settings, states, newest = self._settings, folded.states, folded.newest
+    def _recommend(self, together: Sequence[Folded]) -> list[Recommended]:
+        """Of micro-batches of several partitions, scored clicks and touched users, in one embedding pass and search."""
+        settings, applied = self._settings, [before for folded in together for before in folded.applied]
         before = [
-            query_of(settings, click, history, states[click.user_id].seen[: num_seen * DIGEST_BYTES], sent=False)
+            query_of(settings, click, history, folded.states[click.user_id].seen[: num_seen * DIGEST_BYTES], sent=False)
+            for folded in together
             for click, history, num_seen in folded.applied
             if history is not None
         ]
-        after = [
-            query_of(settings, read.click, states[user_id].history, states[user_id].seen, sent=True)
-            for user_id, read in newest.items()
+        touched = [
+            (folded.states[user_id], read.click) for folded in together for user_id, read in folded.newest.items()
         ]
+        after = [query_of(settings, click, state.history, state.seen, sent=True) for state, click in touched]
         k = settings.worker.k
         try:
             snapshot, lists = self._live.recommend(before + after, max(k, K))
         except NotReady:
-            return Recommended("", {}, set())
-        self._test(folded.applied, before, lists)
-        self._try(snapshot, before, folded.applied, lists)
-        fresh = snapshot.explain(after, [ranked[:k] for ranked in lists[len(before) :]], settings.worker.explained)
-        known = {u for u in newest if snapshot.knows(states[u].history)}
-        return Recommended(snapshot.name, dict(zip(newest, fresh, strict=True)), known)
+            return [Recommended("", {}, set())] * len(together)
+        self._test(applied, before, lists)
+        self._try(snapshot, before, applied, lists)
+        fresh = iter(
+            snapshot.explain(after, [ranked[:k] for ranked in lists[len(before) :]], settings.worker.explained)
+        )
+        return [
+            Recommended(
+                snapshot.name,
+                dict(zip(folded.newest, fresh, strict=False)),
+                {user_id for user_id in folded.newest if snapshot.knows(folded.states[user_id].history)},
+            )
+            for folded in together
+        ]
 
     def _test(self, applied: Sequence[Before], before: Sequence[Query], lists: Sequence[list[Ranked]]) -> None:
         answers = iter(zip(before, lists, strict=False))

@@ -10,10 +10,10 @@ from workers import metrics
 from workers.faust_batches import batch_app, execute
 from workers.handed import Handed, Stuck
 from workers.live import Live
+from workers.partitions import Batch, Partitions
 from workers.processes import EX_DATA, EX_SOFTWARE, die, end_with_threads
 from workers.sender import BatchSender
 from workers.settings import Settings
-from workers.state_writer import Acknowledge
 from workers.states import OwnedStates
 from workers.user_worker import TooManyBadEvents, UserWorker
 
@@ -27,6 +27,7 @@ def run_worker(settings: Settings) -> int:
     live, sender = Live(settings, keep_previous=True), BatchSender(settings.connection)
 
     async def finish() -> None:
+        await partitions.stop()
         await owned.stop()
         await sender.stop()
         await asyncio.to_thread(live.stop)
@@ -43,28 +44,30 @@ def run_worker(settings: Settings) -> int:
     @app.agent(clicks)  # type: ignore[untyped-decorator]
     async def update_users(stream: Any) -> None:
         async for event in stream.noack().events():
-            tp = event.message.tp
-            if tp in app.consumer.assignment():
-                await update(tp, event.value, partial(stream.ack, event))
-            else:  # taken away while it waited in the queue: its new owner reads it
-                event.message.acked = True  # without a commit; or the next rebalance waits for it, for good
-            handed.under_way = not stream.channel.queue.empty()
+            await partitions.put(Batch(event, partial(stream.ack, event)), app.consumer.assignment)
 
-    async def update(tp: Any, batch: list[Any], acknowledge: Acknowledge) -> None:
+    async def update(tp: Any, batches: list[Batch]) -> None:
+        async def acknowledge() -> None:
+            for batch in batches:
+                await batch.acknowledge()
+
         try:
-            await worker.process(tp.partition, await handed.complete(tp.partition, batch), acknowledge)
+            records = [r for batch in batches for r in await handed.complete(tp.partition, batch.event.value)]
+            await worker.process(tp.partition, records, acknowledge)
+            high = app.consumer.highwater(tp)
         except TooManyBadEvents as error:
             die(str(error), EX_DATA)
         except Exception as error:
             die("unexpected", EX_SOFTWARE, error)
-        high = app.consumer.highwater(tp)
-        metrics.lag_clicks.labels(str(tp.partition)).set(max(0, (high or 0) - batch[-1].offset - 1))
+        metrics.lag_clicks.labels(str(tp.partition)).set(max(0, (high or 0) - records[-1].offset - 1))
+
+    partitions = Partitions(update, settings.worker.batch_clicks)
 
     @app.timer(SECOND_LOOK_S)  # type: ignore[untyped-decorator]
     async def second_look() -> None:
-        if handed.under_way:
+        if partitions.full:
             return
-        tps = {tp.partition: tp for tp in app.consumer.assignment() if tp.topic == settings.topics.clicks.name}
+        tps = {tp.partition: tp for tp in app.consumer.assignment() if partitions.idle(tp)}
         try:
             behind = await handed.behind({partition: app.consumer.highwater(tp) or 0 for partition, tp in tps.items()})
         except Stuck as error:
@@ -78,6 +81,7 @@ def run_worker(settings: Settings) -> int:
 
     @app.on_partitions_revoked.connect  # type: ignore[untyped-decorator]
     async def forget(_: Any, revoked: Any, **kwargs: Any) -> None:
+        await partitions.forget(revoked)
         handed.forget(tp.partition for tp in revoked)
         await owned.forget(tp.partition for tp in revoked)
 

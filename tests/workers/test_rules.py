@@ -237,7 +237,7 @@ def test_what_is_sent_says_arm_chances_reasons_and_source(snapshot: Snapshot) ->
     reads = [Read(Click(event_id=f"e{at}", user_id=user, item_id=one, ts_ms=NOW_MS), at, NOW_MS)
              for at, (user, one) in enumerate(clicks)]  # fmt: skip
     folded = worker._fold({}, reads, {})
-    recommended = worker._recommend(folded)
+    (recommended,) = worker._recommend([folded])
     answers = {user: worker._answer(user, folded, 0, recommended, 5) for user in (drawn, plain, stranger)}
     assert [answers[user].arm for user in (drawn, plain, stranger)] == ["draws", "default", "draws"]
     assert [answers[user].source for user in (drawn, plain, stranger)] == ["personal", "personal", "popular"]
@@ -247,7 +247,8 @@ def test_what_is_sent_says_arm_chances_reasons_and_source(snapshot: Snapshot) ->
     for user in (drawn, plain):
         assert any(place.because for place in answers[user].items[:3])
         assert not any(place.because for place in answers[user].items[3:])
-    assert all(answer.items == worker._recommend(folded).lists[user] for user, answer in answers.items())  # sent again
+    (again,) = worker._recommend([folded])
+    assert all(answer.items == again.lists[user] for user, answer in answers.items())
     assert metrics.arm_clicks.labels("draws", "miss")._value.get() > before
     assert len(encode(answers[plain])) < 1.6 * len(encode(replace(answers[plain], items=[
         Ranked(place.item_id, place.score) for place in answers[plain].items])))  # fmt: skip

@@ -1,0 +1,133 @@
+"""Order within a partition, independence between them, and what becomes of what is given up."""
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from workers import partitions as partitions_module
+from workers.batcher import Batcher
+from workers.partitions import Batch, Partitions
+
+
+class Work:
+    """Notes what it gets; each partition goes on when its gate is open."""
+
+    def __init__(self, most: int = 10) -> None:
+        self.got: list[tuple[str, list[int]]] = []
+        self.gates = {tp: asyncio.Event() for tp in "ab"}
+        self.partitions = Partitions(self, most)
+        self.assigned = set("ab")
+
+    async def __call__(self, tp: str, batches: list[Batch]) -> None:
+        self.got.append((tp, [record for batch in batches for record in batch.event.value]))
+        await self.gates[tp].wait()
+
+    async def put(self, tp: str, *records: int) -> Any:
+        message = SimpleNamespace(tp=tp, acked=False)
+
+        async def acknowledge() -> None:
+            message.acked = True
+
+        event = SimpleNamespace(message=message, value=list(records))
+        await self.partitions.put(Batch(event, acknowledge), lambda: self.assigned)
+        await asyncio.sleep(0)
+        return message
+
+
+async def until_idle(work: Work, tp: str) -> None:
+    async with asyncio.timeout(5):
+        while not work.partitions.idle(tp):
+            await asyncio.sleep(0)
+
+
+async def test_what_waits_is_worked_off_at_once_in_its_order_and_beside_the_other_partition() -> None:
+    work = Work(most=5)
+    for first in range(0, 8, 2):
+        await work.put("a", first, first + 1)
+    await work.put("b", 100)
+    assert work.got == [("a", [0, 1]), ("b", [100])]  # b does not wait for a
+    work.gates["b"].set()
+    await until_idle(work, "b")
+    assert not work.partitions.idle("a")
+    work.gates["a"].set()
+    await until_idle(work, "a")
+    assert work.got[2:] == [("a", [2, 3, 4, 5]), ("a", [6, 7])]  # at most 5 together
+    await work.put("a", *range(8, 20))
+    await until_idle(work, "a")
+    assert work.got[4:] == [("a", [*range(8, 20)])]  # one batch is never cut
+
+
+async def test_a_partition_taken_away_leaves_nothing_that_a_rebalance_waits_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(partitions_module, "ROOM", 3)
+    work = Work(most=1)
+    under_way, waiting = await work.put("a", 0), await work.put("a", 1)
+    other = await work.put("b", 100)
+    assert work.partitions.full
+    late = asyncio.create_task(work.put("a", 2))  # waits for room
+    await asyncio.sleep(0)
+    work.assigned.discard("a")
+    await work.partitions.forget(["a"])
+    messages = [under_way, waiting, await late]
+    assert [message.acked for message in messages] == [True] * 3 and not other.acked
+    assert work.partitions.idle("a") and not work.partitions.idle("b") and not work.partitions.full
+    work.assigned.add("a")
+    work.gates["a"].set()
+    for record in (3, 4, 5):
+        await work.put("a", record)
+    await until_idle(work, "a")
+    assert [records for tp, records in work.got if tp == "a"] == [[0], [3], [4], [5]]  # room for all, none of the old
+    await work.partitions.stop()
+    assert other.acked
+
+
+class Doubling:
+    """Doubles numbers when told to go on; 0 is refused."""
+
+    def __init__(self) -> None:
+        self.calls: list[Sequence[int]] = []
+        self.go_on = threading.Event()
+        self.batcher = Batcher[int, int](self, "doubling")
+
+    def __call__(self, numbers: Sequence[int]) -> list[int]:
+        self.calls.append(numbers)
+        assert self.go_on.wait(5)
+        if 0 in numbers:
+            raise ZeroDivisionError
+        return [2 * number for number in numbers]
+
+    async def asked(self, *numbers: int) -> list[asyncio.Task[int]]:
+        tasks = [asyncio.create_task(self.batcher.ask(number)) for number in numbers]
+        await asyncio.sleep(0.01)
+        return tasks
+
+
+async def test_what_comes_during_a_call_is_asked_together_in_the_next() -> None:
+    doubling = Doubling()
+    tasks = [*await doubling.asked(1), *await doubling.asked(2, 3)]
+    doubling.go_on.set()
+    assert await asyncio.gather(*tasks) == [2, 4, 6]
+    assert doubling.calls == [[1], [2, 3]]
+    tasks = await doubling.asked(0, 5)
+    failed, other = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(failed, ZeroDivisionError) and (other == 10 or isinstance(other, ZeroDivisionError))
+    assert await doubling.batcher.ask(6) == 12
+
+
+async def test_who_is_cancelled_does_not_take_the_others_along() -> None:
+    doubling = Doubling()
+    first, leads, follows = *await doubling.asked(1), *await doubling.asked(2), *await doubling.asked(3)
+    doubling.go_on.set()
+    assert await first == 2
+    doubling.go_on.clear()
+    await asyncio.sleep(0.05)  # the call of 2 and 3 is under way
+    leads.cancel()
+    await asyncio.sleep(0.01)
+    doubling.go_on.set()
+    assert await follows == 6
+    assert leads.cancelled() and doubling.calls == [[1], [2, 3]]
