@@ -7,9 +7,11 @@ from litestar.di import NamedDependency
 from litestar.exceptions import HTTPException, ValidationException
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
+from litestar.params import Parameter
 from litestar.response import Response
 
 from stream.answers import Problem
+from stream.events import MAX_ID
 from workers.guests import OtherEncoder
 from workers.keys import Scope
 from workers.live import NotReady
@@ -38,6 +40,11 @@ def _problem(description: str) -> ResponseSpec:
     return ResponseSpec(Problem, generate_examples=False, description=description)
 
 
+def an_id(description: str, value: str) -> Any:
+    """Of an id in a path or query: Litestar passes over what msgspec's own Meta says there."""
+    return Parameter(min_length=1, max_length=MAX_ID, description=description, examples=example(value))
+
+
 def example(value: Any, summary: str = "") -> list[Example]:
     return [Example(summary=summary or None, value=value)]
 
@@ -57,11 +64,14 @@ async def known(request: Request[Any, Any, Any]) -> None:
 
 def invalid(_: Request[Any, Any, Any], error: ValidationException) -> Response[Problem]:
     """400 naming the parameter or field."""
-    causes = [
-        f"{one.get('key', 'body')}: {one.get('message', '')}" if isinstance(one, dict) else str(one)
-        for one in (error.extra if isinstance(error.extra, list) else [])
-    ]
+    extra = error.extra if isinstance(error.extra, list) else []
+    causes = [_cause(**one) if isinstance(one, dict) else str(one) for one in extra]
     return Response(Problem(400, "; ".join(causes) or error.detail), status_code=400)
+
+
+def _cause(message: str = "", key: str = "data", **_: Any) -> str:
+    """Litestar calls the body `data`, and says no more than that of one that is not there."""
+    return f"{'body' if key == 'data' else key}: {'missing' if message == repr(key) else message}"
 
 
 def not_ready(_: Request[Any, Any, Any], error: NotReady) -> Response[Problem]:

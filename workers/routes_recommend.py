@@ -11,14 +11,14 @@ from litestar.params import Body, Parameter
 
 from stream.answers import MAX_K, Answer, Guest, Similar, Wishes
 from stream.events import Id
-from workers.routes import Served, example, route
+from workers.routes import Served, an_id, example, route
 from workers.service import Service
 
 POLL_S = 0.01
 
-UserId = Annotated[Id, Parameter(description="the user's id", examples=example("u-42"))]
+UserId = Annotated[Id, an_id("the user's id", "u-42")]
 Asked = NamedDependency[Wishes]
-ItemId = Annotated[Id, Parameter(description="the item's id", examples=example("b7"))]
+ItemId = Annotated[Id, an_id("the item's id", "b7")]
 
 
 async def wishes(

@@ -7,15 +7,16 @@ from typing import Annotated
 
 import msgspec
 from litestar import get
-from litestar.params import HeaderParameter, Parameter
+from litestar.params import HeaderParameter
 from litestar.response import ServerSentEvent
 from litestar.response.sse import ServerSentEventMessage
 
 from stream.answers import Answer, AsOf, Path, Status, Update, Wishes
-from stream.events import Id, Recommendations
+from stream.events import Recommendations
 from workers.limits import refused
 from workers.live import NotReady
 from workers.routes import Served, route
+from workers.routes_recommend import UserId
 from workers.service import Service
 from workers.updates import Made
 
@@ -127,7 +128,7 @@ def _now_ms() -> int:
 )
 async def stream(
     service: Served,
-    user: Annotated[Id, Parameter(description="the user's id")],
+    user: UserId,
     last_event_id: Annotated[
         str | None, HeaderParameter(name="Last-Event-ID", description="of the last event received: browsers send it")
     ] = None,

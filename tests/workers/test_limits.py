@@ -274,6 +274,13 @@ def test_bad_parameters_are_named() -> None:
         for method, path in NEEDED:
             answer = api.request(method, f"{path}{'&' if '?' in path else '?'}surprise=1")
             assert answer.status_code == 400 and answer.json()["detail"].startswith("surprise: no such"), path
+        for path in ("/v1/users/{}", "/v1/users/{}/recommendations", "/v1/items/{}/similar", "/v1/stream?user={}"):
+            answer = api.get(path.format("u" * 257))
+            assert answer.status_code == 400 and answer.json()["detail"].endswith("of length <= 256"), path
+        assert api.get("/v1/stream?user=").json()["detail"] == "user: Expected `str` of length >= 1"
+        assert api.post("/v1/recommendations").json()["detail"] == "body: missing"
+        wrong = api.post("/v1/events", json={"user_id": "u", "item_id": "i", "event_type": "x"})
+        assert wrong.json()["detail"] == "event_type: Invalid enum value 'x'"
         for body, name in (({"k": 0}, "k"), ({"texts": ""}, "texts"), ({"history": [{}]}, "item_id")):
             answer = api.post("/v1/recommendations", json=body)
             assert answer.status_code == 400 and name in answer.json()["detail"], answer.json()
