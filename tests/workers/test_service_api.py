@@ -259,7 +259,7 @@ async def test_an_erased_user_s_stream_forgets_at_once_and_shows_nothing_older()
             updates._take(SimpleNamespace(key=b"u", value=value, headers=headers), 3)
 
     read((list_at(5), 5))
-    assert await data_of(events)["items"]
+    assert (await data_of(events))["items"]
     read((list_at(6), 6), (None, 7))  # the null is read before the state's, with a list that nobody has got yet
     assert states["u"] == UserState(offset=7)
     erased = await data_of(events)
