@@ -139,8 +139,6 @@ class Updates:
 
     def _deliver_erasure(self, user_id: str, offset: int) -> None:
         for box in self._boxes.get(user_id, ()):
-            if box.newest and box.newest.answer.offset < offset:
-                box.newest = None
             box.erased = max(box.erased, offset)
             box.wake.set()
 
