@@ -155,7 +155,7 @@ class EventIn(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Path(Struct):
-    """A click's way, each moment in ms since the epoch. Three clocks: Kafka's, the worker's, this server's."""
+    """A click's way, each moment in ms since the epoch. Clocks: Kafka's (click), the worker's (update, list), ours."""
 
     event_id: str
     partition: int
@@ -164,6 +164,10 @@ class Path(Struct):
     sent_ms: Annotated[int, Meta(description="the worker sent the list")]
     seen_ms: Annotated[int, Meta(description="this server read it")]
     pushed_ms: int
+    updated_ms: Annotated[
+        int | None,
+        Meta(description="the worker had the click in the user's state; null: its release says nothing of it"),
+    ] = None
 
 
 class Update(Answer, kw_only=True):

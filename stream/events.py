@@ -26,7 +26,8 @@ EventType = Literal[
 ]  # fmt: skip
 EVENT_TYPES: tuple[str, ...] = get_args(EventType)
 
-Id = Annotated[str, Meta(min_length=1, max_length=256)]
+MAX_ID = 256
+Id = Annotated[str, Meta(min_length=1, max_length=MAX_ID)]
 Version = Annotated[int, Meta(ge=1, le=VERSION)]
 Milliseconds = Annotated[int, Meta(ge=0, lt=2**53, description="milliseconds since the epoch, UTC")]
 
@@ -110,6 +111,7 @@ class Recommendations(Event, frozen=True, kw_only=True):
     clicked_ms: int  # when Kafka took that click (record timestamp)
     sent_ms: int
     arm: str = DEFAULT_ARM  # of the A/B test
+    updated_ms: int | None = None  # when the worker had folded that click into the state that the vector is made from
 
 
 class Artifact(Event, frozen=True, kw_only=True):
@@ -169,7 +171,7 @@ def decode(raw: bytes | None, kind: type[T], max_bytes: int = MAX_ITEM_BYTES) ->
     try:
         event: T = _decoders[kind].decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BadEvent(_cause(str(error))) from error
+        raise BadEvent(cause(str(error))) from error
     return event
 
 
@@ -208,7 +210,7 @@ def decode_record(raw: bytes | None, key: bytes | None, now_ms: int | None = Non
 _PATH = re.compile(r" - at `\$(?:\.)?([^`]*)`$")
 
 
-def _cause(message: str) -> str:
+def cause(message: str) -> str:
     """msgspec's message with the field first: "item_id: Expected `str`, got `int`"."""
     found = _PATH.search(message)
     if not found:

@@ -110,10 +110,14 @@ class Topics:
         return tuple(value for value in vars(self).values() if isinstance(value, Topic))
 
 
+class WrongTopic(ValueError):
+    """A topic on the cluster is not as the settings say; the text names it and what to do."""
+
+
 def ensure(topics: Topics, connection: Connection) -> None:
     """Creates what is missing and waits until it can be used; safe to run from several processes at once.
 
-    Raises ValueError naming the topic that exists with another number of partitions, cleanup policy or clock.
+    Raises WrongTopic for one that exists with another number of partitions, cleanup policy or clock.
     """
     table = {topic.name: topic for topic in topics.all()}
     with kafka.KafkaAdminClient(**connection.kafka_python()) as admin:
@@ -137,8 +141,17 @@ def _create(topics: list[Topic], admin: kafka.KafkaAdminClient) -> None:
 
 
 def _compare(topic: Topic, partitions: int, config: dict[str, dict[str, str]]) -> None:
-    if partitions != topic.partitions:
-        raise ValueError(f"{topic.name} has {partitions} partitions, the settings say {topic.partitions}")
+    check_partitions(topic, partitions)
     for key in ("cleanup.policy", "message.timestamp.type"):  # the second: windows go by the broker's clock
         if set((value := config[key]["value"]).split(",")) != set(topic.config()[key].split(",")):
-            raise ValueError(f"{topic.name} is '{value}', it has to be '{topic.config()[key]}'")
+            wanted = topic.config()[key]
+            raise WrongTopic(f"{topic.name} is '{value}', it has to be '{wanted}': `upwell topics fix` makes it so")
+
+
+def check_partitions(topic: Topic, found: int) -> None:
+    """Raises WrongTopic. The number is never changed: users would move to other partitions, away from their states."""
+    if found != topic.partitions:
+        raise WrongTopic(
+            f"{topic.name} has {found} partitions, the settings say {topic.partitions}: set kafka.partitions to what "
+            "is there, or `upwell export`, start under a new kafka.prefix, and `upwell import`"
+        )

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from stream.topics import WrongTopic
 from workers import cli_arms, cli_ops
 from workers.cli_bench import bench
 from workers.cli_erase import erase
@@ -52,10 +53,10 @@ def about(
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Bad configuration ends the process with one line a key."""
+    """Bad configuration, or topics that are not as it says, ends the process with one line a key or topic."""
     try:
         yield
-    except ConfigError as error:
+    except (ConfigError, WrongTopic) as error:
         typer.echo(f"configuration:\n{error}", err=True)
         raise typer.Exit(EX_CONFIG) from error
 
@@ -133,7 +134,8 @@ def up(broker: Broker = None) -> None:
         environment = {"UPWELL_KAFKA__BOOTSTRAP": broker}
         os.environ.update(environment)
         settings = load_settings()
-        ensure(settings.topics, settings.connection)
+        with refusing():
+            ensure(settings.topics, settings.connection)
         roles = stack.enter_context(Roles(environment))
         typer.echo(f"Upwell on Kafka {broker}: http://{settings.serve.host}:{settings.serve.port}/")
         while not stop.wait(0.5):
@@ -164,7 +166,8 @@ def demo(
 
     options = DemoOptions(check, stream, events or (30_000 if check else None), rate, port, broker, kafka_home())
     try:
-        raise typer.Exit(run_demo(options))
+        with refusing():
+            raise typer.Exit(run_demo(options))
     except (BrokerError, NoDataset) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error

@@ -14,10 +14,11 @@ def create(context: typer.Context) -> None:
     if context.invoked_subcommand is not None:
         return
     from stream.topics import ensure
-    from workers.cli import settings_for
+    from workers.cli import refusing, settings_for
 
     settings = settings_for("topics")
-    ensure(settings.topics, settings.connection)
+    with refusing():
+        ensure(settings.topics, settings.connection)
     for topic in settings.topics.all():
         kept = "compacted" if topic.retention_ms is None else f"{topic.retention_ms / 86_400_000:g} days"
         typer.echo(f"{topic.name}  {topic.partitions} partitions, {kept}: {topic.about}")
@@ -42,15 +43,12 @@ def describe_topics() -> None:
 @topics.command("fix")
 def fix_topics() -> None:
     """Create what is missing and set what differs; never the number of partitions."""
-    from workers.cli import settings_for
+    from workers.cli import refusing, settings_for
     from workers.topic_report import fix
 
     settings = settings_for("topics")
-    try:
+    with refusing():
         changes = fix(settings)
-    except ValueError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from error
     typer.echo("\n".join(changes) or "nothing to change")
 
 
@@ -81,12 +79,13 @@ def import_(path: Annotated[Path, typer.Argument(help="What `upwell export` has 
     """Catalogue and user states from a file, into an installation that has no states yet."""
     from stream.topics import ensure
     from workers.backup import BadBackup, read_backup, restore
-    from workers.cli import settings_for
+    from workers.cli import refusing, settings_for
 
     settings = settings_for("import")
     try:
         backup = read_backup(path)
-        ensure(settings.topics, settings.connection)
+        with refusing():
+            ensure(settings.topics, settings.connection)
         counts = restore(settings, backup)
     except (BadBackup, OSError) as error:
         typer.echo(str(error), err=True)

@@ -49,12 +49,16 @@ def read(settings: Settings) -> list[tuple[int, DeadLetter]]:
     return list(_kept(settings).values())
 
 
-def _kept(settings: Settings) -> dict[bytes | None, tuple[int, DeadLetter]]:
-    found: dict[bytes | None, tuple[int, DeadLetter]] = {}
+def _kept(settings: Settings) -> dict[bytes, tuple[int, DeadLetter]]:
+    """By place and not by record key: before erasure they had their message's, many the same or none."""
+    found: dict[bytes, tuple[int, DeadLetter]] = {}
     for record in (r for batch in read_window(settings.connection, settings.topics.dead_letters.name) for r in batch):
-        found.pop(record.key, None)
-        if record.value is not None:
-            found[record.key] = record.offset, decode(record.value, DeadLetter, MAX_LETTER_BYTES)
+        if record.value is None:
+            found.pop(record.key or b"", None)
+            continue
+        letter = decode(record.value, DeadLetter, MAX_LETTER_BYTES)
+        found.pop(place(letter), None)
+        found[place(letter)] = record.offset, letter
     return found
 
 
@@ -125,5 +129,5 @@ class DeadLetters:
 
         return cleared
 
-    def _of(self, user_ids: Collection[str]) -> list[bytes | None]:
+    def _of(self, user_ids: Collection[str]) -> list[bytes]:
         return [key for key, (_, letter) in _kept(self._settings).items() if names_one(letter, user_ids)]

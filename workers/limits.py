@@ -107,7 +107,7 @@ class Gate:
         except TimeoutError as error:
             if started:
                 raise  # the connection is closed: nothing can be said any more
-            what = ("an answer", 503) if read or scope.get("method") == "GET" else ("the whole body", 408)
+            what = ("an answer", 503) if read or scope.get("method") != "POST" else ("the whole body", 408)
             raise refused(what[1], f"not {what[0]} within {self._serve.timeout_s:g} s", 1) from error
 
     def _patient(self, send: Send) -> Send:

@@ -7,9 +7,11 @@ from litestar.di import NamedDependency
 from litestar.exceptions import HTTPException, ValidationException
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
+from litestar.params import Parameter
 from litestar.response import Response
 
 from stream.answers import Problem
+from stream.events import MAX_ID
 from workers.guests import OtherEncoder
 from workers.keys import Scope
 from workers.live import NotReady
@@ -38,24 +40,38 @@ def _problem(description: str) -> ResponseSpec:
     return ResponseSpec(Problem, generate_examples=False, description=description)
 
 
+def an_id(description: str, value: str) -> Any:
+    """Of an id in a path or query: Litestar passes over what msgspec's own Meta says there."""
+    return Parameter(min_length=1, max_length=MAX_ID, description=description, examples=example(value))
+
+
 def example(value: Any, summary: str = "") -> list[Example]:
     return [Example(summary=summary or None, value=value)]
 
 
-def known(request: Request[Any, Any, Any], *names: str) -> None:
-    """A misspelt parameter must not pass in silence. Raises HTTPException 400 naming it."""
+async def known(request: Request[Any, Any, Any]) -> None:
+    """A misspelt parameter must not pass in silence. Raises HTTPException 400 naming one that OpenAPI does not."""
+    if not request.query_params or not request.route_handler.opt.get("scope"):
+        return
+    paths = request.app.openapi_schema.paths or {}
+    listed = getattr(paths[request.scope["path_template"]], request.method.lower()).parameters or ()
+    names = [parameter.name for parameter in listed if parameter.param_in == "query"]
     for name in request.query_params:
         if name not in names:
-            raise HTTPException(status_code=400, detail=f"{name}: no such parameter; there are {', '.join(names)}")
+            there = ", ".join(names) or "none"
+            raise HTTPException(status_code=400, detail=f"{name}: no such parameter; there are: {there}")
 
 
 def invalid(_: Request[Any, Any, Any], error: ValidationException) -> Response[Problem]:
     """400 naming the parameter or field."""
-    causes = [
-        f"{one.get('key', 'body')}: {one.get('message', '')}" if isinstance(one, dict) else str(one)
-        for one in (error.extra if isinstance(error.extra, list) else [])
-    ]
+    extra = error.extra if isinstance(error.extra, list) else []
+    causes = [_cause(**one) if isinstance(one, dict) else str(one) for one in extra]
     return Response(Problem(400, "; ".join(causes) or error.detail), status_code=400)
+
+
+def _cause(message: str = "", key: str = "data", **_: Any) -> str:
+    """Litestar calls the body `data`, and says no more than that of one that is not there."""
+    return f"{'body' if key == 'data' else key}: {'missing' if message == repr(key) else message}"
 
 
 def not_ready(_: Request[Any, Any, Any], error: NotReady) -> Response[Problem]:

@@ -16,7 +16,7 @@ from litestar.openapi.spec import OpenAPIMediaType, Operation, RequestBody
 from litestar.params import RawBody
 
 from stream.answers import Delivered, EventIn, Receipt, Rejected
-from stream.events import BadEvent, Click, Item
+from stream.events import BadEvent, Click, Item, cause
 from stream.producer import BufferFull, DeliveryError, Place
 from workers.limits import refused
 from workers.routes import Served, example, route
@@ -82,7 +82,7 @@ def _send(
             event = read(entry)
             sent.append((index, event, send(event)))
         except (BadEvent, msgspec.DecodeError, UnicodeDecodeError) as error:
-            rejected.append(Rejected(index, str(error)))
+            rejected.append(Rejected(index, cause(str(error))))
     return sent, rejected
 
 

@@ -2,29 +2,26 @@
 
 import asyncio
 import time
-from typing import Annotated, Any
+from typing import Annotated
 
-import msgspec
-from litestar import Request, get, post
+from litestar import get, post
 from litestar.di import NamedDependency, Provide
 from litestar.exceptions import HTTPException
 from litestar.params import Body, Parameter
 
 from stream.answers import MAX_K, Answer, Guest, Similar, Wishes
 from stream.events import Id
-from workers.routes import Served, example, known, route
+from workers.routes import Served, an_id, example, route
 from workers.service import Service
 
-WISHES = tuple(field.name for field in msgspec.structs.fields(Wishes))
 POLL_S = 0.01
 
-UserId = Annotated[Id, Parameter(description="the user's id", examples=example("u-42"))]
+UserId = Annotated[Id, an_id("the user's id", "u-42")]
 Asked = NamedDependency[Wishes]
-ItemId = Annotated[Id, Parameter(description="the item's id", examples=example("b7"))]
+ItemId = Annotated[Id, an_id("the item's id", "b7")]
 
 
 async def wishes(
-    request: Request[Any, Any, Any],
     k: Annotated[int, Parameter(ge=1, le=MAX_K, description="items wanted", examples=example(10))] = 20,
     categories: Annotated[
         list[Id] | None, Parameter(max_items=1000, description="only items in one of these; repeat it for more")
@@ -45,7 +42,6 @@ async def wishes(
     ] = None,
     explain: Annotated[bool, Parameter(description="say which clicks speak for each item")] = False,
 ) -> Wishes:
-    known(request, *WISHES, "min_offset")
     return Wishes(
         k=k,
         categories=categories or [],

@@ -3,19 +3,20 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
-from litestar import Request, get
-from litestar.params import HeaderParameter, Parameter
+from litestar import get
+from litestar.params import HeaderParameter
 from litestar.response import ServerSentEvent
 from litestar.response.sse import ServerSentEventMessage
 
 from stream.answers import Answer, AsOf, Path, Status, Update, Wishes
-from stream.events import Id, Recommendations
+from stream.events import Recommendations
 from workers.limits import refused
 from workers.live import NotReady
-from workers.routes import Served, known, route
+from workers.routes import Served, route
+from workers.routes_recommend import UserId
 from workers.service import Service
 from workers.updates import Made
 
@@ -39,7 +40,10 @@ class Stream:
             yield ServerSentEventMessage(data=None, retry=RECONNECT_MS, comment="upwell")
             while not updates.closed:
                 box.wake.clear()
-                made, box.newest = box.newest, None
+                (made, box.newest), (erased, box.erased) = (box.newest, None), (box.erased, -1)
+                if erased > self._sent_to:
+                    self._sent_to = erased
+                    yield self._update(await self._own() or self._empty(), None)
                 if made and made.answer.offset >= self._sent_to:
                     yield self._update(self._answer_of(made.answer), made)
                 async for event in self._changes():
@@ -59,12 +63,16 @@ class Stream:
         self._status = status
         yield ServerSentEventMessage(event="status", data=msgspec.json.encode(status))
         if before is None or before.generation != status.generation:
-            try:
-                answer = await asyncio.to_thread(self._service.recommend, self._user_id, self._wishes)
-            except NotReady:
-                return
-            if _id(answer) != self._last_id:
+            answer = await self._own()
+            if answer and _id(answer) != self._last_id:
                 yield self._update(answer, None)
+
+    async def _own(self) -> Answer | None:
+        """The server's list, from the state it knows; None while it can make none."""
+        try:
+            return await asyncio.to_thread(self._service.recommend, self._user_id, self._wishes)
+        except NotReady:
+            return None
 
     def _update(self, answer: Answer, made: Made | None) -> ServerSentEventMessage:
         self._last_id = _id(answer)
@@ -72,6 +80,13 @@ class Stream:
             self._sent_to = max(self._sent_to, answer.as_of.offset)
         update = Update(**msgspec.structs.asdict(answer), path=_path(made) if made else None)
         return ServerSentEventMessage(event="recommendations", id=self._last_id, data=msgspec.json.encode(update))
+
+    def _empty(self) -> Answer:
+        """Of who is erased, where not even what is popular can be said."""
+        user_id, generation, why = self._user_id, self._service.updates.generation or "", "the user is erased"
+        return Answer(
+            user_id=user_id, items=[], generation=generation, source="popular", fallback=why, as_of=None, age_ms=None
+        )
 
     def _answer_of(self, made: Recommendations) -> Answer:
         """The worker's list."""
@@ -94,7 +109,7 @@ def _id(answer: Answer) -> str:
 
 def _path(made: Made) -> Path:
     of = made.answer
-    return Path(of.event_id, of.partition, of.offset, of.clicked_ms, of.sent_ms, made.seen_ms, _now_ms())
+    return Path(of.event_id, of.partition, of.offset, of.clicked_ms, of.sent_ms, made.seen_ms, _now_ms(), of.updated_ms)
 
 
 def _now_ms() -> int:
@@ -113,13 +128,11 @@ def _now_ms() -> int:
 )
 async def stream(
     service: Served,
-    request: Request[Any, Any, Any],
-    user: Annotated[Id, Parameter(description="the user's id")],
+    user: UserId,
     last_event_id: Annotated[
         str | None, HeaderParameter(name="Last-Event-ID", description="of the last event received: browsers send it")
     ] = None,
 ) -> ServerSentEvent:
-    known(request, "user")
     if service.updates.num_open >= service.settings.serve.max_streams:
         raise refused(503, f"{service.updates.num_open} streams are open", 5)
     return ServerSentEvent(Stream(service, user, last_event_id).events())

@@ -27,7 +27,7 @@ from workers.lag import LagFollower
 from workers.limits import Gate, measured
 from workers.live import NotReady
 from workers.processes import end_with_threads
-from workers.routes import invalid, not_ready, other_encoder
+from workers.routes import invalid, known, not_ready, other_encoder
 from workers.service import Service
 from workers.settings import Settings
 
@@ -89,6 +89,7 @@ def build_app(service: Service, keys: Keys) -> Litestar:
         [*ROUTES, routes_ops.console()],
         dependencies={"service": Provide(provide)},
         middleware=[measured, Gate(serve, keys)],
+        before_request=known,
         before_send=[harden],
         after_exception=[tell],
         exception_handlers={ValidationException: invalid, NotReady: not_ready, OtherEncoder: other_encoder},

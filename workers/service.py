@@ -33,7 +33,7 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self.settings, self.pseudonyms = settings, settings.privacy.pseudonyms
         self.live, self.users = Live(settings), UserStates(settings)
-        self.updates = Updates(settings, self.live)
+        self.updates = Updates(settings, self.live, self.users)
         self.sending = ThreadPoolExecutor(SENDING_THREADS, thread_name_prefix="sending")
         self._encoder = TextEncoder(settings)
         self._producer: ClickProducer | None = None
@@ -69,7 +69,9 @@ class Service:
     def erase(self, user_id: str) -> Erased:
         """Raises BadEvent, BufferFull, DeliveryError."""
         erased = ask(self.producer, user_id, self._longest_ms)
-        self.users.erase(self.stored_id(user_id), erased.offset)
+        stored_id = self.stored_id(user_id)
+        self.users.erase(stored_id, erased.offset, asked=True)
+        self.updates.tell_erased(stored_id, erased.offset)
         metrics.erasures.labels("asked").inc()
         return erased
 

@@ -81,7 +81,7 @@ class StateWriter:
             if states and not begun:
                 await self._sender.begin()
                 begun = True
-            await self._sender.send(self._topic, self._partition, map(_record, states.items()))
+            await self._sender.send(self._topic, self._partition, map(state_record, states.items()))
         if begun:
             await self._sender.commit()
         for acknowledge in acknowledgements:
@@ -104,6 +104,7 @@ class StateWriter:
         return states, [acknowledge for _, acknowledge in puts if acknowledge is not None]
 
 
-def _record(state: tuple[bytes, bytes | Tombstone]) -> Keyed:
+def state_record(state: tuple[bytes, bytes | Tombstone]) -> Keyed:
+    """Of the users topic, and as a null of the recommendations topic, too."""
     key, value = state
     return (key, None, (OFFSET_HEADER, b"%d" % value.offset)) if isinstance(value, Tombstone) else (key, value)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import kafka
 from kafka.admin import ConfigResource
 
-from stream.topics import Topic, ensure
+from stream.topics import Topic, check_partitions, ensure
 from workers.settings import Settings
 
 
@@ -58,17 +58,14 @@ def _found(topic: Topic, partitions: list[dict[str, Any]], config: dict[str, dic
 
 
 def fix(settings: Settings) -> list[str]:
-    """Create what is missing, set what differs; a sentence for each change. Raises KafkaError, ValueError.
+    """Create what is missing, set what differs but the partitions; a sentence for each change.
 
-    The number of partitions is never changed: users would move to other partitions and leave their states behind.
+    Raises KafkaError, and WrongTopic before anything is changed.
     """
     found = describe(settings)
     for each in found:
-        if each.partitions not in (0, each.topic.partitions):
-            raise ValueError(
-                f"{each.topic.name} has {each.partitions} partitions, the settings say {each.topic.partitions}: set "
-                "kafka.partitions to what is there, or export, start under a new kafka.prefix, and import"
-            )
+        if each.partitions:
+            check_partitions(each.topic, each.partitions)
     changes = {each.topic.name: {name: pair[1] for name, pair in each.differing.items()} for each in found}
     resources = [ConfigResource("TOPIC", name, configs) for name, configs in changes.items() if configs]
     if resources:

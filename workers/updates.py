@@ -14,10 +14,13 @@ from typing import NamedTuple
 import msgspec
 import structlog
 
+from stream.consumer import Record
 from stream.events import BadEvent, Recommendations, decode
 from stream.subscriber import Subscriber
 from workers.live import Live
 from workers.settings import Settings
+from workers.state_writer import OFFSET_HEADER
+from workers.user_states import UserStates
 
 log = structlog.get_logger()
 
@@ -42,14 +45,15 @@ class Mailbox:
 
     def __init__(self) -> None:
         self.newest: Made | None = None
+        self.erased = -1  # offset of the user's wish to be erased
         self.wake = asyncio.Event()
 
 
 class Updates:
     """`start` belongs to the event loop that the streams run on."""
 
-    def __init__(self, settings: Settings, live: Live) -> None:
-        self._settings, self._live = settings, live
+    def __init__(self, settings: Settings, live: Live, users: UserStates) -> None:
+        self._settings, self._live, self._users = settings, live, users
         self._boxes: dict[str, set[Mailbox]] = {}
         self._latency_ms: deque[int] = deque(maxlen=NEWEST_LISTS)
         self._stop = threading.Event()
@@ -104,21 +108,38 @@ class Updates:
                 records = subscriber.records(0.2)
                 self.connected, seen_ms = subscriber.connected, time.time_ns() // 1_000_000
                 for record in records:
-                    if record.value is not None:
-                        self._take(record.key or b"", record.value, seen_ms)
+                    self._take(record, seen_ms)
 
-    def _take(self, key: bytes, value: bytes, seen_ms: int) -> None:
+    def _take(self, record: Record, seen_ms: int) -> None:
         try:
-            times = self._decode(value)
+            user_id = (record.key or b"").decode()
+            if record.value is None:
+                self._erase(user_id, int(dict(record.headers).get(OFFSET_HEADER, -1)))
+                return
+            times = self._decode(record.value)
             self._latency_ms.append(times.sent_ms - times.clicked_ms)
-            if key.decode() in self._boxes:
-                self._loop.call_soon_threadsafe(self._deliver, Made(decode(value, Recommendations), seen_ms))
-        except (BadEvent, msgspec.DecodeError, UnicodeDecodeError) as error:
+            if user_id in self._boxes:
+                self._loop.call_soon_threadsafe(self._deliver, Made(decode(record.value, Recommendations), seen_ms))
+        except (BadEvent, msgspec.DecodeError, ValueError) as error:
             log.warning("list passed over", cause=str(error))
 
     def _deliver(self, made: Made) -> None:
         for box in self._boxes.get(made.answer.user_id, ()):
             box.newest = made
+            box.wake.set()
+
+    def _erase(self, user_id: str, offset: int) -> None:
+        """The null can be read before the one in the users topic: no list from the old state in between."""
+        self._users.erase(user_id, offset)
+        self.tell_erased(user_id, offset)
+
+    def tell_erased(self, user_id: str, offset: int) -> None:
+        """Streams of the user forget what is older than the wish that stands at this offset of the clicks."""
+        self._loop.call_soon_threadsafe(self._deliver_erasure, user_id, offset)
+
+    def _deliver_erasure(self, user_id: str, offset: int) -> None:
+        for box in self._boxes.get(user_id, ()):
+            box.erased = max(box.erased, offset)
             box.wake.set()
 
     async def _tell_of_changes(self) -> None:

@@ -64,13 +64,14 @@ class UserStates:
         own = self.states.get(user_id, EMPTY).offset
         return max(own, self.progress.get(self.partition(user_id), -1)) >= offset
 
-    def erase(self, user_id: str, offset: int) -> None:
-        """Forgets a user up to this offset of the clicks, ahead of the worker."""
+    def erase(self, user_id: str, offset: int, asked: bool = False) -> None:
+        """Forgets a user up to this offset of the clicks, ahead of the topic's null; asked: here, so it is awaited."""
         with self._changing:
             if offset > self.states.get(user_id, EMPTY).offset:
                 self.states[user_id] = UserState(offset=offset)
-                self._erasing.add(user_id)
                 self._forget(user_id)
+                if asked:
+                    self._erasing.add(user_id)
 
     def _follow(self) -> None:
         topic = self._settings.topics.users.name

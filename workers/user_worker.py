@@ -7,7 +7,7 @@ upwell.clicks -> decode_record -> Fold.apply -> Snapshot.recommend -> upwell.use
 import asyncio
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import structlog
@@ -24,7 +24,7 @@ from workers.search import SearchProcessDied
 from workers.sender import BatchSender, Keyed
 from workers.settings import Settings
 from workers.snapshot import Query, Snapshot
-from workers.state_writer import Acknowledge
+from workers.state_writer import Acknowledge, Tombstone, state_record
 from workers.states import Owned, OwnedStates, States, encoded
 
 log = structlog.get_logger()
@@ -58,6 +58,7 @@ class Folded(NamedTuple):
     changed: list[str]  # users whose state moved: redelivered clicks leave it as it was
     newest: dict[str, Read]  # of every user with a click
     applied: list[Before]
+    at_ms: int
 
 
 class Recommended(NamedTuple):
@@ -153,7 +154,7 @@ class UserWorker:
         metrics.clicks.labels("duplicate").inc(num_duplicate)
         after = {user_id: fold.state() for user_id, fold in folds.items()}
         changed = [user_id for user_id, state in after.items() if state is not folds[user_id].before]
-        return Folded(after, changed, newest, applied)
+        return Folded(after, changed, newest, applied, time.time_ns() // 1_000_000)
 
     def _recommend(self, together: Sequence[Folded]) -> list[Recommended]:
         """Of micro-batches of several partitions, scored clicks and touched users, in one embedding pass and search."""
@@ -223,11 +224,11 @@ class UserWorker:
         folded: Folded,
         recommended: Recommended,
         dead: list[DeadLetter],
-        erased: Iterable[str],
+        erased: Mapping[str, int],
     ) -> None:
         """Lists and dead letters together; first of all a null for each erased user, whose new lists come after it."""
         topics, now_ms = self._topics, time.time_ns() // 1_000_000
-        answers: list[Keyed] = [(user_id.encode(), None) for user_id in erased]
+        answers: list[Keyed] = [state_record((u.encode(), Tombstone(offset))) for u, offset in erased.items()]
         answers += [
             (u.encode(), encode(self._answer(u, folded, partition, recommended, now_ms))) for u in recommended.lists
         ]
@@ -252,6 +253,7 @@ class UserWorker:
             clicked_ms=read.kafka_ms,
             sent_ms=now_ms,
             arm=arm_of(self._settings, user_id),
+            updated_ms=folded.at_ms,
         )
 
     async def _go_back(self) -> None:

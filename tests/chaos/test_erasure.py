@@ -114,7 +114,9 @@ def erase(settings: Settings, doomed: list[str]) -> list[str]:
     def over_http(user: str) -> str:
         url = f"http://127.0.0.1:{settings.serve.port}/v1/users/{user}"
         with urllib.request.urlopen(urllib.request.Request(url, method="DELETE"), timeout=60) as answer:
-            return str(json.load(answer)["receipt"])
+            receipt = str(json.load(answer)["receipt"])
+        assert _unknown(settings, user), "this server knows the user after its 202"
+        return receipt
 
     half = len(doomed) // 2
     with concurrent.futures.ThreadPoolExecutor(4) as pool:

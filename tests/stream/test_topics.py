@@ -6,7 +6,7 @@ import pytest
 from kafka.admin import ConfigResource
 
 from stream.connection import Connection
-from stream.topics import Topics, ensure
+from stream.topics import Topics, WrongTopic, ensure
 
 
 def test_the_cluster_has_what_the_table_says(connection: Connection, topics: Topics) -> None:
@@ -53,7 +53,7 @@ def test_ensure_from_several_processes_at_once(connection: Connection) -> None:
 
 
 def test_another_partition_count_is_refused_by_name(connection: Connection, topics: Topics) -> None:
-    with pytest.raises(ValueError, match=rf"{topics.prefix}\.clicks has 3 partitions, the settings say 4"):
+    with pytest.raises(WrongTopic, match=rf"{topics.prefix}\.clicks has 3 partitions, the settings say 4"):
         ensure(Topics(topics.prefix, partitions=4), connection)
 
 
@@ -62,7 +62,7 @@ def test_another_clock_is_refused_by_name(connection: Connection) -> None:
     topics = Topics(f"t{secrets.token_hex(4)}", partitions=2)
     with kafka.KafkaAdminClient(**connection.kafka_python()) as admin:
         admin.create_topics({topics.clicks.name: {"num_partitions": 2, "configs": {}}})
-    with pytest.raises(ValueError, match=rf"{topics.prefix}\.clicks is 'CreateTime', it has to be 'LogAppendTime'"):
+    with pytest.raises(WrongTopic, match=rf"{topics.prefix}\.clicks is 'CreateTime', it has to be 'LogAppendTime'"):
         ensure(topics, connection)
 
 
@@ -70,5 +70,5 @@ def test_another_cleanup_policy_is_refused_by_name(connection: Connection) -> No
     topics = Topics(f"t{secrets.token_hex(4)}", partitions=2)
     with kafka.KafkaAdminClient(**connection.kafka_python()) as admin:
         admin.create_topics({topics.users.name: {"num_partitions": 2, "configs": {"cleanup.policy": "delete"}}})
-    with pytest.raises(ValueError, match=rf"{topics.prefix}\.users is 'delete', it has to be 'compact'"):
+    with pytest.raises(WrongTopic, match=rf"{topics.prefix}\.users is 'delete', it has to be 'compact'"):
         ensure(topics, connection)

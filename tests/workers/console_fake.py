@@ -54,7 +54,13 @@ class Fake:
             self.events_total += 1
             now = time.time_ns() // 1_000_000 + self.ahead_ms
             place = {"partition": partition_of(event["user_id"], 8), "offset": len(own) - 1}
-            stamps = {"clicked_ms": now, "sent_ms": now + 6, "seen_ms": now + 8, "pushed_ms": now + 9}
+            stamps = {
+                "clicked_ms": now,
+                "updated_ms": now + 2,
+                "sent_ms": now + 6,
+                "seen_ms": now + 8,
+                "pushed_ms": now + 9,
+            }
             self.paths[event["user_id"]] = {"event_id": event["event_id"]} | place | stamps
             self.changed.notify_all()
             return {"event_id": event["event_id"]} | place

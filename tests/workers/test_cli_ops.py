@@ -12,14 +12,18 @@ from kafka.structs import OffsetAndMetadata
 
 from model.user_state import Applied, Fold, Limits, UserState, decode_state, encode_state
 from stream.connection import Connection
+from stream.events import DeadLetter, encode
 from stream.producer import ClickProducer, Producer, partition_of
-from stream.topics import Topics, ensure
-from tests.workers.service import ITEMS, clicks
+from stream.topics import Topics, WrongTopic, ensure
+from tests.workers.service import ITEMS, clicks, upwell
 from workers.backup import NOWHERE, BadBackup, Counts, read_backup, restore, write_backup
+from workers.dead_letters import DeadLetters, place, read
 from workers.lag import read_offsets
 from workers.settings import Kafka, Settings, Worker
 from workers.states import raw_states
 from workers.topic_report import describe, fix
+
+OLD_POLICY = {"cleanup.policy": "delete"}
 
 
 def settings_of(connection: Connection, prefix: str = "", partitions: int = 3) -> Settings:
@@ -47,8 +51,37 @@ def test_topics_are_described_and_mended(connection: Connection) -> None:
 def test_the_number_of_partitions_is_never_changed(topics: Topics, connection: Connection) -> None:
     other = settings_of(connection, topics.prefix, partitions=5)
     assert "3 partitions, the settings say 5" in [fault for found in describe(other) for fault in found.faults()]
-    with pytest.raises(ValueError, match="has 3 partitions, the settings say 5"):
+    with pytest.raises(WrongTopic, match="has 3 partitions, the settings say 5"):
         fix(other)
+
+
+def test_the_dead_letters_of_a_release_without_erasure(connection: Connection) -> None:
+    """Its topic is not compacted and its letters are keyed as their messages: refused with the way out, none lost."""
+    settings = settings_of(connection)
+    environment = {
+        "UPWELL_KAFKA__BOOTSTRAP": connection.bootstrap,
+        "UPWELL_KAFKA__PREFIX": settings.kafka.prefix,
+        "UPWELL_KAFKA__PARTITIONS": "3",
+    }
+    topic = settings.topics.dead_letters
+    with kafka.KafkaAdminClient(**connection.kafka_python()) as admin:
+        admin.create_topics({topic.name: {"num_partitions": 1, "configs": topic.config() | OLD_POLICY}})
+    letters = [
+        DeadLetter(topic="clicks", partition=0, offset=at, cause="", key=key, payload=b"{", ts_ms=0)
+        for at, key in enumerate((b"u1", b"u1", None, None))
+    ]
+    with Producer(connection) as producer:
+        for letter in letters:
+            producer.send_raw(topic.name, letter.key, encode(letter))
+    refused = upwell("topics", **environment)
+    assert refused.returncode == 2, refused.stderr
+    assert refused.stderr.splitlines()[1:] == [
+        f"{topic.name} is 'delete', it has to be 'compact,delete': `upwell topics fix` makes it so"
+    ]
+    assert f"{topic.name}: cleanup.policy = compact,delete" in upwell("topics", "fix", **environment).stdout
+    assert upwell("topics", **environment).returncode == 0
+    assert [letter for _, letter in read(settings)] == letters
+    assert set(DeadLetters(settings, None)._of({"u1"})) == {place(letter) for letter in letters[:2]}  # type: ignore[arg-type]
 
 
 def test_lag_is_what_the_group_has_not_committed(topics: Topics, connection: Connection) -> None:

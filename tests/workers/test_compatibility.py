@@ -61,6 +61,14 @@ EARLIER: dict[bytes, Event] = {  # read still, written no more
         user_id="u1", items=[Ranked("i2", 0.25)], generation="g1", source="personal", partition=3, offset=7,
         event_id="e1", clicked_ms=1, sent_ms=2,
     ),
+    b'{"version":1,"user_id":"u1","items":[{"item_id":"i2","score":0.25},{"item_id":"i3","score":0.125,'
+    b'"propensity":0.5,"because":[{"item_id":"i1","share":0.75}],"explained":0.25,"under":{"default":0.0}}],'
+    b'"generation":"g1","source":"personal","partition":3,"offset":7,"event_id":"e1","clicked_ms":1,"sent_ms":2,'
+    b'"arm":"wide"}': Recommendations(
+        user_id="u1", generation="g1", source="personal", partition=3, offset=7, event_id="e1", clicked_ms=1,
+        items=[Ranked("i2", 0.25), Ranked("i3", 0.125, 0.5, [Because("i1", 0.75)], 0.25, {"default": 0.0})],
+        sent_ms=2, arm="wide",
+    ),
 }  # fmt: skip
 GOLDEN: dict[bytes, Event] = {
     b'{"version":1,"event_id":"e1","user_id":"u1","item_id":"i1","event_type":"like","ts_ms":1700000000000,"value":0.5,'
@@ -76,10 +84,10 @@ GOLDEN: dict[bytes, Event] = {
     b'{"version":1,"user_id":"u1","items":[{"item_id":"i2","score":0.25},{"item_id":"i3","score":0.125,'
     b'"propensity":0.5,"because":[{"item_id":"i1","share":0.75}],"explained":0.25,"under":{"default":0.0}}],'
     b'"generation":"g1","source":"personal","partition":3,"offset":7,"event_id":"e1","clicked_ms":1,"sent_ms":2,'
-    b'"arm":"wide"}': Recommendations(
+    b'"arm":"wide","updated_ms":1}': Recommendations(
         user_id="u1", generation="g1", source="personal", partition=3, offset=7, event_id="e1", clicked_ms=1,
         items=[Ranked("i2", 0.25), Ranked("i3", 0.125, 0.5, [Because("i1", 0.75)], 0.25, {"default": 0.0})],
-        sent_ms=2, arm="wide",
+        sent_ms=2, arm="wide", updated_ms=1,
     ),
     b'{"version":1,"name":"g1","url":"s3://b/g1","manifest_sha256":"ff","created_ms":1,"encoder":"minilm",'
     b'"metrics":{"ndcg@10":0.125},"offsets":{"0":5},"parent":"m1"}': Artifact(

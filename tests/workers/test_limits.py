@@ -2,18 +2,21 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from httpx import ASGITransport, AsyncClient
 from litestar import Litestar, get
 from litestar.testing import TestClient
 
 from stream.answers import Wishes
 from tests.workers.service import upwell
-from workers.keys import OPEN, SCOPES, Keys, load_keys, new_key
+from workers.keys import OPEN, SCOPES, Keys, _parsed, load_keys, new_key
 from workers.limits import Buckets, Gate
 from workers.processes import free_port
 from workers.routes import route
@@ -39,10 +42,10 @@ NEEDED = {
 
 
 class Still(Service):
-    """Nothing is followed, and no event goes anywhere."""
+    """Nothing is followed, no event goes anywhere, and a stream ends as soon as it is opened."""
 
     async def start(self) -> None:
-        self.taken: list[Any] = []
+        self.updates.close()
 
     async def stop(self) -> None:
         self.sending.shutdown()
@@ -61,8 +64,6 @@ def of() -> dict[str, str]:
 
 @pytest.fixture
 def file(of: dict[str, str], tmp_path: Path) -> Path:
-    from hashlib import sha256
-
     path = tmp_path / "keys"
     lines = [f"{scope} {scope} {sha256(key.encode()).hexdigest()}" for scope, key in of.items()]
     path.write_text("# name scopes hash\n" + "\n".join(lines) + "\n")
@@ -78,8 +79,6 @@ def test_each_route_wants_its_scope_and_no_other(of: dict[str, str], file: Path)
             for wrong in ("Bearer x", "Basic " + of[needed], of[needed], "Bearer " + of[needed] + "x"):
                 assert api.request(method, path, headers={"Authorization": wrong}).status_code == 401, path
             for scope, key in of.items():
-                if scope == needed == "read" and "stream" in path:
-                    continue  # it would not end
                 status = api.request(method, path, headers={"Authorization": f"Bearer {key}"}).status_code
                 assert (status == 403) == (scope != needed) and status != 401, (path, scope)
         assert api.get("/livez").status_code == 200
@@ -167,13 +166,12 @@ def test_too_much_at_once_is_refused_and_what_takes_too_long_is_ended() -> None:
     async def at_once() -> None:
         gate = Gate(Serve(max_requests=2, timeout_s=0.5, wait_s=0.1), OPEN)
         app = Litestar([slow], middleware=[gate])
-        from httpx import ASGITransport, AsyncClient
-
         async with AsyncClient(transport=ASGITransport(app), base_url="http://x") as api:  # type: ignore[arg-type]
             first = [asyncio.create_task(api.get("/slow")) for _ in range(2)]
             await asyncio.sleep(0.1)
             third = await api.get("/slow")
-            assert (third.status_code, third.headers["Retry-After"]) == (503, "1")
+            assert (third.status_code, third.json()["detail"]) == (503, "2 requests are being answered")
+            assert third.headers["Retry-After"] == "1"
             for late in await asyncio.gather(*first):
                 assert late.status_code == 503 and "within 0.5 s" in late.json()["detail"]
             released.set()
@@ -182,12 +180,78 @@ def test_too_much_at_once_is_refused_and_what_takes_too_long_is_ended() -> None:
     asyncio.run(at_once())
 
 
-def test_headers_and_origins() -> None:
+def test_bodies_batches_and_streams_are_bounded() -> None:
+    with client(OPEN, max_body_bytes=1024, max_batch=2, max_streams=0) as api:
+        event = {"user_id": "u", "item_id": "i"}
+        for path in ("/v1/events", "/v1/items", "/v1/recommendations"):
+            for body in (b"{" + b" " * 1024, iter([b"{", b" " * 1024])):  # with its length, and without
+                assert api.post(path, content=body).status_code == 413, path
+            assert api.post(path, content=b"{" + b" " * 1000).status_code == 400, path
+        many = api.post("/v1/events", json=[event] * 3)
+        assert many.status_code == 413 and "serve.max_batch is 2" in many.json()["detail"]
+        stream = api.get("/v1/stream?user=u")
+        assert (stream.status_code, stream.json()["detail"]) == (503, "0 streams are open")
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for() -> None:
+    async def dripping() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.Event().wait()
+
+    app = build_app(Still(Settings(serve=Serve(timeout_s=0.3, wait_s=0.1))), OPEN)
+    async with AsyncClient(transport=ASGITransport(app), base_url="http://x") as api:  # type: ignore[arg-type]
+        late = await api.post("/v1/events", content=dripping())
+    assert (late.status_code, late.json()["detail"]) == (408, "not the whole body within 0.3 s")
+
+
+async def test_a_stream_that_nobody_reads_is_cut_off() -> None:
+    async def endless(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def stuck(message: Any) -> None:
+        await asyncio.Event().wait()
+
+    scope: Any = {"route_handler": SimpleNamespace(opt={"scope": None, "stream": True})}
+    answering: Any = Gate(Serve(timeout_s=0.2, wait_s=0.1), OPEN)(endless)(scope, None, stuck)  # type: ignore[arg-type]
+    sending = asyncio.create_task(answering)
+    await asyncio.wait([sending], timeout=10)
+    assert sending.done() and isinstance(sending.exception(), TimeoutError)
+
+
+def test_every_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither how far a hash is right nor which key it is shows in the time."""
+    made = [new_key(f"k{number}", ["read"]) for number in range(3)]
+    compared: list[tuple[bytes, bytes]] = []
+
+    def compare(one: bytes, other: bytes) -> bool:
+        compared.append((one, other))
+        return one == other
+
+    monkeypatch.setattr("workers.keys.hmac.compare_digest", compare)
+    keys = Keys([_parsed(line) for _, line in made])
+    hashes = [sha256(key.encode()).digest() for key, _ in made]
+    for given, found in [(key, f"k{number}") for number, (key, _) in enumerate(made)] + [("upwell_guess", None)]:
+        compared.clear()
+        key = keys.find(f"Bearer {given}")
+        assert (key and key.name) == found
+        assert compared == [(kept, sha256(given.encode()).digest()) for kept in hashes]
+
+
+def test_headers_and_origins(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Any) -> None:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr("workers.updates.Updates.latencies_ms", property(broken))
     with client(OPEN, cors_origins=["https://shop.example"]) as api:
-        for path in ("/livez", "/v1/items", "/nowhere", "/v1/items?limit=0"):
-            headers = api.get(path, headers={"Origin": "https://shop.example"}).headers
-            assert headers["x-content-type-options"] == "nosniff"
-            assert "unsafe" not in headers["content-security-policy"]
+        for path, status in {"/": 200, "/console/app.js": 200, "/livez": 200, "/v1/items": 200, "/nowhere": 404,
+                             "/v1/items?limit=0": 400, "/readyz": 503, "/v1/figures": 500}.items():  # fmt: skip
+            answer = api.get(path, headers={"Origin": "https://shop.example"})
+            headers = answer.headers
+            assert (answer.status_code, headers["x-content-type-options"]) == (status, "nosniff"), path
+            policy = dict(one.split(maxsplit=1) for one in headers["content-security-policy"].split(";"))
+            nobody = {"default-src", "base-uri", "form-action", "frame-ancestors"}
+            assert policy == dict.fromkeys(nobody, "'none'") | dict.fromkeys(policy.keys() - nobody, "'self'"), path
+            assert headers["referrer-policy"] == "no-referrer" and "secret" not in answer.text
         assert headers["access-control-allow-origin"] == "https://shop.example"
     with client(OPEN) as api:
         assert "access-control-allow-origin" not in api.get("/livez", headers={"Origin": "https://x.example"}).headers
@@ -205,6 +269,16 @@ def test_bad_parameters_are_named() -> None:
             answer = api.get(f"/v1/users/u1/recommendations?{query}")
             assert answer.status_code == 400, query
             assert answer.json()["detail"].startswith(name), answer.json()
+        for method, path in NEEDED:
+            answer = api.request(method, f"{path}{'&' if '?' in path else '?'}surprise=1")
+            assert answer.status_code == 400 and answer.json()["detail"].startswith("surprise: no such"), path
+        for path in ("/v1/users/{}", "/v1/users/{}/recommendations", "/v1/items/{}/similar", "/v1/stream?user={}"):
+            answer = api.get(path.format("u" * 257))
+            assert answer.status_code == 400 and answer.json()["detail"].endswith("of length <= 256"), path
+        assert api.get("/v1/stream?user=").json()["detail"] == "user: Expected `str` of length >= 1"
+        assert api.post("/v1/recommendations").json()["detail"] == "body: missing"
+        wrong = api.post("/v1/events", json={"user_id": "u", "item_id": "i", "event_type": "x"})
+        assert wrong.json()["detail"] == "event_type: Invalid enum value 'x'"
         for body, name in (({"k": 0}, "k"), ({"texts": ""}, "texts"), ({"history": [{}]}, "item_id")):
             answer = api.post("/v1/recommendations", json=body)
             assert answer.status_code == 400 and name in answer.json()["detail"], answer.json()

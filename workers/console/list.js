@@ -55,7 +55,7 @@ export function drawList(answer, before, onClick) {
   const moved = Boolean(before) && answer.items.some((item, at) => places.get(item.item_id) !== at);
   if (moved && !calm()) animate(tops);
   drawFacts(answer);
-  if (moved) announce(t("updated", { title: name(answer.items[0]) }));
+  if (moved) announce(t("moved", { title: name(answer.items[0]) }));
 }
 
 function announce(text) {
