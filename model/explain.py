@@ -39,7 +39,7 @@ def contributions(
     mix = model.arrays["mix"][torch.from_numpy(situation(history, at)).to(model.device)]  # (B, F)
     amounts = torch.zeros(*items.shape, clicked.shape[1], device=model.device)
     for part, (left, right) in LINEAR.items():
-        added = steps(model.arrays[left], clicked.clamp_min(0), weights)  # (B, T, K)
+        added = steps(model.arrays[left], clicked.clamp_min(0), weights, history.disliked)  # (B, T, K)
         length = added.sum(dim=1).norm(dim=1).clamp_min(1e-12)  # (B,) as F.normalize has it
         scale = mix[:, PARTS.index(part)] / length
         wanted = model.arrays[right][torch.from_numpy(items).to(model.device)]  # (B, M, K)

@@ -64,6 +64,11 @@ class Padded:
         """(B,) how many events each history holds."""
         return np.asarray((self.rows >= 0).sum(axis=1), dtype=np.int64)
 
+    @property
+    def disliked(self) -> bool:
+        """Whether any event has a negative weight; known without a look at the device."""
+        return bool((self.weights < 0).any())
+
     def columns(self) -> tuple[Rows, Floats, Rows, Floats]:
         return self.rows, self.weights, self.ts_ms, self.goals
 

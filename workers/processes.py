@@ -1,5 +1,6 @@
 """Starting a role on a free port; ending it, in order, or at once where it cannot go on."""
 
+import gc
 import os
 import signal
 import socket
@@ -33,6 +34,12 @@ def die(reason: str, code: int, error: BaseException | None = None) -> None:
     log.error("process ends at once", reason=reason, exc_info=error)
     sys.stderr.flush()
     os._exit(code)
+
+
+def settle() -> None:
+    """Once all is imported: leaves it out of the garbage collector's rounds, which stopped every thread for 0.13 s."""
+    gc.collect()
+    gc.freeze()
 
 
 def end_with_threads() -> None:

@@ -26,7 +26,7 @@ from workers.keys import OPEN, Keys
 from workers.lag import LagFollower
 from workers.limits import Gate, measured
 from workers.live import NotReady
-from workers.processes import end_with_threads
+from workers.processes import end_with_threads, settle
 from workers.routes import invalid, known, not_ready, other_encoder
 from workers.service import Service
 from workers.settings import Settings
@@ -142,5 +142,6 @@ def run_server(settings: Settings, keys: Keys = OPEN) -> int:
         server_header=False,
         timeout_graceful_shutdown=5,
     )
+    settle()
     Server(config, service).run()
     return 0

@@ -11,7 +11,7 @@ from workers.faust_batches import batch_app, execute
 from workers.handed import Handed, Stuck
 from workers.live import Live
 from workers.partitions import Batch, Partitions
-from workers.processes import EX_DATA, EX_SOFTWARE, die, end_with_threads
+from workers.processes import EX_DATA, EX_SOFTWARE, die, end_with_threads, settle
 from workers.sender import BatchSender
 from workers.settings import Settings
 from workers.states import OwnedStates
@@ -87,4 +87,5 @@ def run_worker(settings: Settings) -> int:
 
     metrics.serve(settings.worker.metrics_port, settings.metrics_host)
     live.start()
+    settle()
     return execute(app)
