@@ -1,7 +1,8 @@
 """Click due -> list read by a subscriber, open loop: at 50, 200 and 1,000 a second and at shares of the capacity.
 
 The peer is the weekend script (workers/bench/weekend.py) at the same rates, in turn with ours. Capacity is the wall
-rate at which a burst is answered. Hops: due to Kafka's stamp, stamp to the worker's send, send to the subscriber.
+rate at which a burst is answered. Hops: due to Kafka's stamp, stamp to the worker's send, send to the subscriber; the
+worker's own part of it by its hop metrics, and its CPU time a click.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from stream.events import Click
 from workers.bench import data
 from workers.bench.harness import Options, alternate, measured
 from workers.bench.probe import Seen, drive
-from workers.bench.stage import announce, await_worker, said, stage
+from workers.bench.stage import announce, await_worker, said, stage, worker_metrics
 from workers.settings import Settings
 
 RATES, SHARES = (50, 200, 1000), (0.5, 0.7, 0.9)
@@ -59,6 +60,22 @@ def hops(seen: Sequence[Seen]) -> dict[str, float | str]:
     return {f"hop_ms {name}": float(np.median(took)) for name, took in steps.items()}
 
 
+def inside(before: dict[str, float], after: dict[str, float]) -> dict[str, float | str]:
+    """Mean milliseconds of a micro-batch in each of the worker's hops, its clicks, and CPU milliseconds a click."""
+    gained = {name: value - before.get(name, 0.0) for name, value in after.items()}
+    batches = gained["upwell_batch_clicks_count"]
+    mean = {
+        f"hop_ms in the worker, {hop}": 1000 * gained[f"upwell_hop_seconds_sum{{{hop}}}"] / batches
+        for hop in ("fold", "recommend", "send")
+    }
+    clicks = gained["upwell_batch_clicks_sum"]
+    cpu = {
+        "cpu_ms a click": 1000 * gained["process_cpu_seconds_total"] / clicks,
+        "clicks a micro-batch": clicks / batches,
+    }
+    return {**mean, **cpu}
+
+
 class Table:
     """Runs at one rate after the other, ours and the peer's in turn."""
 
@@ -79,6 +96,8 @@ class Table:
         count = self._options.scaled(max(500, int(10 * rate)), 50)
         rounds: dict[str, list[list[Seen]]] = {side: [] for side in sides}
 
+        before = worker_metrics(self._sides["ours"])
+
         def once(side: str) -> float:
             rounds[side].append(drive(self._sides[side], self._clicks.take(count), rate))
             return percentiles(rounds[side][-1])["p50"]
@@ -95,6 +114,7 @@ class Table:
                 self.ratios[f"{share} {sides[0]} / {side}, {name}"] = ratio
         if rate == HOPS_AT:
             self.values |= hops([one for seen in rounds["ours"] for one in seen])
+            self.values |= inside(before, worker_metrics(self._sides["ours"]))
 
 
 def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
