@@ -202,7 +202,8 @@ class LearnerArm:
     def learn(self, events: Events, rows: Rows) -> None:
         size, learner, stepped = self._learner.config.micro_batch, self._learner, False
         for start in range(0, len(events), size):
-            self._waiting = np.append(self._waiting, learner.observe(events.slice(start, start + size)))
+            numbers, _ = learner.observe(events.slice(start, start + size))
+            self._waiting = np.append(self._waiting, numbers)
             while len(self._waiting) >= size:
                 learner.learn_observed(self._waiting[:size])
                 self._waiting, stepped = self._waiting[size:], True

@@ -102,28 +102,27 @@ class Learner:
         """Predicts, then learns, by micro-batches. FloatingPointError names the step that diverged."""
         steps, tower_losses, mix_losses = self._tower.steps, list[float](), list[float]()
         for start in range(0, len(events), self.config.micro_batch):
-            numbers, losses = self._observe(events.slice(start, start + self.config.micro_batch))
+            numbers, losses = self.observe(events.slice(start, start + self.config.micro_batch))
             mix_losses += losses
             tower_losses += self.learn_observed(numbers)
         means = [float(np.mean(losses)) if losses else float("nan") for losses in (tower_losses, mix_losses)]
         return LearnReport(len(events), self._tower.steps - steps, *means)
 
-    def observe(self, events: Events) -> Rows:
-        """The cheap half of `learn`: at most a micro-batch into mix, histories and counts. Its event numbers (n,) are
-        for `learn_observed`, once they make a micro-batch."""
-        return self._observe(events)[0]
+    def observe(self, part: Events) -> tuple[Rows, list[float]]:
+        """The cheap half of `learn`: at most a micro-batch into mix, histories and counts.
+
+        Its event numbers (n,), for `learn_observed` once they make a micro-batch, and the losses of the mix.
+        """
+        rows, numbers = self._append(part)
+        losses = self._learn_mix(numbers, rows, part.ts_ms)
+        self._count(numbers, rows, part.weights)
+        return numbers, losses
 
     def learn_observed(self, numbers: Rows) -> list[float]:
         """The costly half: steps of the towers on observed events, oldest first, and the factors; the steps' losses."""
         losses = self._learn_tower(numbers)
         self._refresh(self.log.count >= self._next_refresh)
         return losses
-
-    def _observe(self, part: Events) -> tuple[Rows, list[float]]:
-        rows, numbers = self._append(part)
-        losses = self._learn_mix(numbers, rows, part.ts_ms)
-        self._count(numbers, rows, part.weights)
-        return numbers, losses
 
     def absorb(self, events: Events) -> None:
         """Takes events into histories and counts without a step of the weights: a window read back."""

@@ -335,7 +335,7 @@ def test_a_window_of_forgotten_users_alone_trains_nothing() -> None:
 def test_counts_and_mix_may_run_ahead_of_the_towers() -> None:
     halves, whole, events = learner(), learner(), chain(64, 0.2)
     before = halves.model()
-    numbers = halves.observe(events)
+    numbers, _ = halves.observe(events)
     counted = halves.recounted(before)
     assert torch.equal(counted.arrays["popularity"], halves.model().arrays["popularity"])
     assert torch.equal(counted.arrays["mix"], halves.model().arrays["mix"])
