@@ -256,10 +256,8 @@ class Learner:
 
     def recounted(self, model: Model) -> Model:
         """A model of this learner, its popularity, newness and mix brought up to now."""
-        now = {
-            "popularity": torch.from_numpy(self._common()[: len(model.ids)]).to(self.device),
-            "mix": torch.from_numpy(self._mix.weights()).to(self.device),
-        }
+        now = self._counted()
+        now["popularity"] = now["popularity"][: len(model.ids)]
         return Model(model.config, model.ids, model.arrays | now, model.tower)
 
     def _common(self) -> Floats:
@@ -280,7 +278,10 @@ class Learner:
             "text.items": catalogue.projected[: len(counts)],
             "text.mean": catalogue.mean,
             "text.projection": catalogue.projection,
-            "popularity": torch.from_numpy(self._common()).to(self.device),
-            "mix": torch.from_numpy(self._mix.weights()).to(self.device),
         }
-        return Model(self.config, catalogue.ids, arrays, self._tower.user)
+        return Model(self.config, catalogue.ids, arrays | self._counted(), self._tower.user)
+
+    def _counted(self) -> dict[str, Tensor]:
+        """The arrays that move with every event."""
+        counted = {"popularity": self._common(), "mix": self._mix.weights()}
+        return {name: torch.from_numpy(array).to(self.device) for name, array in counted.items()}
