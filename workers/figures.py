@@ -51,18 +51,22 @@ def _arm_figures(test: Outcome, seconds: NDArray[np.float64], touched: NDArray[n
         "repeats": {"events": len(opened.ranks), "repeated": int(test.repeat.sum()), **opened.metrics()},
         "by_history": _buckets(new, new.histories, HISTORY),
         "by_item_age": _buckets(new, new.earlier, AGE),
-        "cold_auc": {name: _cold(new, low, high) for name, low, high in AGE[:2]},
+        "cold_auc": {name: _cold(new, low, high) for name, low, high in AGE[:2]}
+        | {f"0, history {name}": _cold(part, 0, 0) for name, part in _parts(new, new.histories, HISTORY).items()},
         "over_time": [[int(new.position[at[-1]]), float(hits[at].mean())] for at in slices if len(at)],
         "cost_over_time": _cost(seconds),
     }
 
 
 def _buckets(new: Outcome, of: NDArray[np.int64], edges: Sequence[tuple[str, int, int]]) -> Figures:
-    parts = {name: new.where((of >= low) & (of <= high)) for name, low, high in edges}
     return {
         name: {"events": len(part.ranks), **{key: part.metrics()[key] for key in ("hr@10", "ndcg@10")}}
-        for name, part in parts.items()
+        for name, part in _parts(new, of, edges).items()
     }
+
+
+def _parts(new: Outcome, of: NDArray[np.int64], edges: Sequence[tuple[str, int, int]]) -> dict[str, Outcome]:
+    return {name: new.where((of >= low) & (of <= high)) for name, low, high in edges}
 
 
 def _cold(new: Outcome, low: int, high: int) -> Figures:

@@ -70,6 +70,8 @@ def test_the_command_writes_results_report_and_plots(tmp_path: Path) -> None:
             assert arm["repeats"]["events"] == 48 and arm["repeats"]["repeated"] == 48 - arm["events"]
             assert {"hr@10", "hr@20", "ndcg@10", "mrr", "coverage", "gini", "novelty", "us_per_event"} <= arm.keys()
             assert {"intervals", "by_history", "by_item_age", "cold_auc"} <= arm.keys() and f"{mode:6} {name}" in said
+            unseen = {name: found["events"] for name, found in arm["cold_auc"].items() if name.startswith("0")}
+            assert unseen.pop("0") == sum(unseen.values()) > max(unseen.values())  # by history length
         assert results["modes"][mode]["upwell_minus"].keys() == {"popularity", "markov"}
     page = (out / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == len(list(out.glob("*.png"))) == 8
