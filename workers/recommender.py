@@ -14,7 +14,7 @@ from workers.live import Live, NotReady
 from workers.prequential import K, LiveScore, Trial
 from workers.search import SearchProcessDied
 from workers.settings import Settings
-from workers.snapshot import Query, Snapshot
+from workers.snapshot import PLAIN, Query, Snapshot
 from workers.states import Sent, States
 
 
@@ -62,12 +62,18 @@ def seen_before(item: Before, states: States) -> bytes:
     return states[item.click.user_id].seen[: item.num_seen * DIGEST_BYTES]
 
 
+def stranger(query: Query) -> bool:
+    """Whether all who ask so get the same list."""
+    return not query.history and query.rules == PLAIN
+
+
 class Recommender:
     """`recommend` is called by one thread at a time."""
 
     def __init__(self, settings: Settings, live: Live) -> None:
         self._settings, self._live = settings, live
         self._score = LiveScore()
+        self._strangers: Sent | None = None
         self.trial: Trial | None = None
         self.lost: Artifact | None = None  # the generation to go back to
 
@@ -111,10 +117,19 @@ class Recommender:
 
         A user's next click is nearly always scored in the list sent after the one before: that halves the searches.
         """
-        known = [sent.item_ids if sent and sent.generation == snapshot.name else None for _, sent in scored]
+        known = [self._known(query, sent, snapshot) for query, sent in scored]
         unknown = [query for (query, _), item_ids in zip(scored, known, strict=True) if item_ids is None]
         lists = iter(snapshot.recommend([*unknown, *after], max(self._settings.worker.k, K)))
-        return [top(next(lists)) if item_ids is None else item_ids for item_ids in known], list(lists)
+        before = [top(next(lists)) if item_ids is None else item_ids for item_ids in known]
+        for (query, _), item_ids in zip(scored, before, strict=True):
+            if stranger(query):
+                self._strangers = Sent(snapshot.name, item_ids)
+        return before, list(lists)
+
+    def _known(self, query: Query, sent: Sent | None, snapshot: Snapshot) -> Top | None:
+        if stranger(query):
+            sent = self._strangers
+        return sent.item_ids if sent and sent.generation == snapshot.name else None
 
     def _test(self, applied: Sequence[Before], before: Sequence[Query], served: Sequence[Top]) -> None:
         answers = iter(zip(before, served, strict=True))

@@ -269,9 +269,9 @@ def test_a_click_is_scored_in_the_list_sent_before_it(snapshot: Snapshot, monkey
     monkeypatch.setattr(worker._recommender._score, "add", lambda item_id, seen, served, arm: scored.append(served))
     owned = Owned({}, cast(Any, None), {})
 
-    def click(*items: str) -> None:
-        offset = owned.states["u"].offset + 1 if owned.states else 0
-        reads = [Read(Click(event_id=one, user_id="u", item_id=one, ts_ms=NOW_MS), offset + at, NOW_MS)
+    def click(*items: str, user: str = "u") -> None:
+        offset = max((state.offset for state in owned.states.values()), default=0) + 1
+        reads = [Read(Click(event_id=one, user_id=user, item_id=one, ts_ms=NOW_MS), offset + at, NOW_MS)
                  for at, one in enumerate(items)]  # fmt: skip
         folded = worker._fold(owned, reads, {})
         owned.states.update(folded.states)
@@ -288,5 +288,8 @@ def test_a_click_is_scored_in_the_list_sent_before_it(snapshot: Snapshot, monkey
     click("i4")  # delivered again: nothing is scored, and the list stays that of the state
     owned.sent["u"] = owned.sent["u"]._replace(generation="one before")
     click("i5")
-    assert list(map(len, asked)) == [2, 1, 2, 1, 2]
-    assert scored == [fresh(), fresh("i1"), fresh("i1", "i2"), fresh("i1", "i2", "i3"), fresh("i1", "i2", "i3", "i4")]
+    click("i1", user="another stranger")
+    assert list(map(len, asked)) == [2, 1, 2, 1, 2, 1]
+    assert scored == [
+        fresh(), fresh("i1"), fresh("i1", "i2"), fresh("i1", "i2", "i3"), fresh("i1", "i2", "i3", "i4"), fresh()
+    ]  # fmt: skip
