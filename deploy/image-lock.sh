@@ -4,7 +4,7 @@
 set -eu
 names=$(mktemp)
 trap 'rm -f "$names"' EXIT
-"${UV:-uv}" pip compile -q pyproject.toml --universal --python-version 3.11 --constraint deploy/requirements.lock \
+"${UV:-uv}" pip compile -q pyproject.toml --extra tracing --universal --python-version 3.11 --constraint deploy/requirements.lock \
   --no-header --no-annotate | sed 's/==.*//' > "$names"
 awk -v device="$1" '
   NR == FNR { wanted[$1]; next }

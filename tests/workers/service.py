@@ -61,10 +61,12 @@ class Service:
         self.settings, self.roles, self.logs = settings, roles, logs
         self.url = f"http://127.0.0.1:{settings.serve.port}"
 
-    def call(self, path: str, body: Any = None) -> tuple[int, Any]:
+    def call(self, path: str, body: Any = None, headers: dict[str, str] = {}) -> tuple[int, Any]:  # noqa: B006
         """Status (0: no answer) and JSON (or text) of a request; a body makes it a POST, bytes go as they are."""
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data=data, headers={"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path, data=data, headers={"Content-Type": "application/json"} | headers
+        )
         try:
             with urllib.request.urlopen(request, timeout=20) as answer:
                 status, raw = answer.status, answer.read()
