@@ -5,89 +5,44 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from threading import Thread
 from types import SimpleNamespace
-from typing import Any
 
+import msgspec
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 from pytest import raises
 
-from stream.broker import LocalBroker
 from stream.connection import Connection
-from stream.consumer import read_window
+from stream.consumer import end_offsets, read_window
 from stream.producer import BufferFull, ClickProducer
 from stream.topics import Topics
 from stream.tracing import TRACEPARENT, traceparent
-from tests.workers.service import ITEMS, clicks, running, until
+from tests.workers.service import ITEMS, Collector, Service, clicks, until
 from workers import tracing
 from workers.settings import ConfigError, Settings
 
 
-class Collector:
-    """What an OpenTelemetry collector is sent: (service, span)."""
+def test_one_click_is_one_trace(service: Service, collector: Collector) -> None:
+    topics, user = service.settings.topics, f"user {secrets.token_hex(8)}"
+    caller = {"traceparent": f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"}
+    trace_id, click = caller["traceparent"].split("-")[1], {"user_id": user, "item_id": ITEMS[0].item_id}
+    before = end_offsets(service.settings.connection, topics.recommendations.name)
+    assert service.call("/v1/events", click, caller)[0] == 202
+    others = [msgspec.structs.replace(click, user_id=f"{user} {click.user_id}") for click in clicks(5)]
+    service.send(others)  # without a trace
+    names = ["POST /v1/events", f"send {topics.clicks.name}", f"process {topics.clicks.name}", *tracing.HOPS]
+    until(lambda: len(collector.of(trace_id)) == len(names), "all spans are exported")
 
-    def __init__(self) -> None:
-        self.spans: list[tuple[str, Span]] = []
+    def headers() -> dict[str, bytes | None]:
+        lists = read_window(service.settings.connection, topics.recommendations.name, offsets=before)
+        found = {(r.key or b"").decode(): traceparent(r.headers) for records in lists for r in records}
+        return {name: value for name, value in found.items() if name.startswith(user)}
 
-    def of(self, trace_id: str) -> dict[str, tuple[str, Span]]:
-        return {span.name: (service, span) for service, span in self.spans if span.trace_id.hex() == trace_id}
-
-    def take(self, raw: bytes) -> None:
-        for of_resource in ExportTraceServiceRequest.FromString(raw).resource_spans:
-            (service,) = (a.value.string_value for a in of_resource.resource.attributes if a.key == "service.name")
-            self.spans += [(service, span) for scope in of_resource.scope_spans for span in scope.spans]
-
-
-@contextmanager
-def collecting() -> Iterator[tuple[Collector, str]]:
-    collector = Collector()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            collector.take(self.rfile.read(int(self.headers["Content-Length"])))
-            self.send_response(200)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, *_: Any) -> None: ...
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield collector, f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-def test_one_click_is_one_trace(broker: LocalBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with collecting() as (collector, endpoint):
-        monkeypatch.setenv("UPWELL_TRACING", "true")
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
-        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
-        with running(broker, tmp_path, tmp_path / "artifacts") as service:
-            until(lambda: service.metric("upwell_swaps_total{served}") > 0, "the worker serves")
-            until(lambda: service.call("/readyz")[0] == 200, "the server is ready")
-            caller = {"traceparent": f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"}
-            trace_id, click = caller["traceparent"].split("-")[1], {"user_id": "known", "item_id": ITEMS[0].item_id}
-            assert service.call("/v1/events", click, caller)[0] == 202
-            service.send(clicks(5))  # without a trace
-            names = ["POST /v1/events", f"send {service.settings.topics.clicks.name}"]
-            names += [f"process {service.settings.topics.clicks.name}", *tracing.HOPS]
-            until(lambda: len(collector.of(trace_id)) == len(names), "all spans are exported")
-            lists = read_window(service.settings.connection, service.settings.topics.recommendations.name)
-            headers = {r.key: traceparent(r.headers) for records in lists for r in records}
+    until(lambda: len(headers()) == 6, "all lists are there")
+    answered = headers()
     found = collector.of(trace_id)
     assert set(found) == set(names)
     (request, send, process), hops = ([found[name][1] for name in part] for part in (names[:3], names[3:]))
@@ -98,10 +53,9 @@ def test_one_click_is_one_trace(broker: LocalBroker, tmp_path: Path, monkeypatch
     assert [hop.start_time_unix_nano for hop in hops] == ends[:3] and ends == sorted(ends)
     assert ends[3] == process.end_time_unix_nano
     assert [found[name][0] for name in names] == ["upwell-serve"] * 2 + ["upwell-worker"] * 4
-    assert (headers.pop(b"known") or b"").decode().startswith(f"00-{trace_id}-{send.span_id.hex()}-")
-    assert len(headers) == 5 and set(headers.values()) == {None}  # clicks without a trace, lists without one
-    assert not [span for _, span in collector.spans if span.name.startswith("process") and span != process]
-    assert "known" not in str(collector.spans)  # no user in a span
+    assert (answered.pop(user) or b"").decode().startswith(f"00-{trace_id}-{send.span_id.hex()}-")
+    assert set(answered.values()) == {None}  # clicks without a trace, lists without one
+    assert user not in str(collector.spans)
 
 
 def test_the_producer_says_what_failed(connection: Connection, topics: Topics) -> None:
