@@ -23,11 +23,10 @@ from model.learner import Learner
 from model.manifest import DamagedGeneration
 from model.model import Model
 from model.sampling import Events
-from stream.consumer import read_window
-from stream.events import Artifact, BadEvent, decode, encode
+from stream.events import Artifact, encode
 from stream.producer import Producer
 from workers import metrics
-from workers.announcements import read_announcements
+from workers.announcements import newest_model, read_announcements
 from workers.processes import end_with_threads, stop_on_signal
 from workers.settings import Settings
 from workers.training_input import EncoderChanged, Read, Texts, Window
@@ -200,18 +199,6 @@ class Trainer:
             self._producer.send_raw(self._settings.topics.models.name, b"model", encode(artifact))
             self._producer.flush()
             self._parent = name
-
-
-def newest_model(settings: Settings) -> Artifact | None:
-    """What the trainer announced last, as far as this release can read it."""
-    batches = read_window(settings.connection, settings.topics.models.name)
-    newest = None
-    for record in (record for batch in batches for record in batch):
-        try:
-            newest = decode(record.value, Artifact)
-        except BadEvent as error:
-            log.warning("record passed over", topic=record.topic, offset=record.offset, cause=str(error))
-    return newest
 
 
 def run_trainer(settings: Settings) -> int:

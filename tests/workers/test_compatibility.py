@@ -38,11 +38,10 @@ from stream.events import (
 )
 from stream.producer import Producer
 from stream.topics import Topics
-from workers.announcements import Announcements
+from workers.announcements import Announcements, newest_model
 from workers.live import Live
 from workers.settings import Kafka, Settings
 from workers.states import keep_newest
-from workers.trainer import newest_model
 from workers.training_input import Texts
 from workers.user_worker import UserWorker
 

@@ -20,8 +20,8 @@ from stream.producer import ClickProducer
 from stream.topics import Topics
 from tests.model.test_learner import CONFIG, ITEMS, TEXT, chain, flat
 from tests.workers.service import clicks, until
+from workers.announcements import newest_model
 from workers.settings import Kafka, Settings
-from workers.trainer import newest_model
 from workers.training_team import training_team
 
 
