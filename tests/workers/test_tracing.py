@@ -15,6 +15,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import StatusCode
 from pytest import raises
 
+from stream.answers import Update
+from stream.client import Client
 from stream.connection import Connection
 from stream.consumer import end_offsets, read_window
 from stream.producer import BufferFull, ClickProducer
@@ -30,7 +32,11 @@ def test_one_click_is_one_trace(service: Service, collector: Collector) -> None:
     caller = {"traceparent": f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"}
     trace_id, click = caller["traceparent"].split("-")[1], {"user_id": user, "item_id": ITEMS[0].item_id}
     before = end_offsets(service.settings.connection, topics.recommendations.name)
-    assert service.call("/v1/events", click, caller)[0] == 202
+    with Client(service.url) as client:
+        updates = client.updates(user)
+        next(update for update in updates if isinstance(update, Update))  # a stranger's list: the stream is open
+        assert service.call("/v1/events", click, caller)[0] == 202
+        shown = next(update.path for update in updates if isinstance(update, Update) and update.path)
     others = [msgspec.structs.replace(click, user_id=f"{user} {click.user_id}") for click in clicks(5)]
     service.send(others)  # without a trace
     names = ["POST /v1/events", f"send {topics.clicks.name}", f"process {topics.clicks.name}", *tracing.HOPS]
@@ -53,7 +59,8 @@ def test_one_click_is_one_trace(service: Service, collector: Collector) -> None:
     assert [hop.start_time_unix_nano for hop in hops] == ends[:3] and ends == sorted(ends)
     assert ends[3] == process.end_time_unix_nano
     assert [found[name][0] for name in names] == ["upwell-serve"] * 2 + ["upwell-worker"] * 4
-    assert (answered.pop(user) or b"").decode().startswith(f"00-{trace_id}-{send.span_id.hex()}-")
+    assert shown.traceparent == (answered.pop(user) or b"").decode()
+    assert shown.traceparent.startswith(f"00-{trace_id}-{send.span_id.hex()}-")
     assert set(answered.values()) == {None}  # clicks without a trace, lists without one
     assert user not in str(collector.spans)
 
