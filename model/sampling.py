@@ -73,6 +73,7 @@ class Padded:
         return self.rows, self.weights, self.ts_ms, self.goals
 
     def part(self, lines: slice) -> Padded:
+        """These histories alone; views."""
         return Padded(self.rows[lines], self.weights[lines], self.ts_ms[lines], self.goals[lines])
 
     def take(self, source: Rows) -> Padded:
