@@ -188,6 +188,7 @@ class Settings(BaseSettings):
     cache: Path = Field(Path(".cache/upwell"), description="text vectors, fetched generations")
     metrics_host: str = Field("127.0.0.1", description="where worker, trainer and indexer export their metrics")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    tracing: bool = Field(False, description="OpenTelemetry spans by OTLP; needs the extra `tracing`")
 
     @classmethod
     def settings_customise_sources(

@@ -20,10 +20,11 @@ from workers.batcher import Batcher
 from workers.dead_letters import DeadLetters, dead_letter, place
 from workers.live import Live
 from workers.recommender import Before, Folded, Read, Recommended, Recommender
-from workers.sender import BatchSender, Keyed
+from workers.sender import BatchSender, Header, Keyed
 from workers.settings import Settings
 from workers.state_writer import Acknowledge, Tombstone, state_record
 from workers.states import Owned, OwnedStates, encoded
+from workers.tracing import click_spans
 
 log = structlog.get_logger()
 
@@ -46,6 +47,7 @@ class UserWorker:
         self._recommender = Recommender(settings, live)
         self._lists = Batcher(self._recommender.recommend, "recommend")
         self._bad: deque[bool] = deque(maxlen=RATIO_WINDOW)
+        self._spans = click_spans(settings)
 
     async def process(self, partition: int, records: Sequence[Any], acknowledge: Acknowledge) -> None:
         """Lists and dead letters are in Kafka when this returns; `acknowledge` is called when the states are too.
@@ -71,7 +73,8 @@ class UserWorker:
         folded_at = time.perf_counter()
         recommended = await self._lists.ask(folded)
         recommended_at = time.perf_counter()
-        await self._send(partition, folded, recommended, dead, erased)
+        traced = self._spans.traced(records) if self._spans else {}
+        await self._send(partition, folded, recommended, dead, erased, traced)
         owned.sent.update(recommended.sent)
         await self._go_back()
         sent_ms = time.time() * 1000
@@ -80,6 +83,8 @@ class UserWorker:
         metrics.hop_s.labels("fold").observe(folded_at - began)
         metrics.hop_s.labels("recommend").observe(recommended_at - folded_at)
         metrics.hop_s.labels("send").observe(time.perf_counter() - recommended_at)
+        if self._spans:
+            self._spans.end(partition, traced, began, folded_at, recommended_at)
         self._check_ratio(len(reads), len(dead))
         return erased.keys()
 
@@ -133,12 +138,18 @@ class UserWorker:
         recommended: Recommended,
         dead: list[DeadLetter],
         erased: Mapping[str, int],
+        traced: Mapping[int, tuple[Header]],
     ) -> None:
         """Lists and dead letters together; first of all a null for each erased user, whose new lists come after it."""
         topics, now_ms = self._topics, time.time_ns() // 1_000_000
         answers: list[Keyed] = [state_record((u.encode(), Tombstone(offset))) for u, offset in erased.items()]
         answers += [
-            (u.encode(), encode(self._answer(u, folded, partition, recommended, now_ms))) for u in recommended.lists
+            (
+                u.encode(),
+                encode(self._answer(u, folded, partition, recommended, now_ms)),
+                *traced.get(folded.newest[u].offset, ()),
+            )
+            for u in recommended.lists
         ]
         letters = [(place(letter), encode(letter)) for letter in dead]
         await asyncio.gather(
