@@ -65,8 +65,8 @@ def build_generation(
 ) -> Manifest:
     """Write a generation beside `folder`, check it, flush it, rename it last: `folder` is whole or absent.
 
-    The first `ef_search` with recall@20 of 0.99 is kept, else the best, of graphs in these shapes. Raises RecallTooLow under 0.95,
-    ValueError on vectors that are empty, not finite or do not match the ids, FileExistsError.
+    The first `ef_search` with recall@20 of 0.99 is kept, else the best, of graphs in these shapes. Raises
+    RecallTooLow under 0.95, ValueError on vectors that are empty, not finite or do not match the ids, FileExistsError.
     """
     if folder.exists():
         raise FileExistsError(f"generation {folder} exists")

@@ -167,7 +167,10 @@ class HnswIndex:
         k < 1 or an unknown row.
         """
         queries = check_queries(queries, self.dim, k)
-        out = check_excluded(excluded, hidden, len(queries), self.size)
+        return self.answer(queries, k, check_excluded(excluded, hidden, len(queries), self.size))
+
+    def answer(self, queries: Vectors, k: int, out: Excluded) -> tuple[Rows, Vectors]:
+        """`search` for checked arguments."""
         rows = np.full((len(queries), k), -1, np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)
         fetch = self._fetch(k, out)

@@ -229,8 +229,9 @@ def test_a_batch_is_scanned_sooner_than_a_single_query(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("n", [4000, 4097, 20_000])
 @pytest.mark.parametrize("spread", [5, 10_000])
 def test_the_scan_selects_as_a_sort_does(n: int, spread: int) -> None:
-    """Item i scores one of `spread` values: few, and most are ties."""
+    """Item i scores one of `spread` values: few, and most are ties; the last one is the best."""
     scores = np.random.default_rng(n).integers(spread, size=n).astype(np.float32)
+    scores[-1] = spread
     rows, found = ExactIndex(scores[:, None]).search(np.ones((3, 1), np.float32), 12)
     assert (found == np.sort(scores)[::-1][:12]).all() and (scores[rows] == found).all()
     assert all(len(set(row.tolist())) == 12 for row in rows)
