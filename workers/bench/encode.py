@@ -56,7 +56,9 @@ def naive(device: torch.device) -> Callable[[Sequence[str]], Vectors]:
 def quantised() -> Encoder:
     encoder = Encoder("minilm", max_tokens=MAX_TOKENS, dtype=torch.float32)
     with warnings.catch_warnings(action="ignore"):  # it is to move to torchao
-        encoder._net = torch.ao.quantization.quantize_dynamic(encoder._net, {torch.nn.Linear}, dtype=torch.qint8)
+        encoder._net = torch.ao.quantization.quantize_dynamic(  # type: ignore[no-untyped-call]
+            encoder._net, {torch.nn.Linear}, dtype=torch.qint8
+        )
     return encoder
 
 
