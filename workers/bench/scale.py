@@ -41,16 +41,16 @@ def fold(states: dict[str, UserState], clicks: Keyed, first: int) -> None:
         encode_state(states[click.user_id])
 
 
-def with_users(count: int, options: Options) -> tuple[Callable[[], float], float]:
-    """Clicks a CPU second over the states of `count` users, and bytes a user."""
+def with_users(count: int, options: Options, held: int = HELD) -> tuple[Callable[[], float], float]:
+    """Clicks a CPU second over the states of `count` users with `held` clicks each, and bytes a user."""
     before, states = psutil.Process().memory_info().rss, dict[str, UserState]()
-    for turn in range(HELD):
+    for turn in range(held):
         for start in range(0, count, 10_000):
             batch = data.clicks(min(10_000, count - start), 0, 50_000, seed=turn, first_user=start)
             fold(states, batch, turn * count + start)
-    held = (psutil.Process().memory_info().rss - before) / len(states)
-    clicks, turns = data.clicks(options.scaled(20_000, 2_000), count, 50_000, seed=HELD), iter(range(1, 1_000))
-    return rate(len(clicks), lambda: fold(states, clicks, next(turns) * 10_000_000)), held
+    user_bytes = (psutil.Process().memory_info().rss - before) / len(states)
+    clicks, turns = data.clicks(options.scaled(20_000, 2_000), count, 50_000, seed=held), iter(range(1, 1_000))
+    return rate(len(clicks), lambda: fold(states, clicks, next(turns) * 10_000_000)), user_bytes
 
 
 def record_bytes(count: int) -> float:
@@ -106,6 +106,7 @@ def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
     folding = {}
     for count in users:
         folding[count], values[f"bytes_a_user {count}"] = with_users(count, options)
+    values["bytes_a_user 3000, 50 clicks each"] = with_users(3_000, options, 50)[1]
     compare("clicks, users", folding, options.rounds)
     folding.clear()
     model, dataset = data.trained(500 if options.quick else 5_000)
