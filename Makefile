@@ -53,15 +53,19 @@ reference: venv  ## docs/reference anew from the API, the topics, the settings a
 docs: venv  ## the documentation as a site, in out/site
 	$(BIN)/mkdocs build --strict
 
-sbom: venv  ## dist/sbom.json (CycloneDX): what .venv holds, versions, licences, who needs what
+dist/requirements-%.lock: deploy/requirements.lock pyproject.toml deploy/image-lock.sh | $(STAMP)/uv
 	mkdir -p dist
-	sed "s/^dynamic = .*/version = '`$(BIN)/hatchling version`'/" pyproject.toml > dist/pyproject.toml
-	$(BIN)/cyclonedx-py environment --pyproject dist/pyproject.toml --output-reproducible -o dist/sbom.json $(BIN)/python
-	rm dist/pyproject.toml
+	UV=$(BIN)/uv sh deploy/image-lock.sh $* > $@
 
-release: venv sbom  ## dist: wheel, sdist, SBOM, and locks with hashes for a machine with CUDA and one without
+sbom: venv dist/requirements-cuda.lock  ## dist/sbom.json (CycloneDX): what the service needs, versions, licences, who needs what
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python dist/runtime
+	$(BIN)/uv pip sync --quiet --python dist/runtime/bin/python --require-hashes dist/requirements-cuda.lock
+	sed "s/^dynamic = .*/version = '`$(BIN)/hatchling version`'/" pyproject.toml > dist/pyproject.toml
+	$(BIN)/cyclonedx-py environment --pyproject dist/pyproject.toml --output-reproducible -o dist/sbom.json dist/runtime/bin/python
+	rm -r dist/runtime dist/pyproject.toml
+
+release: venv sbom dist/requirements-cpu.lock  ## dist: wheel, sdist, SBOM, and locks with hashes for a machine with CUDA and one without
 	$(BIN)/uv build --no-build-isolation --python $(BIN)/python --quiet -o dist
-	for device in cuda cpu; do UV=$(BIN)/uv sh deploy/image-lock.sh $$device > dist/requirements-$$device.lock || exit 1; done
 
 clean:  ## everything that make made: .venv, .cache, out
 	rm -rf .venv .cache dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis

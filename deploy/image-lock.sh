@@ -1,12 +1,16 @@
 #!/bin/sh
 # deploy/requirements.lock without what only developers need, hashes and all; with "cpu" also without torch and CUDA,
-# which come from another index then. Needs uv and a package index. Usage: image-lock.sh cuda|cpu
+# which come from another index then: its torch, with hashes, is added where TORCH_INDEX names that index. Needs uv. Usage: image-lock.sh cuda|cpu
 set -eu
 names=$(mktemp)
 trap 'rm -f "$names"' EXIT
-"${UV:-uv}" pip compile -q pyproject.toml --universal --python-version 3.11 --constraint deploy/requirements.lock \
+"${UV:-uv}" pip compile -q pyproject.toml --extra tracing --universal --python-version 3.11 --constraint deploy/requirements.lock \
   --no-header --no-annotate | sed 's/==.*//' > "$names"
 awk -v device="$1" '
   NR == FNR { wanted[$1]; next }
   /^[a-z0-9]/ { split($0, part, "=="); keep = part[1] in wanted && !(device == "cpu" && part[1] ~ /^(torch|triton|nvidia-.*|cuda-.*)$/) }
   keep' "$names" deploy/requirements.lock
+if [ "$1" = cpu ] && [ -n "${TORCH_INDEX:-}" ]; then
+  grep -o '^torch==[0-9.]*' deploy/requirements.lock | "${UV:-uv}" pip compile -q - --no-deps --universal \
+    --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate --index-url "$TORCH_INDEX"
+fi

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -54,15 +54,15 @@ class Encoder:
         disable_progress_bar()  # it would tear the log lines
         folder = _folder(model)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         self._net = AutoModel.from_pretrained(
             folder,
             use_safetensors=True,
             trust_remote_code=False,
-            dtype=dtype or (torch.bfloat16 if bf16 else torch.float32),
+            dtype=dtype or (torch.bfloat16 if _multiplies_bf16(self.device) else torch.float32),
         )
         self._net.to(self.device).eval()
+        self.dtype: torch.dtype = self._net.dtype
         config = self._net.config
         if config.is_encoder_decoder:
             raise ValueError(f"{model} is an encoder with a decoder: take an encoder or a decoder")
@@ -117,7 +117,7 @@ class Encoder:
             hidden = self._net(input_ids=inputs, attention_mask=attend).last_hidden_state  # (b, T, E)
             pooled = pool(hidden.float(), attend, self.pooling).cpu().numpy()  # (b, E)
             if not np.isfinite(pooled).all():
-                raise ValueError(f"{self.name} gives vectors that are not finite in {self._net.dtype}")
+                raise ValueError(f"{self.name} gives vectors that are not finite in {self.dtype}")
             yield at, unit(pooled)
 
 
@@ -136,6 +136,14 @@ def unit(rows: Vectors) -> Vectors:
     lengths = np.linalg.norm(rows, axis=1, keepdims=True).astype(np.float32)  # (B, 1)
     scaled: Vectors = rows / np.maximum(lengths, np.float32(1e-12))
     return scaled
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    """In hardware: elsewhere it is emulated, and slower than float32. Of CPUs those with AMX, 2.5 times as fast."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.10
+    return device.type == "cpu" and capabilities.get("amx_bf16") is True
 
 
 def _folder(model: str | Path) -> Path:

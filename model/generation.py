@@ -33,7 +33,7 @@ from model.manifest import (
     model_sha256,
     verify,
 )
-from model.probes import EF_SEARCH, PROBE_K, ModelLike, RecallTooLow, best_index, walk
+from model.probes import EF_SEARCH, PROBE_K, SHAPES, ModelLike, RecallTooLow, Shape, best_index, walk
 
 __all__ = [
     "DamagedGeneration",
@@ -59,15 +59,14 @@ def build_generation(
     offsets: Mapping[int, int],
     parent: str | None = None,
     metrics: Mapping[str, float] | None = None,
-    M: int = 16,
-    ef_construction: int = 200,
+    shapes: Sequence[Shape] = SHAPES,
     ef_search: Sequence[int] = EF_SEARCH,
     threads: int = 1,
 ) -> Manifest:
     """Write a generation beside `folder`, check it, flush it, rename it last: `folder` is whole or absent.
 
-    The first `ef_search` with recall@20 of 0.99 is kept, else the best. Raises RecallTooLow under 0.95,
-    ValueError on vectors that are empty, not finite or do not match the ids, FileExistsError.
+    The first `ef_search` with recall@20 of 0.99 is kept, else the best, of graphs in these shapes. Raises
+    RecallTooLow under 0.95, ValueError on vectors that are empty, not finite or do not match the ids, FileExistsError.
     """
     if folder.exists():
         raise FileExistsError(f"generation {folder} exists")
@@ -79,7 +78,7 @@ def build_generation(
     exact = ExactIndex(vectors)
     walks = walk(model, exact, NUM_WALKS)  # (W, D)
     rows, truth = exact.search(walks, PROBE_K)  # (W, 20)
-    index, share = best_index(vectors, walks, truth, ef_search, M, ef_construction, threads)
+    index, share = best_index(vectors, walks, truth, ef_search, shapes, threads)
     found = index.search_graph(walks, PROBE_K)[1]
     probes: dict[str, NDArray[Any]] = {"queries": walks, "rows": rows, "scores": truth, "found": found}
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -16,10 +16,11 @@ from model import hnsw_file
 from model.copies import Copies
 from model.queries import Excluded, Rows, Vectors, check_excluded, check_queries
 
-# A search wider than N/64 costs more than a scan. Measured for batches of 16 on one core: N = 50,000, D = 130: 0.46 ms
-# a query for 1,000 results, scan 0.4; N = 3,676, D = 195, ef 64: 0.08, scan 0.05; N = 10,506, ef 64: 0.05, scan 0.11.
+# A search wider than N / EXACT_SHARE costs more than a scan, in batches of 16; the share grows with the root of the
+# batch, from 4 queries (fewer read all vectors for each) to 128. `upwell bench search` prints the crossover.
 EXACT_SHARE = 64
 _SCORES_AT_ONCE = 16_000_000  # floats of one block of the scan: 64 MB
+_GROUP = 16  # scores of which `_top` first takes the greatest: selection was half of a scan's time, now a tenth
 
 
 def recall(found: Vectors, exact: Vectors) -> float:
@@ -60,6 +61,19 @@ class ExactIndex:
 
 def _top(scores: Vectors, k: int) -> tuple[Rows, Vectors]:
     """The k best columns of scores (b, N), best first, ties by row."""
+    width = scores.shape[1] // _GROUP  # groups: columns that differ by a multiple of `width`
+    if width <= 16 * k:
+        return _sorted_top(scores, k)
+    best = scores[:, : _GROUP * width].reshape(len(scores), _GROUP, width).max(axis=1)  # (b, width)
+    groups = np.argpartition(best, width - k, axis=1)[:, -k:]  # (b, k): all of the k best are in them
+    columns = (groups[:, None] + width * np.arange(_GROUP)[:, None]).reshape(len(scores), -1)
+    rest = np.arange(_GROUP * width, scores.shape[1])
+    columns = np.concatenate([columns, np.broadcast_to(rest, (len(scores), len(rest)))], axis=1)
+    at, values = _sorted_top(np.take_along_axis(scores, columns, axis=1), k)
+    return np.take_along_axis(columns, at, axis=1), values
+
+
+def _sorted_top(scores: Vectors, k: int) -> tuple[Rows, Vectors]:
     rows = np.argpartition(scores, scores.shape[1] - k, axis=1)[:, -k:].astype(np.int64)  # (b, k)
     values = np.take_along_axis(scores, rows, axis=1)
     order = np.lexsort((rows, -values), axis=1)
@@ -153,7 +167,10 @@ class HnswIndex:
         k < 1 or an unknown row.
         """
         queries = check_queries(queries, self.dim, k)
-        out = check_excluded(excluded, hidden, len(queries), self.size)
+        return self.answer(queries, k, check_excluded(excluded, hidden, len(queries), self.size))
+
+    def answer(self, queries: Vectors, k: int, out: Excluded) -> tuple[Rows, Vectors]:
+        """`search` for checked arguments."""
         rows = np.full((len(queries), k), -1, np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)
         fetch = self._fetch(k, out)
@@ -180,7 +197,8 @@ class HnswIndex:
             visible = max(1, self.size - len(out.hidden))
             fetch = np.minimum(fetch + len(out.hidden), 2 * fetch * self.size // visible)
         rounded = np.exp2(np.ceil(2 * np.log2(fetch)) / 2).astype(np.int64) + 1  # steps of 1.41
-        scan = (np.maximum(fetch, self.ef) * EXACT_SHARE > self.size) | (rounded > len(self._copies))
+        share = EXACT_SHARE * (np.clip(len(fetch), 4, 128) / 16) ** 0.5
+        scan = (np.maximum(fetch, self.ef) * share > self.size) | (rounded > len(self._copies))
         return np.where(scan, 0, rounded)
 
     def _approximate(self, queries: Vectors, k: int, fetch: int, out: Excluded) -> tuple[Rows, Vectors]:

@@ -21,6 +21,7 @@ from model.mix import Mix, situation
 from model.model import Catalogue, Model
 from model.popularity import Popularity
 from model.sampling import EventLog, Events, Padded, shuffle_ties
+from model.team import ALONE, Team
 from model.tower import TowerTrainer
 
 Rows = NDArray[np.int64]
@@ -40,14 +41,14 @@ class LearnReport:
 class Learner:
     """Deterministic: the same seed, config and events give the same model, bit for bit, on one device."""
 
-    def __init__(self, config: ModelConfig, seed: int = 0, device: str = "cpu") -> None:
+    def __init__(self, config: ModelConfig, seed: int = 0, device: str = "cpu", team: Team = ALONE) -> None:
         self.config, self.device, self._seed = config, device, seed
         self.log = EventLog(config.window_events, config.exclude_seen)
         popular = (config.popular_now_half_life, config.popular_lately_half_life, config.popular_half_life)
         self._popularity = Popularity((*popular, config.covisitation_half_life))
         self._covisitation = Covisitation(config.covisitation_half_life, config.covisitation_pairs)
         self._mix = Mix(config.mix_candidates, config.mix_half_life)
-        self._tower = TowerTrainer(config, seed, device)
+        self._tower = TowerTrainer(config, seed, device, team)
         self._catalogue = Catalogue(config, seed, device)
         self._random = np.random.default_rng(seed)
         self._counts = np.zeros(0, np.float32)  # (N,) positive events, undecayed
@@ -60,14 +61,18 @@ class Learner:
     def from_model(model: Model, text: Floats, seed: int = 0, device: str = "cpu") -> Learner:
         """Goes on from a saved model; text (N, E) of its items. Give it its window with `absorb`."""
         learner = Learner(model.config, seed, device)
-        learner.add_items(model.ids, text)
-        learner._tower.user.load_state_dict(model.tower.state_dict())
-        with torch.no_grad():
-            learner._tower.text.weight.copy_(model.arrays["tower.text"])
-        learner._tower.table.values = model.arrays["tower.ids"].to(device).clone()
-        learner._mix.restore(model.arrays["mix"].cpu().numpy())
-        learner._warmup_left = 0
+        learner.resume(model, text)
         return learner
+
+    def resume(self, model: Model, text: Floats) -> None:
+        """Of a new learner: as from_model."""
+        self.add_items(model.ids, text)
+        self._tower.user.load_state_dict(model.tower.state_dict())
+        with torch.no_grad():
+            self._tower.text.weight.copy_(model.arrays["tower.text"])
+        self._tower.table.values = model.arrays["tower.ids"].to(self.device).clone()
+        self._mix.restore(model.arrays["mix"].cpu().numpy())
+        self._warmup_left = 0
 
     @property
     def ids(self) -> list[str]:

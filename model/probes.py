@@ -16,7 +16,10 @@ from model.sampling import History
 PROBE_K = 20
 MIN_RECALL = 0.95  # under it a generation is refused
 GOOD_RECALL = 0.99  # the first ef that reaches it is taken; users of Online Retail had .963 where walks had .991
-EF_SEARCH = (64, 128, 256, 512, 1024)
+EF_SEARCH = (64, 128, 256, 512, 1024, 2048, 4096)
+Shape = tuple[int, int]  # M, ef_construction
+SHAPES: tuple[Shape, ...] = ((16, 200), (32, 400))  # the second takes twice as long to build
+WIDE = 256
 NOW_MS = 1_700_000_000_000  # any time will do: a model sees ages
 
 
@@ -35,35 +38,37 @@ class ModelLike(Protocol):
 
 
 def best_index(
-    vectors: Vectors,
-    walks: Vectors,
-    truth: Vectors,
-    ef_search: Sequence[int],
-    M: int,
-    ef_construction: int,
-    threads: int,
+    vectors: Vectors, walks: Vectors, truth: Vectors, ef_search: Sequence[int], shapes: Sequence[Shape], threads: int
 ) -> tuple[HnswIndex, float]:
-    """The least `ef` that recalls well, in either space, or the best pair: which space is better differs by model.
-
-    The second graph is built only where the lifted one does not do at the least `ef`.
+    """The least `ef` that recalls well, in either space and any shape, or the best of all: which one does it differs
+    by model. A graph is built when no cheaper one will do; those after the first shape, where WIDE is not enough.
     """
-    built: dict[bool, HnswIndex] = {}
-    best: tuple[float, int, bool] = (0.0, ef_search[0], True)
-    for ef, lifted in product(ef_search, (True, False)):
-        if lifted not in built:
-            shape = {"M": M, "ef_construction": ef_construction, "threads": threads}
-            built[lifted] = HnswIndex.build(vectors, lifted=lifted, **shape)
-        built[lifted].ef = ef
-        share = recall(built[lifted].search(walks, PROBE_K)[1], truth)
+    built: dict[tuple[Shape, bool], HnswIndex] = {}
+    best: tuple[float, int, tuple[Shape, bool]] = (0.0, ef_search[0], (shapes[0], True))
+    first = [(ef, graph) for ef in ef_search if ef <= WIDE for graph in product(shapes[:1], (True, False))]
+    every = [(ef, graph) for ef in ef_search for graph in product(shapes, (True, False))]
+    for ef, graph in dict.fromkeys(first + every):
+        if graph not in built:
+            (M, ef_construction), lifted = graph
+            built[graph] = HnswIndex.build(
+                vectors, lifted=lifted, M=M, ef_construction=ef_construction, threads=threads
+            )
+        built[graph].ef = ef
+        share = _recall(built[graph], walks, truth)
         if share > best[0]:
-            best = share, ef, lifted
+            best = share, ef, graph
         if share >= GOOD_RECALL:
             break
-    share, ef, lifted = best
+    share, ef, graph = best
     if share < MIN_RECALL:
         raise RecallTooLow(f"recall@{PROBE_K} is {share:.4f} at ef {ef}, under {MIN_RECALL}")
-    built[lifted].ef = ef
-    return built[lifted], share
+    built[graph].ef = ef
+    return built[graph], share
+
+
+def _recall(index: HnswIndex, walks: Vectors, truth: Vectors) -> float:
+    """Of queries one by one: more of them in a batch may be scanned instead, which finds all."""
+    return recall(np.concatenate([index.search(one[None], PROBE_K)[1] for one in walks]), truth)
 
 
 def walk(model: ModelLike, exact: ExactIndex, num: int, steps: int = 8) -> Vectors:

@@ -35,6 +35,8 @@ class Excluded(NamedTuple):
 
     def of(self, chosen: NDArray[np.int64]) -> Excluded:
         """Those of the chosen queries."""
+        if not len(self.flat):
+            return Excluded(self.flat, self.counts[chosen], self.hidden)
         wanted = np.repeat(np.isin(np.arange(len(self.counts)), chosen), self.counts)
         return Excluded(self.flat[wanted], self.counts[chosen], self.hidden)
 

@@ -72,6 +72,10 @@ class Padded:
     def columns(self) -> tuple[Rows, Floats, Rows, Floats]:
         return self.rows, self.weights, self.ts_ms, self.goals
 
+    def part(self, lines: slice) -> Padded:
+        """These histories alone; views."""
+        return Padded(self.rows[lines], self.weights[lines], self.ts_ms[lines], self.goals[lines])
+
     def take(self, source: Rows) -> Padded:
         """Column `source[b, t]` of line b at (b, t); nothing where it is negative."""
         held, source = source >= 0, np.maximum(source, 0)

@@ -17,6 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 from model.config import ModelConfig
 from model.losses import softmax_loss
 from model.sampling import Padded
+from model.team import ALONE, Team
 
 _GAPS = 20  # buckets of log2 seconds: under a second ... over three days
 _BETAS = (0.9, 0.98)
@@ -28,11 +29,12 @@ def gap_bucket(milliseconds: Tensor) -> Tensor:
     return (seconds + 1).log2().long().clamp_max(_GAPS - 1)
 
 
-def dropped(x: Tensor, share: float, generator: torch.Generator | None) -> Tensor:
-    """Inverted dropout from an own generator (None: no dropout), so that a seed fixes a run."""
-    if generator is None or share == 0:
+def dropped(x: Tensor, share: float, generator: torch.Generator, part: slice, lines: int) -> Tensor:
+    """Inverted dropout, x being the `part` of so many lines; drawn for all, so that a seed fixes a team's run, too."""
+    if share == 0:
         return x
-    return x * (torch.rand(x.shape, generator=generator, device=x.device) >= share) / (1 - share)
+    drawn = torch.rand((lines, *x.shape[1:]), generator=generator, device=x.device)[part]
+    return x * (drawn >= share) / (1 - share)
 
 
 class UserTower(nn.Module):
@@ -140,8 +142,8 @@ class TowerTrainer:
     Legend: L window length (T + 1: the last event is only predicted), C candidates, P events to predict.
     """
 
-    def __init__(self, config: ModelConfig, seed: int, device: str) -> None:
-        self._config, self.steps = config, 0
+    def __init__(self, config: ModelConfig, seed: int, device: str, team: Team = ALONE) -> None:
+        self._config, self._team, self.steps = config, team, 0
         self._generator = torch.Generator(device=device).manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -167,7 +169,7 @@ class TowerTrainer:
         expansion: Tensor,
         rate: float,
     ) -> tuple[float, Tensor]:
-        """One AdamW step; the loss before it and the candidates' vectors (C, d) after it.
+        """One AdamW step, with the rest of the team; the loss before it and the candidates' vectors (C, d) after it.
 
         windows (W, L); columns (W, L) the candidate of each event; candidates: rows (C,), unit text (C, E)
         and counts (C,); excluded (W, C) and expansion (C,) as in softmax_loss. Raises FloatingPointError on a
@@ -178,13 +180,17 @@ class TowerTrainer:
         leaf = self.table.values[rows].requires_grad_()  # (C, d + 1)
         projected = self.text(unit_text)  # (C, d)
         vectors, bias = self._drawn_items(leaf, projected, counts)
-        held = torch.from_numpy(columns).to(rows.device)
+        lines, whole, part = len(columns), float(windows.goals[:, 1:].sum()), self._team.share
+        windows = windows.part(part)
+        held = torch.from_numpy(columns[part]).to(rows.device)
         goals = torch.from_numpy(windows.goals[:, 1:]).to(rows.device)  # (W, L - 1)
         chosen = goals > 0
-        user = self._drawn_users(windows, vectors[held[:, :-1]])[chosen]  # (P, d)
+        user = self._drawn_users(windows, vectors[held[:, :-1]], lines)[chosen]  # (P, d)
         scores = self.user.log_scale.exp() * (user @ vectors.T) + bias  # (P, C), the step's largest tensor
-        barred = torch.from_numpy(excluded).to(rows.device)[chosen.nonzero()[:, 0]]
+        barred = torch.from_numpy(excluded[part]).to(rows.device)[chosen.nonzero()[:, 0]]
         loss = softmax_loss(scores, held[:, 1:][chosen], barred, goals[chosen], expansion)
+        if self._team.size > 1:
+            loss = loss * goals[chosen].sum() / whole
         self._descend(loss, rows, leaf, rate)
         ids, config = self.table.values[rows, :-1], self._config
         return loss.item(), item_vectors(projected.detach(), ids, counts, config.text_scale, config.id_prior)
@@ -196,8 +202,8 @@ class TowerTrainer:
         vectors = item_vectors(projected, leaf[:, :-1], counts, config.text_scale, config.id_prior)
         return vectors, leaf[:, -1] * counts / (counts + config.id_prior)
 
-    def _drawn_users(self, windows: Padded, items: Tensor) -> Tensor:
-        """(W, L - 1, d): what the tower says before each event but the first; items (W, L - 1, d)."""
+    def _drawn_users(self, windows: Padded, items: Tensor, lines: int) -> Tensor:
+        """(W, L - 1, d): what the tower says before each event but the first; items (W, L - 1, d), W of `lines`."""
         weights, ts = (torch.from_numpy(c).to(items.device) for c in (windows.weights, windows.ts_ms))
         valid = torch.from_numpy(windows.rows[:, :-1] >= 0).to(items.device)
         past, at = ts[:, :-1], ts[:, 1:]
@@ -205,13 +211,16 @@ class TowerTrainer:
             prefix = torch.arange(1, past.shape[1] + 1, device=items.device).expand(len(past), -1)
         else:
             prefix = ((past.unsqueeze(1) < at.unsqueeze(2)) | ~valid.unsqueeze(1)).sum(dim=2)  # (W, L - 1)
-        items = dropped(items, self._config.dropout, self._generator)
+        items = dropped(items, self._config.dropout, self._generator, self._team.share, lines)
         users: Tensor = self.user(items, weights[:, :-1], valid, past, prefix, at)
         return users
 
     def _descend(self, loss: Tensor, rows: Tensor, leaf: Tensor, rate: float) -> None:
         self._adam.zero_grad()
         torch.autograd.backward(loss)
+        self._team.add(
+            [loss.detach(), *(tensor.grad for tensor in (*self._parameters, leaf) if tensor.grad is not None)]
+        )
         norm = nn.utils.clip_grad_norm_([*self._parameters, leaf], 1.0)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             raise FloatingPointError(f"tower step {self.steps}: loss {loss.item()}, gradient norm {norm.item()}")

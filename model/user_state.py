@@ -148,24 +148,31 @@ def _insert(history: list[Entry], entry: Entry, limit: int) -> None:
 
 
 class _Digests:
-    """An insertion-ordered set of digests; adding past the limit forgets the oldest."""
+    """An insertion-ordered set of digests; adding past the limit forgets the oldest.
+
+    Searched as the packed bytes they are: 2.5 us among 1,024, where to make a set of them first takes 190.
+    """
 
     def __init__(self, packed: bytes) -> None:
-        self._known = dict.fromkeys(split(packed))
+        self._packed = bytearray(packed)
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._known
+        at = self._packed.find(key)
+        while at > 0 and at % DIGEST_BYTES:  # across two of them
+            at = self._packed.find(key, at + 1)
+        return at >= 0
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self._packed) // DIGEST_BYTES
 
     def add(self, key: bytes, limit: int | None = None) -> None:
-        self._known[key] = None
-        if limit is not None and len(self._known) > limit:
-            del self._known[next(iter(self._known))]
+        if key not in self:
+            self._packed += key
+        if limit is not None and len(self) > limit:
+            del self._packed[:DIGEST_BYTES]
 
     def packed(self) -> bytes:
-        return b"".join(self._known)
+        return bytes(self._packed)
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -168,6 +168,7 @@ class Path(Struct):
         int | None,
         Meta(description="the worker had the click in the user's state; null: its release says nothing of it"),
     ] = None
+    traceparent: Annotated[str | None, Meta(description="of the click's trace (W3C), where it brought one")] = None
 
 
 class Update(Answer, kw_only=True):

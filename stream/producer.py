@@ -1,9 +1,13 @@
 """Sending clicks and items. What has been sent is delivered, or the next call says that it was not."""
 
+from __future__ import annotations
+
 import contextlib
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import kafka
 import msgspec
@@ -14,6 +18,10 @@ from stream.connection import Connection
 from stream.events import MAX_ITEM_BYTES, Click, Erasure, Item, decode, decode_click, encode
 from stream.pseudonyms import Pseudonyms
 from stream.topics import Topics
+from stream.tracing import Header, sent_in_span
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Tracer
 
 METADATA_MS = 5000
 # kafka-python 3.0.12 gives its producer id up with the first batch that expires in a retry, never asks for
@@ -87,7 +95,9 @@ class Producer(Closing):
         self.flush()
         self._abandon()
 
-    def send_raw(self, topic: str, key: bytes | None, raw: bytes | None) -> Future[Place]:
+    def send_raw(
+        self, topic: str, key: bytes | None, raw: bytes | None, headers: Sequence[Header] = ()
+    ) -> Future[Place]:
         """Its place, once it is acknowledged. Raises BufferFull, DeliveryError (of earlier records)."""
         self._raise_failures()
         ticket: Future[Place] = Future()
@@ -100,7 +110,7 @@ class Producer(Closing):
                 )
             self._in_flight.add(ticket)
         try:
-            self._open().send(topic, raw, key).add_both(self._done, ticket)
+            self._open().send(topic, raw, key, list(headers)).add_both(self._done, ticket)
         except BaseException as error:
             with self._changed:
                 self._in_flight.discard(ticket)
@@ -147,13 +157,19 @@ class Producer(Closing):
 
 
 class ClickProducer(Producer):
-    """Clicks keyed by user, items keyed by item. With `pseudonyms` no user id leaves as it came. More: Producer's."""
+    """Clicks keyed by user, items keyed by item. With `pseudonyms` no user id leaves as it came; with an OpenTelemetry
+    `tracer` each click is sent in a span and carries its trace. More: Producer's."""
 
     def __init__(
-        self, connection: Connection, topics: Topics, pseudonyms: Pseudonyms | None = None, **options: Any
+        self,
+        connection: Connection,
+        topics: Topics,
+        pseudonyms: Pseudonyms | None = None,
+        tracer: Tracer | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(connection, **options)
-        self._topics, self._pseudonyms = topics, pseudonyms
+        self._topics, self._pseudonyms, self._tracer = topics, pseudonyms, tracer
 
     def send(self, click: Click) -> Future[Place]:
         """As send_raw. Raises BadEvent, too, for a click that every reader would refuse."""
@@ -162,7 +178,10 @@ class ClickProducer(Producer):
         if self._pseudonyms:
             click = msgspec.structs.replace(click, user_id=self._pseudonyms.of(click.user_id))
             raw = encode(click)
-        return self.send_raw(self._topics.clicks.name, click.user_id.encode(), raw)
+        topic, key = self._topics.clicks.name, click.user_id.encode()
+        if self._tracer is None:
+            return self.send_raw(topic, key, raw)
+        return sent_in_span(self._tracer, topic, partial(self.send_raw, topic, key, raw))
 
     def erase(self, user_id: str, now_ms: int) -> Place:
         """Sends a user's wish to be erased, and waits for its place. Raises as `send` does."""

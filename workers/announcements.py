@@ -1,12 +1,16 @@
-"""Which generation is to serve, as the generations topic tells it.
+"""Which generation is to serve, as the generations topic tells it, and what the trainer announced last.
 
 A generation is announced under its own name; announcing it again makes it the newest (that is a rollback). The record
 under the key `pin` holds the one that is to serve whatever comes after it; a null there ends that.
 """
 
+import structlog
+
 from stream.consumer import read_window
 from stream.events import Artifact, BadEvent, decode
 from workers.settings import Settings
+
+log = structlog.get_logger()
 
 PIN = "pin"
 
@@ -44,3 +48,15 @@ def read_announcements(settings: Settings) -> Announcements:
             except BadEvent:
                 continue
     return announcements
+
+
+def newest_model(settings: Settings) -> Artifact | None:
+    """What the trainer announced last, as far as this release can read it."""
+    batches = read_window(settings.connection, settings.topics.models.name)
+    newest = None
+    for record in (record for batch in batches for record in batch):
+        try:
+            newest = decode(record.value, Artifact)
+        except BadEvent as error:
+            log.warning("record passed over", topic=record.topic, offset=record.offset, cause=str(error))
+    return newest

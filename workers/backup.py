@@ -1,7 +1,8 @@
-"""Catalogue and user states in one file of JSON lines, and back; *.gz is compressed.
+"""Catalogue, user states and what serves in one file of JSON lines, and back; *.gz is compressed.
 
-{"item": Item} and {"user_id": ..., "state": [history, seen, event_ids, applied, offset]}, bytes as base64; the last
-line counts both, so that a file cut short is refused. It holds what users did: only its owner may read the file.
+{"model": Artifact}, {"generation": Artifact} (their files stay in the artifact store), {"item": Item} and {"user_id":
+..., "state": [history, seen, event_ids, applied, offset]}, bytes as base64; the last line counts items and users, so
+that a file cut short is refused. It holds what users did: only its owner may read the file.
 """
 
 import gzip
@@ -10,12 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
+import fsspec
 import msgspec
 
 from model.user_state import UserState, decode_state, encode_state
 from stream.consumer import end_offsets, read_window
-from stream.events import BadEvent, Item, decode
+from stream.events import Artifact, BadEvent, Item, decode, encode
 from stream.producer import ClickProducer
+from workers.announcements import newest_model, read_announcements
 from workers.settings import Settings
 from workers.states import raw_states
 
@@ -32,6 +35,8 @@ class Counts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Line(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    model: Artifact | None = None
+    generation: Artifact | None = None
     item: Item | None = None
     user_id: str | None = None
     state: UserState | None = None
@@ -41,6 +46,7 @@ class Line(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_field
 class Backup(NamedTuple):
     items: list[Item]
     users: dict[str, UserState]
+    announced: dict[str, Artifact]  # by kind: "model", "generation"
 
 
 def write_backup(settings: Settings, path: Path) -> Counts:
@@ -54,10 +60,14 @@ def write_backup(settings: Settings, path: Path) -> Counts:
                     items[record.key or b""] = decode(record.value, Item)
                 except BadEvent:
                     continue  # no reader could use it
-    states = raw_states(settings)
+    states, serving = raw_states(settings), read_announcements(settings).wanted()
     part = path.with_name(path.name + ".part")
     opened = os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
     with opened as raw, gzip.open(raw, "wb") if path.suffix == ".gz" else raw as out:
+        if (model := newest_model(settings)) is not None:
+            _put(out, Line(model=model))
+        for generation in serving[:1]:
+            _put(out, Line(generation=generation))
         for item in items.values():
             _put(out, Line(item=item))
         for user_id, state in states.items():
@@ -74,13 +84,17 @@ def _put(out: IO[bytes] | gzip.GzipFile, line: Line) -> None:
 
 def read_backup(path: Path) -> Backup:
     """Raises BadBackup naming the line, OSError."""
-    backup = Backup([], {})
+    backup = Backup([], {}, {})
     end: Counts | None = None
     for number, line in enumerate(_lines(path), start=1):
         if end is not None:
             raise BadBackup(f"{path}: line {number}: something after the end")
         try:
             match msgspec.json.decode(line, type=Line):
+                case Line(model=Artifact() as artifact):
+                    backup.announced["model"] = artifact
+                case Line(generation=Artifact() as artifact):
+                    backup.announced["generation"] = artifact
                 case Line(item=Item() as item):
                     backup.items.append(item)
                 case Line(user_id=str(user_id), state=UserState() as state):
@@ -88,7 +102,7 @@ def read_backup(path: Path) -> Backup:
                 case Line(end=Counts() as counts):
                     end = counts
                 case _:
-                    raise BadBackup(f"{path}: line {number}: neither item, user nor end")
+                    raise BadBackup(f"{path}: line {number}: none of item, user, model, generation and end")
         except msgspec.DecodeError as error:
             raise BadBackup(f"{path}: line {number}: {error}") from error
     if end != Counts(len(backup.items), len(backup.users)):
@@ -106,10 +120,11 @@ def _lines(path: Path) -> Iterator[bytes]:
         raise BadBackup(f"{path}: {error}") from error
 
 
-def restore(settings: Settings, backup: Backup) -> Counts:
-    """Items and states into an installation that has no states yet. Raises BadBackup, DeliveryError.
+def restore(settings: Settings, backup: Backup) -> list[str]:
+    """Items and states into an installation that has no states yet, and of model and generation those whose files are
+    in its artifact store: their names. Raises BadBackup, DeliveryError.
 
-    The states' offsets are of another clicks topic and start anew; what is clicked from now on comes on top.
+    Offsets are of another clicks topic and start anew; what is clicked from now on comes on top.
     """
     users = settings.topics.users.name
     if backup.users and any(end_offsets(settings.connection, users).values()):
@@ -120,4 +135,13 @@ def restore(settings: Settings, backup: Backup) -> Counts:
         for user_id, state in backup.users.items():
             value = encode_state(msgspec.structs.replace(state, offset=NOWHERE))
             producer.send_raw(users, user_id.encode(), value)
-    return Counts(len(backup.items), len(backup.users))
+        store, root = fsspec.core.url_to_fs(settings.artifacts)
+        there = {kind: a for kind, a in backup.announced.items() if store.exists(f"{root}/{kind}s/{a.name}")}
+        for kind, artifact in there.items():
+            url = f"{settings.artifacts}/{kind}s/{artifact.name}"
+            raw = encode(msgspec.structs.replace(artifact, url=url, offsets={}))
+            if kind == "model":
+                producer.send_raw(settings.topics.models.name, b"model", raw)
+            else:
+                producer.send_raw(settings.topics.generations.name, artifact.name.encode(), raw)
+    return [artifact.name for artifact in there.values()]

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from stream.topics import WrongTopic
-from workers import cli_arms, cli_ops
+from workers import cli_arms, cli_ops, tracing
 from workers.cli_bench import bench
 from workers.cli_erase import erase
 from workers.cli_keys import keys
@@ -72,7 +72,8 @@ def settings_for(role: str, reach_kafka: bool = True) -> Settings:
             from workers.preflight import check_access
 
             check_access(settings.connection)
-    configure(settings.log_level, role)
+        processors = tracing.start(settings, role)
+    configure(settings.log_level, role, *processors)
     return settings
 
 

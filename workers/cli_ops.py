@@ -66,7 +66,7 @@ def lag() -> None:
 
 
 def export(path: Annotated[Path, typer.Argument(help="JSON lines; compressed where it ends in .gz.")]) -> None:
-    """Catalogue and user states into a file. It holds what users did."""
+    """Catalogue, user states and what serves into a file. It holds what users did."""
     from workers.backup import write_backup
     from workers.cli import settings_for
 
@@ -76,7 +76,7 @@ def export(path: Annotated[Path, typer.Argument(help="JSON lines; compressed whe
 
 
 def import_(path: Annotated[Path, typer.Argument(help="What `upwell export` has written.")]) -> None:
-    """Catalogue and user states from a file, into an installation that has no states yet."""
+    """What a file holds, into an installation that has no states yet; the artifact store beside it."""
     from stream.topics import ensure
     from workers.backup import BadBackup, read_backup, restore
     from workers.cli import refusing, settings_for
@@ -86,8 +86,12 @@ def import_(path: Annotated[Path, typer.Argument(help="What `upwell export` has 
         backup = read_backup(path)
         with refusing():
             ensure(settings.topics, settings.connection)
-        counts = restore(settings, backup)
+        announced = restore(settings, backup)
     except (BadBackup, OSError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from error
-    typer.echo(f"{counts.items} items and {counts.users} users sent")
+    typer.echo(f"{len(backup.items)} items and {len(backup.users)} users sent")
+    typer.echo(f"{', '.join(announced) or 'nothing'} announced")
+    for artifact in backup.announced.values():
+        if artifact.name not in announced:
+            typer.echo(f"{artifact.name} is not in {settings.artifacts}: what it had learned is lost", err=True)

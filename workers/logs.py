@@ -6,6 +6,7 @@ import threading
 import time
 
 import structlog
+from structlog.typing import Processor
 
 BURST = 20  # lines of one place in a minute; Kafka's clients wrote 110 a second while no broker was there
 WINDOW_S = 60.0
@@ -32,11 +33,12 @@ class Bounded(logging.Filter):
         return count < BURST
 
 
-def configure(level: str, role: str) -> None:
+def configure(level: str, role: str, *more: Processor) -> None:
     """JSON lines on stderr, each with its role; library loggers (Kafka clients, Faust) pass from WARNING on."""
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
+            *more,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
             # Without the locals, which structlog prints by default: user ids are among them.

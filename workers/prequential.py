@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict, deque
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -82,7 +83,7 @@ class LiveScore:
         self._rankings: dict[str, Recent] = defaultdict(Recent)
         self._arms: dict[str, Recent] = defaultdict(Recent)
 
-    def add(self, item_id: str, seen: bytes, served: list[str], arm: str = DEFAULT_ARM) -> None:
+    def add(self, item_id: str, seen: bytes, served: Sequence[str], arm: str = DEFAULT_ARM) -> None:
         """Score one click on an item that its user had not seen; `served` is the list as it would have been."""
         place = served.index(item_id) if item_id in served else None
         metrics.scored_clicks.inc()
@@ -107,7 +108,7 @@ class Trial:
         self.serving, self.previous = serving, previous
         self.clicks = self.only_serving = self.only_previous = self.previous_hits = 0
 
-    def add(self, item_id: str, served: list[str], before: list[str]) -> None:
+    def add(self, item_id: str, served: Sequence[str], before: Sequence[str]) -> None:
         """One click on an item that its user had not seen, with the list of either generation."""
         hit, old = item_id in served[:K], item_id in before[:K]
         self.clicks += 1

@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -93,7 +94,7 @@ async def _deliver(
     entries = _entries(raw, service.settings.serve.max_batch)
     try:
         loop = asyncio.get_running_loop()
-        sent, rejected = await loop.run_in_executor(service.sending, _send, entries, read, send)
+        sent, rejected = await loop.run_in_executor(service.sending, copy_context().run, _send, entries, read, send)
         if not sent:
             raise HTTPException(
                 status_code=400,

@@ -109,7 +109,8 @@ def _id(answer: Answer) -> str:
 
 def _path(made: Made) -> Path:
     of = made.answer
-    return Path(of.event_id, of.partition, of.offset, of.clicked_ms, of.sent_ms, made.seen_ms, _now_ms(), of.updated_ms)
+    moments = of.clicked_ms, of.sent_ms, made.seen_ms, _now_ms(), of.updated_ms
+    return Path(of.event_id, of.partition, of.offset, *moments, made.traceparent)
 
 
 def _now_ms() -> int:

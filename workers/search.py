@@ -1,11 +1,11 @@
 """One generation's index in a child process: a damaged file or a crash in hnswlib ends the child alone.
 
-    parent -> child   B, k, E, H | queries (B, D) float32 | counts (B,), rows (E,), hidden (H,) int64
+    parent -> child   B, k, E, H | counts (B,), rows (E,), hidden (H,) int64 | queries (B, D) float32
     child -> parent   N, D once ready, or -1, length and the reason; then for each call
                       rows (B, k) int64 | scores (B, k) float32
 
-Both sides know every length, so arrays travel as raw bytes over one socket pair. The child imports numpy and
-hnswlib alone.
+Both sides know every length, so arrays travel as raw bytes over one socket pair, checked by the parent alone.
+The child imports numpy and hnswlib alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 
 from model.index import HnswIndex
 from model.manifest import DamagedGeneration, load_index, verify
-from model.queries import Rows, Vectors, check_excluded, check_queries
+from model.queries import Excluded, Rows, Vectors, check_excluded, check_queries
 from stream.closing import Closing
 
 _READY = struct.Struct("<2q")  # N, D; or -1 and the length of the reason
@@ -84,22 +84,22 @@ class SearchProcess(Closing):
         queries = check_queries(queries, self.dim, k)
         out = check_excluded(excluded, hidden, len(queries), self.size)
         call = _CALL.pack(len(queries), k, len(out.flat), len(out.hidden))
-        request = b"".join([call, *(a.tobytes() for a in (queries, out.counts, out.flat, out.hidden))])
+        request = b"".join([call, *(array.data for array in (out.counts, out.flat, out.hidden, queries))])
+        num_results = len(queries) * k
         with self._lock:
             if self._socket.fileno() < 0:
                 raise SearchProcessDied("closed")
             try:
                 self._socket.sendall(request)
-                rows = _receive(self._socket, 8 * len(queries) * k)
-                scores = _receive(self._socket, 4 * len(queries) * k)
+                answer = _receive(self._socket, 12 * num_results)
             except (EOFError, OSError) as error:
                 raise SearchProcessDied(self._end(error)) from error
             except BaseException:  # an answer half read must not become the next call's
                 self._end()
                 raise
         return (
-            np.frombuffer(rows, np.int64).reshape(len(queries), k),
-            np.frombuffer(scores, np.float32).reshape(len(queries), k),
+            np.frombuffer(answer, np.int64, num_results).reshape(len(queries), k),
+            np.frombuffer(answer, np.float32, num_results, 8 * num_results).reshape(len(queries), k),
         )
 
     def close(self) -> None:
@@ -155,18 +155,14 @@ def _leave_with(parent: int) -> None:
 def _answer(connection: socket.socket, index: HnswIndex) -> None:
     """Calls one after the other, until the other side has gone (EOFError, or OSError as it reads no more)."""
 
-    def rows_of(count: int) -> Rows:
-        return np.frombuffer(_receive(connection, 8 * count), np.int64)
-
     while True:
-        num_queries, k, num_excluded, num_hidden = _CALL.unpack(_receive(connection, _CALL.size))
-        queries = np.frombuffer(_receive(connection, 4 * num_queries * index.dim), np.float32)
-        ends = np.cumsum(rows_of(num_queries))
-        excluded = np.split(rows_of(num_excluded), ends[:-1])[:num_queries]
-        rows, scores = index.search(
-            queries.reshape(num_queries, index.dim), k, excluded, rows_of(num_hidden)
-        )  # (B, k) each
-        connection.sendall(rows.tobytes() + scores.tobytes())
+        num_queries, k, *lengths = _CALL.unpack(_receive(connection, _CALL.size))
+        ends = np.cumsum([num_queries, *lengths])  # of counts, rows, hidden
+        call = _receive(connection, int(8 * ends[-1] + 4 * num_queries * index.dim))
+        counts, flat, hidden = np.split(np.frombuffer(call, np.int64, ends[-1]), ends[:-1])
+        queries = np.frombuffer(call, np.float32, offset=8 * ends[-1]).reshape(num_queries, index.dim)
+        rows, scores = index.answer(queries, k, Excluded(flat, counts, hidden))  # (B, k) each
+        connection.sendall(b"".join([rows.data, scores.data]))
 
 
 def main(handle: str, parent: str, folder: str, manifest_sha256: str, threads: str) -> None:

@@ -30,6 +30,7 @@ from workers.processes import end_with_threads, settle
 from workers.routes import invalid, known, not_ready, other_encoder
 from workers.service import Service
 from workers.settings import Settings
+from workers.tracing import request_spans
 
 log = structlog.get_logger()
 
@@ -88,7 +89,7 @@ def build_app(service: Service, keys: Keys) -> Litestar:
     return Litestar(
         [*ROUTES, routes_ops.console()],
         dependencies={"service": Provide(provide)},
-        middleware=[measured, Gate(serve, keys)],
+        middleware=[*request_spans(service.tracer), measured, Gate(serve, keys)],
         before_request=known,
         before_send=[harden],
         after_exception=[tell],

@@ -20,6 +20,7 @@ from workers.guests import TextEncoder, session
 from workers.live import Live
 from workers.settings import Settings
 from workers.snapshot import Query, Rules, Snapshot
+from workers.tracing import tracer_of
 from workers.updates import Updates
 from workers.user_states import UserStates
 
@@ -32,7 +33,7 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.pseudonyms = settings, settings.privacy.pseudonyms
-        self.live, self.users = Live(settings), UserStates(settings)
+        self.live, self.users, self.tracer = Live(settings), UserStates(settings), tracer_of(settings)
         self.updates = Updates(settings, self.live, self.users)
         self.sending = ThreadPoolExecutor(SENDING_THREADS, thread_name_prefix="sending")
         self._encoder = TextEncoder(settings)
@@ -59,7 +60,9 @@ class Service:
         with self._opening:
             if self._producer is None:
                 connection, topics = self.settings.connection, self.settings.topics
-                self._producer = ClickProducer(connection, topics, self.pseudonyms, block_s=2.0, delivery_s=5.0)
+                self._producer = ClickProducer(
+                    connection, topics, self.pseudonyms, self.tracer, block_s=2.0, delivery_s=5.0
+                )
             return self._producer
 
     def stored_id(self, user_id: str) -> str:

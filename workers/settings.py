@@ -90,7 +90,7 @@ class Worker(Section):
     k: int = Field(20, ge=1, le=200, description="items in each list sent")
     explained: int = Field(3, ge=0, le=200, description="places of each list sent that come with reasons")
     batch_clicks: int = Field(
-        256, ge=1, le=10_000, description="clicks of one partition folded before state is written"
+        1024, ge=1, le=10_000, description="clicks of a partition worked off at once, at most: one list a user of them"
     )
     scored_clicks: int = Field(64, ge=0, le=10_000, description="clicks of a micro-batch scored for the live hit rate")
     history: int = Field(50, ge=1, le=1000, description="entries kept in a user's history")
@@ -188,6 +188,7 @@ class Settings(BaseSettings):
     cache: Path = Field(Path(".cache/upwell"), description="text vectors, fetched generations")
     metrics_host: str = Field("127.0.0.1", description="where worker, trainer and indexer export their metrics")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    tracing: bool = Field(False, description="OpenTelemetry spans by OTLP; needs the extra `tracing`")
 
     @classmethod
     def settings_customise_sources(

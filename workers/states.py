@@ -69,11 +69,19 @@ def encoded(state: UserState) -> bytes | Tombstone:
     return Tombstone(state.offset) if state.erased else encode_state(state)
 
 
+class Sent(NamedTuple):
+    """A list that a user has: the best items of this generation at the user's newest state."""
+
+    generation: str
+    item_ids: tuple[str, ...]
+
+
 class Owned(NamedTuple):
-    """A partition's states and the only way to write them."""
+    """A partition's states, the only way to write them, and the newest list of each user sent since the assignment."""
 
     states: States
     writer: StateWriter
+    sent: dict[str, Sent]
 
 
 class OwnedStates:
@@ -127,5 +135,5 @@ class OwnedStates:
             await asyncio.gather(fence, return_exceptions=True)  # were it given up, it could fence the next owner
             await writer.stop()
             raise
-        self._owned[partition] = Owned(states, writer)
+        self._owned[partition] = Owned(states, writer, {})
         log.info("states restored", partition=partition, users=len(states), seconds=round(time.monotonic() - began, 2))

@@ -23,14 +23,14 @@ from model.learner import Learner
 from model.manifest import DamagedGeneration
 from model.model import Model
 from model.sampling import Events
-from stream.consumer import read_window
-from stream.events import Artifact, BadEvent, decode, encode
+from stream.events import Artifact, encode
 from stream.producer import Producer
 from workers import metrics
-from workers.announcements import read_announcements
+from workers.announcements import newest_model, read_announcements
 from workers.processes import end_with_threads, stop_on_signal
 from workers.settings import Settings
 from workers.training_input import EncoderChanged, Read, Texts, Window
+from workers.training_team import training_team
 
 log = structlog.get_logger()
 
@@ -42,7 +42,8 @@ DRIFT_CLICKS = 5000  # clicks before the newest slice that it is compared with
 class Trainer:
     """One thread; `run` until stopped."""
 
-    def __init__(self, settings: Settings, stop: threading.Event) -> None:
+    def __init__(self, settings: Settings, stop: threading.Event, make: type[Learner] = Learner) -> None:
+        self._make = make
         self._settings, self._config, self._stop = settings, settings.trainer, stop
         self._texts, self._window = Texts(settings, stop), Window(settings)
         self._producer = Producer(settings.connection)
@@ -88,7 +89,8 @@ class Trainer:
         self._parent = announced.name
         empty = np.zeros(model.config.text_dim, np.float32)
         text = np.stack([self._text.get(item_id, empty) for item_id in model.ids])  # (N, E)
-        self._learner = Learner.from_model(model, text, self._config.seed)
+        self._learner = self._make(model.config, self._config.seed)
+        self._learner.resume(model, text)
         known = [read for read in reads if read.offset < announced.offsets.get(read.partition, 0)]
         self._learner.absorb(self._events(known))
         log.info("resumed", model=announced.name, known=len(known), new=len(reads) - len(known))
@@ -136,7 +138,7 @@ class Trainer:
         if self._learner is None:
             width = len(next(iter(self._text.values())))
             config = ModelConfig(text_dim=width, window_events=self._config.window_events)
-            self._learner, new = Learner(config, self._config.seed), self._text
+            self._learner, new = self._make(config, self._config.seed), self._text
         if new:
             self._learner.add_items(list(new), np.stack(list(new.values())))
         return self._learner
@@ -199,23 +201,12 @@ class Trainer:
             self._parent = name
 
 
-def newest_model(settings: Settings) -> Artifact | None:
-    """What the trainer announced last, as far as this release can read it."""
-    batches = read_window(settings.connection, settings.topics.models.name)
-    newest = None
-    for record in (record for batch in batches for record in batch):
-        try:
-            newest = decode(record.value, Artifact)
-        except BadEvent as error:
-            log.warning("record passed over", topic=record.topic, offset=record.offset, cause=str(error))
-    return newest
-
-
 def run_trainer(settings: Settings) -> int:
     """Until a signal; the exit code."""
     threadpool_limits(1)  # torch and BLAS
     end_with_threads()
-    metrics.serve(settings.trainer.metrics_port, settings.metrics_host)
-    stop = stop_on_signal()
-    Trainer(settings, stop).run()
+    with training_team() as make:
+        if make is not None:
+            metrics.serve(settings.trainer.metrics_port, settings.metrics_host)
+            Trainer(settings, stop_on_signal(), make).run()
     return 0

@@ -17,6 +17,7 @@ import structlog
 from stream.consumer import Record
 from stream.events import BadEvent, Recommendations, decode
 from stream.subscriber import Subscriber
+from stream.tracing import traceparent
 from workers.live import Live
 from workers.settings import Settings
 from workers.state_writer import OFFSET_HEADER
@@ -33,6 +34,7 @@ class Made(NamedTuple):
 
     answer: Recommendations
     seen_ms: int
+    traceparent: str | None = None
 
 
 class _Times(msgspec.Struct):
@@ -119,7 +121,9 @@ class Updates:
             times = self._decode(record.value)
             self._latency_ms.append(times.sent_ms - times.clicked_ms)
             if user_id in self._boxes:
-                self._loop.call_soon_threadsafe(self._deliver, Made(decode(record.value, Recommendations), seen_ms))
+                trace = (traceparent(record.headers) or b"").decode() or None
+                made = Made(decode(record.value, Recommendations), seen_ms, trace)
+                self._loop.call_soon_threadsafe(self._deliver, made)
         except (BadEvent, msgspec.DecodeError, ValueError) as error:
             log.warning("list passed over", cause=str(error))
 

@@ -8,24 +8,23 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence, Set
-from typing import Any, NamedTuple
+from typing import Any
 
 import structlog
 
-from model.user_state import DIGEST_BYTES, EMPTY, Applied, Entry, Fold, Limits
-from stream.events import Artifact, BadEvent, Click, DeadLetter, Erasure, Ranked, Recommendations, decode_record, encode
+from model.user_state import EMPTY, Applied, Fold, Limits
+from stream.events import BadEvent, DeadLetter, Erasure, Recommendations, decode_record, encode
 from workers import metrics
-from workers.arms import arm_of, query_of
+from workers.arms import arm_of
 from workers.batcher import Batcher
 from workers.dead_letters import DeadLetters, dead_letter, place
-from workers.live import Live, NotReady
-from workers.prequential import K, LiveScore, Trial
-from workers.search import SearchProcessDied
-from workers.sender import BatchSender, Keyed
+from workers.live import Live
+from workers.recommender import Before, Folded, Read, Recommended, Recommender
+from workers.sender import BatchSender, Header, Keyed
 from workers.settings import Settings
-from workers.snapshot import Query, Snapshot
 from workers.state_writer import Acknowledge, Tombstone, state_record
-from workers.states import Owned, OwnedStates, States, encoded
+from workers.states import Owned, OwnedStates, encoded
+from workers.tracing import click_spans
 
 log = structlog.get_logger()
 
@@ -37,49 +36,18 @@ class TooManyBadEvents(RuntimeError):
     """More messages are bad than `worker.dead_letter_ratio` allows: a producer or this release is broken."""
 
 
-class Read(NamedTuple):
-    """A decoded click and the record it came in."""
-
-    click: Click
-    offset: int
-    kafka_ms: int
-
-
-class Before(NamedTuple):
-    """An applied click and, where it is to be scored, its user just before it."""
-
-    click: Click
-    history: Sequence[Entry] | None
-    num_seen: int
-
-
-class Folded(NamedTuple):
-    states: States  # of every touched user, new versions
-    changed: list[str]  # users whose state moved: redelivered clicks leave it as it was
-    newest: dict[str, Read]  # of every user with a click
-    applied: list[Before]
-    at_ms: int
-
-
-class Recommended(NamedTuple):
-    generation: str
-    lists: dict[str, list[Ranked]]  # of every touched user; none before the first generation serves
-    known: set[str]  # users of whose clicks the generation knows at least one
-
-
 class UserWorker:
     """The work of one fetched partition batch; `workers/worker_process.py` hands on Faust's events in their order."""
 
     def __init__(self, settings: Settings, live: Live, owned: OwnedStates, sender: BatchSender) -> None:
-        self._settings, self._live, self._owned, self._sender = settings, live, owned, sender
+        self._settings, self._owned, self._sender = settings, owned, sender
         self._topics = settings.topics
         self._limits = Limits(settings.worker.history, settings.worker.event_ids)
-        self._score = LiveScore()
-        self._trial: Trial | None = None
-        self._lost: Artifact | None = None  # the generation to go back to
         self._letters = DeadLetters(settings, sender)
-        self._lists = Batcher(self._recommend, "recommend")
+        self._recommender = Recommender(settings, live)
+        self._lists = Batcher(self._recommender.recommend, "recommend")
         self._bad: deque[bool] = deque(maxlen=RATIO_WINDOW)
+        self._spans = click_spans(settings)
 
     async def process(self, partition: int, records: Sequence[Any], acknowledge: Acknowledge) -> None:
         """Lists and dead letters are in Kafka when this returns; `acknowledge` is called when the states are too.
@@ -99,13 +67,15 @@ class UserWorker:
         metrics.batch_clicks.observe(len(records))
         began = time.perf_counter()
         reads, erased, dead = self._decode(records)
-        folded = self._fold(owned.states, reads, erased)
+        folded = self._fold(owned, reads, erased)
         owned.states.update(folded.states)
         await owned.writer.put({u.encode(): encoded(folded.states[u]) for u in folded.changed})
         folded_at = time.perf_counter()
         recommended = await self._lists.ask(folded)
         recommended_at = time.perf_counter()
-        await self._send(partition, folded, recommended, dead, erased)
+        traced = self._spans.traced(records) if self._spans else {}
+        await self._send(partition, folded, recommended, dead, erased, traced)
+        owned.sent.update(recommended.sent)
         await self._go_back()
         sent_ms = time.time() * 1000
         for read in reads:
@@ -113,6 +83,8 @@ class UserWorker:
         metrics.hop_s.labels("fold").observe(folded_at - began)
         metrics.hop_s.labels("recommend").observe(recommended_at - folded_at)
         metrics.hop_s.labels("send").observe(time.perf_counter() - recommended_at)
+        if self._spans:
+            self._spans.end(partition, traced, began, folded_at, recommended_at)
         self._check_ratio(len(reads), len(dead))
         return erased.keys()
 
@@ -131,22 +103,25 @@ class UserWorker:
                 reads.append(Read(event, record.offset, record.timestamp))
         return [read for read in reads if read.offset > erased.get(read.click.user_id, -1)], erased, dead
 
-    def _fold(self, states: States, reads: Sequence[Read], erased: Mapping[str, int]) -> Folded:
+    def _fold(self, owned: Owned, reads: Sequence[Read], erased: Mapping[str, int]) -> Folded:
+        states = owned.states
         folds = {user_id: Fold(states.get(user_id, EMPTY), self._limits) for user_id in erased}
         for user_id, offset in erased.items():
             folds[user_id].erase(offset)
+            owned.sent.pop(user_id, None)
         newest: dict[str, Read] = {}
         applied: list[Before] = []
         to_score, num_duplicate = self._settings.worker.scored_clicks, 0
         for read in reads:
             user_id, click = read.click.user_id, read.click
+            sent = owned.sent.pop(user_id, None)  # for one click: the next one's list is another
             fold = folds.setdefault(user_id, Fold(states.get(user_id, EMPTY), self._limits))
             weighed = Applied(click, self._settings.weight(click), read.offset)
             new = fold.is_new(weighed)
             if new:
                 scored = to_score > 0 and not fold.has_seen(click.item_id)
                 to_score -= scored
-                applied.append(Before(click, tuple(fold.history) if scored else None, fold.num_seen))
+                applied.append(Before(click, tuple(fold.history) if scored else None, fold.num_seen, sent))
             num_duplicate += not new
             fold.apply(weighed)
             newest[user_id] = read
@@ -156,68 +131,6 @@ class UserWorker:
         changed = [user_id for user_id, state in after.items() if state is not folds[user_id].before]
         return Folded(after, changed, newest, applied, time.time_ns() // 1_000_000)
 
-    def _recommend(self, together: Sequence[Folded]) -> list[Recommended]:
-        """Of micro-batches of several partitions, scored clicks and touched users, in one embedding pass and search."""
-        settings, applied = self._settings, [before for folded in together for before in folded.applied]
-        before = [
-            query_of(settings, click, history, folded.states[click.user_id].seen[: num_seen * DIGEST_BYTES], sent=False)
-            for folded in together
-            for click, history, num_seen in folded.applied
-            if history is not None
-        ]
-        touched = [
-            (folded.states[user_id], read.click) for folded in together for user_id, read in folded.newest.items()
-        ]
-        after = [query_of(settings, click, state.history, state.seen, sent=True) for state, click in touched]
-        k = settings.worker.k
-        try:
-            snapshot, lists = self._live.recommend(before + after, max(k, K))
-        except NotReady:
-            return [Recommended("", {}, set())] * len(together)
-        self._test(applied, before, lists)
-        self._try(snapshot, before, applied, lists)
-        fresh = iter(
-            snapshot.explain(after, [ranked[:k] for ranked in lists[len(before) :]], settings.worker.explained)
-        )
-        return [
-            Recommended(
-                snapshot.name,
-                dict(zip(folded.newest, fresh, strict=False)),
-                {user_id for user_id in folded.newest if snapshot.knows(folded.states[user_id].history)},
-            )
-            for folded in together
-        ]
-
-    def _test(self, applied: Sequence[Before], before: Sequence[Query], lists: Sequence[list[Ranked]]) -> None:
-        answers = iter(zip(before, lists, strict=False))
-        for click, history, _ in applied:
-            if history is not None:
-                query, ranked = next(answers)
-                served = [place.item_id for place in ranked]
-                self._score.add(click.item_id, query.seen, served, arm_of(self._settings, click.user_id))
-            self._score.popularity.learn(click.item_id)
-
-    def _try(
-        self, serving: Snapshot, before: Sequence[Query], applied: Sequence[Before], lists: Sequence[list[Ranked]]
-    ) -> None:
-        """After a swap: the same clicks by the generation before, until the trial is over or the new one has lost."""
-        previous = self._live.previous
-        if previous is None or not before:
-            return
-        if self._trial is None or (self._trial.serving, self._trial.previous) != (serving.name, previous.name):
-            self._trial = Trial(serving.name, previous.name)
-        try:
-            old_lists = previous.recommend(before, max(self._settings.worker.k, K))
-        except SearchProcessDied:
-            return  # released, or replaced by the next swap
-        scored = [item.click.item_id for item in applied if item.history is not None]
-        for item_id, new, old in zip(scored, lists, old_lists, strict=False):
-            self._trial.add(item_id, [place.item_id for place in new], [place.item_id for place in old])
-        if self._trial.worse:
-            self._lost = previous.announced
-        if self._trial.worse or self._trial.over:
-            self._live.release_previous()
-
     async def _send(
         self,
         partition: int,
@@ -225,12 +138,18 @@ class UserWorker:
         recommended: Recommended,
         dead: list[DeadLetter],
         erased: Mapping[str, int],
+        traced: Mapping[int, tuple[Header]],
     ) -> None:
         """Lists and dead letters together; first of all a null for each erased user, whose new lists come after it."""
         topics, now_ms = self._topics, time.time_ns() // 1_000_000
         answers: list[Keyed] = [state_record((u.encode(), Tombstone(offset))) for u, offset in erased.items()]
         answers += [
-            (u.encode(), encode(self._answer(u, folded, partition, recommended, now_ms))) for u in recommended.lists
+            (
+                u.encode(),
+                encode(self._answer(u, folded, partition, recommended, now_ms)),
+                *traced.get(folded.newest[u].offset, ()),
+            )
+            for u in recommended.lists
         ]
         letters = [(place(letter), encode(letter)) for letter in dead]
         await asyncio.gather(
@@ -258,10 +177,10 @@ class UserWorker:
 
     async def _go_back(self) -> None:
         """Announce the generation before again where the new one has lost its trial: it is the newest then."""
-        if self._lost is not None:
-            back, self._lost = self._lost, None
+        if self._recommender.lost is not None:
+            back, self._recommender.lost = self._recommender.lost, None
             metrics.rollbacks.inc()
-            log.warning("rolled back", to=back.name, trial=vars(self._trial))
+            log.warning("rolled back", to=back.name, trial=vars(self._recommender.trial))
             record = (back.name.encode(), encode(back))
             await self._sender.send(self._topics.generations.name, 0, [record])
 

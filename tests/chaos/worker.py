@@ -19,6 +19,7 @@ from tests.chaos.bugs import plant
 from workers import worker_process
 from workers.faust_batches import BatchApp, PartitionBatchConsumer
 from workers.logs import configure
+from workers.recommender import Recommender
 from workers.sender import BatchSender
 from workers.settings import Settings
 from workers.user_worker import UserWorker
@@ -46,7 +47,7 @@ class Place(NamedTuple):
 POINTS = {
     "decoded": Place(UserWorker, "_decode"),
     "applied": Place(UserWorker, "_fold"),
-    "searched": Place(UserWorker, "_recommend"),
+    "searched": Place(Recommender, "recommend"),
     "sent": Place(UserWorker, "_send"),
     "storing": Place(BatchSender, "send", before=True, topic="users"),
     "stored": Place(BatchSender, "send", topic="users"),

@@ -107,13 +107,21 @@ def test_a_model_that_cannot_be_indexed_leaves_nothing(model: Model, tmp_path: P
 
 def test_a_graph_that_misses_too_much_is_refused(model: Model, tmp_path: Path) -> None:
     with pytest.raises(RecallTooLow, match=r"under 0\.95"):
-        build(tmp_path / "g", model, M=4, ef_construction=10, ef_search=(20,))
+        build(tmp_path / "g", model, shapes=((4, 10),), ef_search=(20,))
     assert not list(tmp_path.iterdir())
 
 
 def test_ef_grows_until_recall_is_good(model: Model, tmp_path: Path) -> None:
-    narrow = build(tmp_path / "a", model, M=4, ef_construction=20, ef_search=(20, 40, 80, 160, 320, 640))
+    narrow = build(tmp_path / "a", model, shapes=((4, 20),), ef_search=(20, 40, 80, 160, 320, 640))
     assert narrow.ef_search > 20 and narrow.metrics["recall@20"] >= 0.98
+
+
+def test_another_shape_is_built_where_the_first_does_not_do(model: Model, tmp_path: Path) -> None:
+    """At an ef where one query is not scanned: a batch of all probes would be, and find all."""
+    wide = build(tmp_path / "a", model, shapes=((2, 4), (24, 400)), ef_search=(60,))
+    assert wide.metrics["recall@20"] >= 0.99
+    with pytest.raises(RecallTooLow):
+        build(tmp_path / "b", model, shapes=((2, 4),), ef_search=(60,))
 
 
 def test_a_generation_is_never_overwritten(folder: Path, model: Model) -> None:

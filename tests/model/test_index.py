@@ -217,6 +217,26 @@ def test_a_wide_search_is_a_scan(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (index.search(QUERIES, 20)[1] == truth[:, :20]).all()
 
 
+def test_a_batch_is_scanned_sooner_than_a_single_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.index, "EXACT_SHARE", 64)
+    index = HnswIndex.build(VECTORS, M=4, ef_construction=10, ef=30)
+    queries = np.tile(QUERIES, (2, 1))
+    truth = ExactIndex(VECTORS).search(queries, 20)[1]
+    assert (index.search(queries, 20)[1] == truth).all()
+    assert recall(np.concatenate([index.search(one[None], 20)[1] for one in queries]), truth) < 0.98
+
+
+@pytest.mark.parametrize("n", [4000, 4097, 20_000])
+@pytest.mark.parametrize("spread", [5, 10_000])
+def test_the_scan_selects_as_a_sort_does(n: int, spread: int) -> None:
+    """Item i scores one of `spread` values: few, and most are ties; the last one is the best."""
+    scores = np.random.default_rng(n).integers(spread, size=n).astype(np.float32)
+    scores[-1] = spread
+    rows, found = ExactIndex(scores[:, None]).search(np.ones((3, 1), np.float32), 12)
+    assert (found == np.sort(scores)[::-1][:12]).all() and (scores[rows] == found).all()
+    assert all(len(set(row.tolist())) == 12 for row in rows)
+
+
 def test_recall_counts_equal_scores_as_right() -> None:
     exact = np.array([[3.0, 2.0, 2.0], [5.0, 4.0, -np.inf]], np.float32)
     found = np.array([[2.0, 2.0, 2.0], [5.0, 3.0, -np.inf]], np.float32)

@@ -115,7 +115,7 @@ def one_window(weight: float) -> Padded:
 def test_a_basket_is_hidden_from_itself_only_when_asked(same_stamp: bool, moves: bool) -> None:
     config = ModelConfig(text_dim=4, tower_dim=4, same_stamp_history=same_stamp, dropout=0.0)
     trainer = TowerTrainer(config, 0, "cpu")
-    first = [trainer._drawn_users(one_window(1.0), torch.full((1, 2, 4), value))[0, 1] for value in (0.0, 0.5)]
+    first = [trainer._drawn_users(one_window(1.0), torch.full((1, 2, 4), value), 1)[0, 1] for value in (0.0, 0.5)]
     assert bool((first[0] != first[1]).any()) == moves
 
 

@@ -16,6 +16,7 @@ from model.user_state import (
     Fold,
     Limits,
     UserState,
+    _Digests,
     apply_clicks,
     decode_state,
     digest,
@@ -130,6 +131,18 @@ def test_bytes_that_are_no_state_are_refused_by_one_error() -> None:
     for bad in (b"", raw[:-1], raw.replace(b"item", b"\xd2tem"), b"\x91\x01"):
         with pytest.raises(msgspec.DecodeError):
             decode_state(bad)
+
+
+@given(st.lists(st.text("ab", min_size=8, max_size=8).map(str.encode), max_size=30), st.integers(1, 5))
+def test_a_set_of_digests_takes_none_for_known_that_lies_across_two(keys: list[bytes], limit: int) -> None:
+    packed, known = _Digests(b""), dict[bytes, None]()
+    for key in keys:
+        assert (key in packed, len(packed)) == (key in known, len(known))
+        packed.add(key, limit)
+        known[key] = None
+        if len(known) > limit:
+            del known[next(iter(known))]
+        assert packed.packed() == b"".join(known)
 
 
 def test_digests_unpack_in_order() -> None:

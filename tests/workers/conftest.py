@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from stream.broker import LocalBroker
-from tests.workers.service import Service, running, until
+from tests.workers.service import Collector, Service, collecting, running, until
 
 
 @pytest.fixture
@@ -17,7 +17,20 @@ def service(service_once: Service) -> Service:
 
 
 @pytest.fixture(scope="session")
-def service_once(broker: LocalBroker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def collector() -> Iterator[Collector]:
+    with collecting() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="session")
+def service_once(
+    broker: LocalBroker, tmp_path_factory: pytest.TempPathFactory, collector: Collector
+) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("service")
-    with running(broker, folder, folder / "artifacts") as service:
+    traced = {
+        "UPWELL_TRACING": "true",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
+        "OTEL_BSP_SCHEDULE_DELAY": "200",
+    }
+    with running(broker, folder, folder / "artifacts", **traced) as service:
         yield service

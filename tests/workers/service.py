@@ -10,10 +10,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from stream.broker import LocalBroker
 from stream.events import Click, Item
@@ -61,10 +65,12 @@ class Service:
         self.settings, self.roles, self.logs = settings, roles, logs
         self.url = f"http://127.0.0.1:{settings.serve.port}"
 
-    def call(self, path: str, body: Any = None) -> tuple[int, Any]:
+    def call(self, path: str, body: Any = None, headers: dict[str, str] = {}) -> tuple[int, Any]:  # noqa: B006
         """Status (0: no answer) and JSON (or text) of a request; a body makes it a POST, bytes go as they are."""
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data=data, headers={"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path, data=data, headers={"Content-Type": "application/json"} | headers
+        )
         try:
             with urllib.request.urlopen(request, timeout=20) as answer:
                 status, raw = answer.status, answer.read()
@@ -99,8 +105,48 @@ class Service:
         return (self.logs / f"{role}.log").read_text()
 
 
+class Collector:
+    """What an OpenTelemetry collector is sent: (service, span)."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.spans: list[tuple[str, Span]] = []
+
+    def of(self, trace_id: str) -> dict[str, tuple[str, Span]]:
+        return {span.name: (service, span) for service, span in self.spans if span.trace_id.hex() == trace_id}
+
+    def take(self, raw: bytes) -> None:
+        for of_resource in ExportTraceServiceRequest.FromString(raw).resource_spans:
+            (service,) = (a.value.string_value for a in of_resource.resource.attributes if a.key == "service.name")
+            self.spans += [(service, span) for scope in of_resource.scope_spans for span in scope.spans]
+
+
 @contextmanager
-def running(broker: LocalBroker, folder: Path, artifacts: Path) -> Iterator[Service]:
+def collecting() -> Iterator[Collector]:
+    collector = Collector()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            collector.take(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        collector.url = f"http://127.0.0.1:{server.server_port}"
+        try:
+            yield collector
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@contextmanager
+def running(broker: LocalBroker, folder: Path, artifacts: Path, **more: str) -> Iterator[Service]:
     """All roles on fresh topics with the small catalogue; their settings are in the environment meanwhile."""
     environment = {
         "UPWELL_KAFKA__BOOTSTRAP": broker.bootstrap,
@@ -117,6 +163,7 @@ def running(broker: LocalBroker, folder: Path, artifacts: Path) -> Iterator[Serv
         "UPWELL_TRAINER__MIN_EVENTS": "100",
         "UPWELL_TRAINER__HOLDOUT": "40",
     }
+    environment |= more
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)

@@ -152,7 +152,7 @@ def test_what_is_exported_can_be_imported_elsewhere(connection: Connection, tmp_
         (b'{"item":{"item_id":"a","title":"b"}}\n', "cut short"),
         (b'{"end":{"items":1,"users":0}}\n', "cut short"),
         (b'{"end":{"items":0,"users":0}}\n{}\n', "line 2: something after the end"),
-        (b"{}\n", "line 1: neither"),
+        (b"{}\n", "line 1: none of"),
         (b'{"surprise":1}\n', "line 1: .*surprise"),
         (b'{"user_id":"u","state":[[], "", "", "x", 1]}\n', "line 1"),
     ],

@@ -38,11 +38,11 @@ from stream.events import (
 )
 from stream.producer import Producer
 from stream.topics import Topics
-from workers.announcements import Announcements
+from workers.announcements import Announcements, newest_model
+from workers.backup import BadBackup, read_backup
 from workers.live import Live
 from workers.settings import Kafka, Settings
 from workers.states import keep_newest
-from workers.trainer import newest_model
 from workers.training_input import Texts
 from workers.user_worker import UserWorker
 
@@ -268,3 +268,12 @@ def test_the_page_names_every_form() -> None:
     page = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text()
     forms = [*(kind.__name__ for kind in WIRE_TYPES), "UserState", MANIFEST, "config.json"]
     assert [form for form in forms if f"`{form}`" not in page] == []
+
+
+def test_a_file_of_the_first_export_is_read_and_a_line_of_a_later_one_is_refused(tmp_path: Path) -> None:
+    first = b'{"item":{"version":1,"item_id":"a","title":"A"}}\n{"end":{"items":1,"users":0}}\n'
+    (tmp_path / "all").write_bytes(first)
+    assert read_backup(tmp_path / "all") == ([Item(item_id="a", title="A")], {}, {})
+    (tmp_path / "all").write_bytes(b'{"later":1}\n' + first)
+    with pytest.raises(BadBackup, match=r"line 1: .*later"):
+        read_backup(tmp_path / "all")

@@ -1,8 +1,8 @@
 """Every rule and every combination of them against a plain scan of the catalogue."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,10 +20,12 @@ from stream.events import Artifact, Click, Item, ItemVector, Ranked, encode
 from workers import metrics
 from workers.arms import arm_of
 from workers.catalogue import Catalogue
+from workers.recommender import Read
 from workers.search import SearchProcess
 from workers.settings import Arm, Settings
 from workers.snapshot import PLAIN, Query, Rules, Snapshot
-from workers.user_worker import Read, UserWorker
+from workers.states import Owned
+from workers.user_worker import UserWorker
 
 NUM_INDEXED, NUM_FRESH, WIDTH, NOW_MS, K = 1500, 12, 16, 10_000_000, 10
 SHELVES = ("common", "half", "rare", "single")  # every item, every second, every 200th, one
@@ -220,8 +222,8 @@ class Serving:
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
 
-    def recommend(self, queries: list[Query], k: int) -> tuple[Snapshot, list[list[Ranked]]]:
-        return self.snapshot, self.snapshot.recommend(queries, k)
+    def use(self, ask: Callable[[Snapshot], Any]) -> tuple[Snapshot, Any]:
+        return self.snapshot, ask(self.snapshot)
 
 
 def test_what_is_sent_says_arm_chances_reasons_and_source(snapshot: Snapshot) -> None:
@@ -236,8 +238,8 @@ def test_what_is_sent_says_arm_chances_reasons_and_source(snapshot: Snapshot) ->
     clicks = [(drawn, "i8"), (plain, "i8"), (stranger, "unheard of"), (drawn, "i10")]
     reads = [Read(Click(event_id=f"e{at}", user_id=user, item_id=one, ts_ms=NOW_MS), at, NOW_MS)
              for at, (user, one) in enumerate(clicks)]  # fmt: skip
-    folded = worker._fold({}, reads, {})
-    (recommended,) = worker._recommend([folded])
+    folded = worker._fold(Owned({}, cast(Any, None), {}), reads, {})
+    (recommended,) = worker._recommender.recommend([folded])
     answers = {user: worker._answer(user, folded, 0, recommended, 5) for user in (drawn, plain, stranger)}
     assert [answers[user].arm for user in (drawn, plain, stranger)] == ["draws", "default", "draws"]
     assert [answers[user].source for user in (drawn, plain, stranger)] == ["personal", "personal", "popular"]
@@ -247,8 +249,47 @@ def test_what_is_sent_says_arm_chances_reasons_and_source(snapshot: Snapshot) ->
     for user in (drawn, plain):
         assert any(place.because for place in answers[user].items[:3])
         assert not any(place.because for place in answers[user].items[3:])
-    (again,) = worker._recommend([folded])
+    (again,) = worker._recommender.recommend([folded])
     assert all(answer.items == again.lists[user] for user, answer in answers.items())
     assert metrics.arm_clicks.labels("draws", "miss")._value.get() > before
     assert len(encode(answers[plain])) < 1.6 * len(encode(replace(answers[plain], items=[
         Ranked(place.item_id, place.score) for place in answers[plain].items])))  # fmt: skip
+
+
+def test_a_click_is_scored_in_the_list_sent_before_it(snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the generation that serves made it of the user's state just before: else it is searched for."""
+    asked, scored = list[Sequence[Query]](), list[tuple[str, ...]]()
+    search, worker = Snapshot.recommend, UserWorker(Settings(), Serving(snapshot), None, None)  # type: ignore[arg-type]
+
+    def recommend(self: Snapshot, queries: Sequence[Query], k: int) -> list[list[Ranked]]:
+        asked.append(queries)
+        return search(self, queries, k)
+
+    monkeypatch.setattr(Snapshot, "recommend", recommend)
+    monkeypatch.setattr(worker._recommender._score, "add", lambda item_id, seen, served, arm: scored.append(served))
+    owned = Owned({}, cast(Any, None), {})
+
+    def click(*items: str, user: str = "u") -> None:
+        offset = max((state.offset for state in owned.states.values()), default=0) + 1
+        reads = [Read(Click(event_id=one, user_id=user, item_id=one, ts_ms=NOW_MS), offset + at, NOW_MS)
+                 for at, one in enumerate(items)]  # fmt: skip
+        folded = worker._fold(owned, reads, {})
+        owned.states.update(folded.states)
+        (recommended,) = worker._recommender.recommend([folded])
+        owned.sent.update(recommended.sent)
+
+    def fresh(*items: str) -> tuple[str, ...]:
+        query = Query([Entry(one, 1.0, NOW_MS) for one in items], b"".join(map(digest, items)), NOW_MS)
+        return tuple(place.item_id for place in search(snapshot, [query], 10)[0])
+
+    click("i1")
+    click("i2")
+    click("i3", "i4")
+    click("i4")  # delivered again: nothing is scored, and the list stays that of the state
+    owned.sent["u"] = owned.sent["u"]._replace(generation="one before")
+    click("i5")
+    click("i1", user="another stranger")
+    assert list(map(len, asked)) == [2, 1, 2, 1, 2, 1]
+    assert scored == [
+        fresh(), fresh("i1"), fresh("i1", "i2"), fresh("i1", "i2", "i3"), fresh("i1", "i2", "i3", "i4"), fresh()
+    ]  # fmt: skip

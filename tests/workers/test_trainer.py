@@ -13,8 +13,9 @@ from stream.broker import LocalBroker
 from stream.consumer import end_offsets
 from stream.topics import Topics
 from tests.workers.service import upwell
+from workers.announcements import newest_model
 from workers.settings import Kafka, Settings
-from workers.trainer import Trainer, newest_model
+from workers.trainer import Trainer
 
 
 def test_a_refused_candidate_is_kept_and_named_and_not_announced(

@@ -1,9 +1,11 @@
 """Item texts a second through `Encoder`, against plain transformers with the same weights in naive batches.
 
-Naive: texts as they come, 32 at a time, padded to the longest of the batch, float32, mean of the tokens.
+Naive: texts as they come, 32 at a time, padded to the longest of the batch, float32, mean of the tokens. Beside them
+`Encoder` in float32, and with its linear layers quantised to int8 as they run.
 """
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -51,6 +53,15 @@ def naive(device: torch.device) -> Callable[[Sequence[str]], Vectors]:
     return encode
 
 
+def quantised() -> Encoder:
+    encoder = Encoder("minilm", max_tokens=MAX_TOKENS, dtype=torch.float32)
+    with warnings.catch_warnings(action="ignore"):  # it is to move to torchao
+        encoder._net = torch.ao.quantization.quantize_dynamic(  # type: ignore[no-untyped-call]
+            encoder._net, {torch.nn.Linear}, dtype=torch.qint8
+        )
+    return encoder
+
+
 def texts_per_s(encode: Callable[[Sequence[str]], Vectors], texts: Sequence[str]) -> float:
     return len(texts) / seconds(lambda: encode(texts))
 
@@ -59,12 +70,16 @@ def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
     texts = mixed_texts(options.scaled(1_000, 48))
     encoder = Encoder("minilm", max_tokens=MAX_TOKENS)
     contenders = {"upwell": encoder.encode, "naive": naive(encoder.device)}
+    contenders["float32"] = Encoder("minilm", max_tokens=MAX_TOKENS, dtype=torch.float32).encode
+    if encoder.device.type == "cpu":
+        contenders["int8"] = quantised().encode
     vectors = {name: encode(texts) for name, encode in contenders.items()}
     runs = alternate({name: partial(texts_per_s, encode, texts) for name, encode in contenders.items()}, options.rounds)
     values = {f"texts_per_s {name}": figure for name, figure in medians(runs).items()}
-    values |= {"lowest_cosine": float((vectors["upwell"] * vectors["naive"]).sum(axis=1).min())}
-    values |= {"device": device_name(encoder.device), "texts": float(len(texts))}
-    return {"upwell / naive": ratio(runs, "upwell", "naive")}, values
+    for name in contenders.keys() - {"naive"}:
+        values[f"lowest_cosine {name}"] = float((vectors[name] * vectors["naive"]).sum(axis=1).min())
+    values |= {"dtype": str(encoder.dtype), "device": device_name(encoder.device), "texts": float(len(texts))}
+    return {f"{name} / naive": ratio(runs, name, "naive") for name in contenders.keys() - {"naive"}}, values
 
 
 def device_name(device: torch.device) -> str:

@@ -27,6 +27,7 @@ from workers.settings import Worker
 
 LIMITS = Limits()
 HELD = 5  # clicks of each user before the measured ones
+CLICKS_HELD = (5, 50, 200, 1_000)
 KIB = 1024
 
 
@@ -40,16 +41,23 @@ def fold(states: dict[str, UserState], clicks: Keyed, first: int) -> None:
         encode_state(states[click.user_id])
 
 
-def with_users(count: int, options: Options) -> tuple[Callable[[], float], float]:
-    """Clicks a CPU second over the states of `count` users, and bytes a user."""
+def with_users(count: int, options: Options, held: int = HELD) -> tuple[Callable[[], float], float]:
+    """Clicks a CPU second over the states of `count` users with `held` clicks each, and bytes a user."""
     before, states = psutil.Process().memory_info().rss, dict[str, UserState]()
-    for turn in range(HELD):
+    for turn in range(held):
         for start in range(0, count, 10_000):
             batch = data.clicks(min(10_000, count - start), 0, 50_000, seed=turn, first_user=start)
             fold(states, batch, turn * count + start)
-    held = (psutil.Process().memory_info().rss - before) / len(states)
-    clicks, turns = data.clicks(options.scaled(20_000, 2_000), count, 50_000, seed=HELD), iter(range(1, 1_000))
-    return rate(len(clicks), lambda: fold(states, clicks, next(turns) * 10_000_000)), held
+    user_bytes = (psutil.Process().memory_info().rss - before) / len(states)
+    clicks, turns = data.clicks(options.scaled(20_000, 2_000), count, 50_000, seed=held), iter(range(1, 1_000))
+    return rate(len(clicks), lambda: fold(states, clicks, next(turns) * 10_000_000)), user_bytes
+
+
+def record_bytes(count: int) -> float:
+    """Of the state of a user with so many clicks, as it lies in the users topic and in every server."""
+    states = dict[str, UserState]()
+    fold(states, data.clicks(count, 1, 50_000), 0)
+    return float(len(encode_state(states["user-0000000"])))
 
 
 def with_items(stack: ExitStack, count: int, model: Model, dataset: Dataset) -> tuple[Callable[[], float], float]:
@@ -85,7 +93,7 @@ def on_kafka(stage: Stage, clicks: Keyed, partitions: int, workers: int) -> floa
 def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
     users = (1_000, 3_000) if options.quick else (1_000, 10_000, 100_000, 1_000_000)
     items = (500, 2_000) if options.quick else (10_000, 100_000)
-    values: dict[str, float | str] = {}
+    values: dict[str, float | str] = {f"record_bytes {count} clicks": record_bytes(count) for count in CLICKS_HELD}
     ratios: dict[str, float] = {}
 
     def compare(what: str, contenders: Mapping[int, Callable[[], float]], rounds: int) -> None:
@@ -98,6 +106,7 @@ def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
     folding = {}
     for count in users:
         folding[count], values[f"bytes_a_user {count}"] = with_users(count, options)
+    values["bytes_a_user 3000, 50 clicks each"] = with_users(3_000, options, 50)[1]
     compare("clicks, users", folding, options.rounds)
     folding.clear()
     model, dataset = data.trained(500 if options.quick else 5_000)

@@ -1,14 +1,18 @@
 """Queries a second at equal recall: ours against in-process hnswlib, faiss, usearch and the exact scan.
 
-Vectors are a trained tower's item vectors, grown to any number; queries are the vectors of its users. Ours searches as
-wide as its build chose; each peer takes the smallest ef that finds as much; all on one thread, with M = 16 and
-ef_construction = 200, the peers over the vectors lifted by one dimension, where L2 order is inner product order.
-And: what the search process costs beside the same index in this process, by batch.
+Vectors are a trained tower's item vectors, grown to any number; queries are the vectors of its users. Ours is what the
+product builds, searched as its build chose, by graph or scan. Each peer takes the smallest ef that finds as much, or
+0.99; all on one thread, with M = 16 and ef_construction = 200, the peers over the vectors lifted by one dimension,
+where L2 order is inner product order.
+And: what the search process costs beside the same index in this process, by batch; what a scan costs beside a graph, by
+number of items, ef and batch.
 """
 
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import faiss
@@ -18,16 +22,19 @@ from usearch.index import Index as UsearchIndex
 
 from model.index import ExactIndex, HnswIndex, recall
 from model.manifest import load_index, verify
-from model.probes import EF_SEARCH
+from model.model import Model
+from model.probes import EF_SEARCH, GOOD_RECALL
 from model.queries import Rows, Vectors
 from workers.bench import data
-from workers.bench.harness import Options, Runs, alternate, measured, medians, ratio, seconds
+from workers.bench.harness import Options, Runs, alternate, cpu_s, measured, medians, ratio, seconds
 from workers.search import SearchProcess
 
 K, M, EF_CONSTRUCTION = 20, 16, 200
 BATCHES = (1, 16, 64, 256)
 QUERIES, TRUTHS = 512, 256
+SIZES = (1_000, 3_000, 10_000, 30_000)  # of the crossover
 Ask = Callable[[Vectors], Rows]  # lifted queries (B, D + 1) -> rows (B, K)
+Cpu = dict[str, float]
 
 
 def lifted(vectors: Vectors) -> Vectors:
@@ -77,7 +84,7 @@ def against_peers(
         for ef in EF_SEARCH:
             set_ef(ef)
             share = found(rows_of(ask[:TRUTHS]))
-            if share >= wanted - 0.002:
+            if share >= min(wanted, GOOD_RECALL) - 0.002:
                 break
         values |= {f"recall@20 {name}": share, f"ef {name}": float(ef)}
         contenders[name] = per_second(len(ask), partial(rows_of, ask))
@@ -89,23 +96,54 @@ def per_second(count: int, work: Callable[[], object]) -> Callable[[], float]:
     return lambda: count / seconds(work)
 
 
+def searched_s(search: Callable[[Vectors, int], object], queries: Vectors, batch: int) -> float:
+    """Of at most 64 calls."""
+    parts = [queries[at : at + batch] for at in range(0, min(len(queries), 64 * batch), batch)]
+    return seconds(lambda: [search(part, K) for part in parts])
+
+
 def process_cost(process: SearchProcess, index: HnswIndex, queries: Vectors, rounds: int) -> dict[str, float]:
-    """Time through the process / time in this one, by batch."""
+    """Time through the process / time in this one, by batch; and CPU time of both processes / of this one."""
     costs = {}
     for batch in BATCHES:
-        parts = [queries[at : at + batch] for at in range(0, min(len(queries), 64 * batch), batch)]
+        cpu = {"process": 0.0, "in_process": 0.0}
 
-        def each(search: Callable[[Vectors, int], object], parts: list[Vectors] = parts) -> Callable[[], float]:
-            return lambda: seconds(lambda: [search(part, K) for part in parts])
+        def timed(name: str, search: Callable[[Vectors, int], object], batch: int = batch, cpu: Cpu = cpu) -> float:
+            before = cpu_s(process.pid) + time.process_time()
+            took = searched_s(search, queries, batch)
+            cpu[name] += cpu_s(process.pid) + time.process_time() - before
+            return took
 
-        runs = alternate({"process": each(process.search), "in_process": each(index.search)}, 2 * rounds)
+        contenders = {
+            "process": partial(timed, "process", process.search),
+            "in_process": partial(timed, "in_process", index.search),
+        }
+        runs = alternate(contenders, 4 * rounds)
         costs[f"search process / in process, batches of {batch}"] = ratio(runs, "process", "in_process")
+        costs[f"the same in CPU time, batches of {batch}"] = cpu["process"] / cpu["in_process"]
+    return costs
+
+
+def crossover(model: Model, queries: Vectors, sizes: Sequence[int], rounds: int) -> dict[str, float]:
+    """Time of a scan / of a graph (M = 16), by items, ef and batch. Under 1 the scan is the faster one."""
+    costs = {}
+    for size in sizes:
+        index = HnswIndex.build(data.Grown(model, size).item_vectors())
+        for ef, batch in product((64, 256), BATCHES):
+            index.ef = ef
+            contenders = {
+                name: partial(searched_s, search, queries, batch)
+                for name, search in (("scan", index.exact.search), ("graph", index.search_graph))
+            }
+            costs[f"scan / graph, {size} items, ef {ef}, batches of {batch}"] = ratio(
+                alternate(contenders, rounds), "scan", "graph"
+            )
     return costs
 
 
 def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
     count = options.scaled(100_000, 1_000)
-    model, dataset = data.trained(500 if options.quick else 20_000)
+    model, dataset = data.trained(500 if options.quick else 5_000)
     grown, queries = data.Grown(model, count), data.users_of(model, dataset, QUERIES)
     with tempfile.TemporaryDirectory(prefix="upwell-bench-") as name:
         folder = Path(name) / "g"
@@ -116,6 +154,7 @@ def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
         )
         with SearchProcess(folder, artifact.manifest_sha256) as process:
             ratios = process_cost(process, index, queries, options.rounds)
+    ratios |= crossover(model, queries, [size for size in SIZES if size <= count], options.rounds)
     ratios |= {f"ours / {peer}": ratio(runs, "ours", peer) for peer in runs if peer != "ours"}
     values |= {f"queries_per_s {name}": figure for name, figure in medians(runs).items()}
     return ratios, values | {"items": float(count), "dim": float(index.dim), "ef ours": float(index.ef)}
