@@ -8,11 +8,12 @@ from typer.testing import CliRunner
 
 from model.arms.catalogue import Setting, make_arm
 from model.evaluate import Arm, Mode
+from model.outcome import Outcome
 from stream.csv_events import load_csv, parse_columns
 from workers import evaluate
 from workers.cli import app
 from workers.evaluate import Options
-from workers.figures import Figures
+from workers.figures import Figures, mode_figures
 
 SHARED = Path("../shared/data")
 COLUMNS = "user=who,item=what,ts=when,type=kind,value=stars"
@@ -70,12 +71,21 @@ def test_the_command_writes_results_report_and_plots(tmp_path: Path) -> None:
             assert arm["repeats"]["events"] == 48 and arm["repeats"]["repeated"] == 48 - arm["events"]
             assert {"hr@10", "hr@20", "ndcg@10", "mrr", "coverage", "gini", "novelty", "us_per_event"} <= arm.keys()
             assert {"intervals", "by_history", "by_item_age", "cold_auc"} <= arm.keys() and f"{mode:6} {name}" in said
-            unseen = {name: found["events"] for name, found in arm["cold_auc"].items() if name.startswith("0")}
-            assert unseen.pop("0") == sum(unseen.values()) > max(unseen.values())  # by history length
         assert results["modes"][mode]["upwell_minus"].keys() == {"popularity", "markov"}
     page = (out / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == len(list(out.glob("*.png"))) == 8
     assert "strict: events of one stamp" in page and "line by line" in page and "src=http" not in page
+
+
+def test_unseen_items_are_told_apart_by_the_length_of_the_history() -> None:
+    lengths, auc = np.array([0, 1, 4, 5, 60, 3]), np.array([0.5, 0.6, 0.8, 0.9, 0.3, 0.0])
+    earlier, ranks = np.array([0, 0, 0, 0, 0, 2]), np.ones(6)  # the last one is on an item seen twice
+    rows, new = np.arange(6), np.zeros(6, np.bool_)
+    outcome = Outcome(ranks, rows, rows, lengths, ranks, new, earlier, auc, rows[:, None])
+    cold = mode_figures({"a": (outcome, np.ones((1, 2)))}, 0, np.ones(6, np.int64))["arms"]["a"]["cold_auc"]
+    found = {name: (part["events"], round(part["auc"], 6)) for name, part in cold.items()}
+    histories = {"0": (1, 0.5), "1-4": (2, 0.7), "5-19": (1, 0.9), "20+": (1, 0.3)}
+    assert found == {"0": (5, 0.62), "1-4": (1, 0.0)} | {f"0, history {k}": v for k, v in histories.items()}
 
 
 def test_what_is_finished_is_kept_and_what_was_asked_otherwise_is_not(
