@@ -3,11 +3,11 @@
 Folded micro-batches -> Snapshot.recommend -> Recommended; a new generation that does worse than the one before -> lost
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from model.user_state import DIGEST_BYTES, Entry
+from model.user_state import DIGEST_BYTES, Entry, UserState
 from stream.events import Artifact, Click, Ranked
 from workers.arms import arm_of, query_of
 from workers.live import Live, NotReady
@@ -15,7 +15,7 @@ from workers.prequential import K, LiveScore, Trial
 from workers.search import SearchProcessDied
 from workers.settings import Settings
 from workers.snapshot import PLAIN, Query, Snapshot
-from workers.states import Sent, States
+from workers.states import Sent
 
 
 class Read(NamedTuple):
@@ -36,7 +36,7 @@ class Before(NamedTuple):
 
 
 class Folded(NamedTuple):
-    states: States  # of every touched user, new versions
+    states: dict[str, UserState]  # of every touched user, new versions
     changed: list[str]  # users whose state moved: redelivered clicks leave it as it was
     newest: dict[str, Read]  # of every user with a click
     applied: list[Before]
@@ -57,7 +57,7 @@ def top(ranked: Sequence[Ranked]) -> Top:
     return tuple(place.item_id for place in ranked[:K])
 
 
-def seen_before(item: Before, states: States) -> bytes:
+def seen_before(item: Before, states: Mapping[str, UserState]) -> bytes:
     """Packed digests of what the user had seen before the click: they are kept in their order."""
     return states[item.click.user_id].seen[: item.num_seen * DIGEST_BYTES]
 

@@ -10,7 +10,7 @@ from stream.consumer import Record, tail
 from stream.producer import partition_of
 from workers import metrics
 from workers.settings import Settings
-from workers.states import States, keep_newest
+from workers.states import PackedStates, keep_newest
 
 RECENT_USERS = 50
 MARKED_S = 600.0  # a worker that has been overtaken is fenced long before
@@ -30,7 +30,7 @@ class UserStates:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.states: States = {}
+        self.states = PackedStates()
         self.places: dict[str, At] = {}
         self.progress: dict[int, int] = {}  # partition -> newest offset of the clicks that a state has
         self.applied = 0
@@ -90,10 +90,7 @@ class UserStates:
 
     def _take(self, record: Record) -> int:
         """The offset of the user's newest state."""
-        key = (record.key or b"").decode()
-        before = self.states.get(key, EMPTY)
-        user_id = keep_newest(self.states, record)
-        after = self.states[user_id]
+        user_id, before, after = keep_newest(self.states, record)
         self.applied += max(0, after.applied - before.applied)
         if record.value is None or not after.erased:
             self._erasing.discard(user_id)

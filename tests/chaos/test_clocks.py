@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import msgspec
 import numpy as np
@@ -27,6 +27,7 @@ from stream.producer import Producer
 from stream.topics import Topics
 from tests.model.test_bad_candidates import CONFIG, words
 from workers.settings import Kafka, Settings
+from workers.states import Owned
 from workers.training_input import DAY_MS, Window
 from workers.user_worker import UserWorker
 
@@ -92,14 +93,13 @@ def _read(settings: Settings) -> tuple[list[str], dict[str, bytes], int]:
     window = Window(settings)
     ids = [read.click.event_id for read in window.read()]
     worker: Any = UserWorker(settings, None, None, None)  # type: ignore[arg-type]  # it decodes and folds alone
-    states: dict[str, UserState] = {}
-    dead = 0
+    owned, dead = Owned({}, cast(Any, None), {}), 0
     for records in read_window(settings.connection, settings.topics.clicks.name):
         for partition in sorted({record.partition for record in records}):
             reads, erased, letters = worker._decode([record for record in records if record.partition == partition])
-            states |= worker._fold(states, reads, erased).states
+            owned.states.update(worker._fold(owned, reads, erased).states)
             dead += len(letters)
-    return ids, {user_id: encode_state(state) for user_id, state in states.items()}, dead
+    return ids, {user_id: encode_state(state) for user_id, state in owned.states.items()}, dead
 
 
 def _folded(clicks: Sequence[Click]) -> dict[str, UserState]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from model.model import Model
-from model.user_state import EMPTY, Applied, Fold, Limits, UserState, encode_state
+from model.user_state import EMPTY, Applied, Fold, Limits, encode_state
 from stream.datasets import Dataset
 from stream.events import decode_click
 from workers.bench import data
@@ -24,6 +24,7 @@ from workers.observe import num_committed
 from workers.processes import free_port
 from workers.search import SearchProcess
 from workers.settings import Worker
+from workers.states import PackedStates, States
 
 LIMITS = Limits()
 HELD = 5  # clicks of each user before the measured ones
@@ -31,19 +32,18 @@ CLICKS_HELD = (5, 50, 200, 1_000)
 KIB = 1024
 
 
-def fold(states: dict[str, UserState], clicks: Keyed, first: int) -> None:
+def fold(states: States, clicks: Keyed, first: int) -> None:
     """Decode, fold and encode, a click at a time."""
     for offset, (_, raw) in enumerate(clicks, first):
         click = decode_click(raw)
         folding = Fold(states.get(click.user_id, EMPTY), LIMITS)
         folding.apply(Applied(click, 1.0, offset))
         states[click.user_id] = folding.state()
-        encode_state(states[click.user_id])
 
 
 def with_users(count: int, options: Options, held: int = HELD) -> tuple[Callable[[], float], float]:
     """Clicks a CPU second over the states of `count` users with `held` clicks each, and bytes a user."""
-    before, states = psutil.Process().memory_info().rss, dict[str, UserState]()
+    before, states = psutil.Process().memory_info().rss, PackedStates()
     for turn in range(held):
         for start in range(0, count, 10_000):
             batch = data.clicks(min(10_000, count - start), 0, 50_000, seed=turn, first_user=start)
@@ -55,7 +55,7 @@ def with_users(count: int, options: Options, held: int = HELD) -> tuple[Callable
 
 def record_bytes(count: int) -> float:
     """Of the state of a user with so many clicks, as it lies in the users topic and in every server."""
-    states = dict[str, UserState]()
+    states = PackedStates()
     fold(states, data.clicks(count, 1, 50_000), 0)
     return float(len(encode_state(states["user-0000000"])))
 
@@ -106,7 +106,8 @@ def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
     folding = {}
     for count in users:
         folding[count], values[f"bytes_a_user {count}"] = with_users(count, options)
-    values["bytes_a_user 3000, 50 clicks each"] = with_users(3_000, options, 50)[1]
+    many = 3_000 if options.quick else 30_000
+    values[f"bytes_a_user {many}, 50 clicks each"] = with_users(many, options, 50)[1]
     compare("clicks, users", folding, options.rounds)
     folding.clear()
     model, dataset = data.trained(500 if options.quick else 5_000)
