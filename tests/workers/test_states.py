@@ -11,7 +11,7 @@ from model.user_state import UserState, encode_state
 from stream.connection import Connection
 from stream.topics import Topics
 from workers import states as states_module
-from workers.state_writer import StateWriter
+from workers.state_writer import StateWriter, Tombstone
 from workers.states import OwnedStates, States, read_states
 
 PARTITIONS = range(3)
@@ -101,3 +101,17 @@ async def test_a_partition_taken_away_while_it_is_restored_is_read_anew(owned: C
     await asyncio.wait_for(written.wait(), 20)  # nobody that gave the partition up has fenced this one
     await other.forget(PARTITIONS)
     assert (await worker.of(2)).states["u"].offset == 7
+
+
+async def test_an_erased_user_s_null_says_up_to_where(owned: Callable[[], OwnedStates]) -> None:
+    """A click from before the wish, delivered again, must not bring the user back."""
+    before, written = owned(), asyncio.Event()
+
+    async def acknowledge() -> None:
+        written.set()
+
+    writer = (await before.of(0)).writer
+    await writer.put({b"u": state(7)})
+    await writer.put({b"u": Tombstone(9)}, acknowledge)
+    await asyncio.wait_for(written.wait(), 20)
+    assert (await owned().of(0)).states["u"] == UserState(offset=9)
