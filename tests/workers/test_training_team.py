@@ -44,7 +44,8 @@ def learned(make: type[Learner]) -> dict[str, torch.Tensor]:
 @contextmanager
 def torchrun(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-    with subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.PIPE, text=True) as process:
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("UPWELL_")}  # not the service's
+    with subprocess.Popen(command, env=plain | environment, stderr=subprocess.PIPE, text=True) as process:
         try:
             yield process
         finally:
