@@ -18,11 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import kafka
-
 from model.user_state import EMPTY, Applied, Fold, Limits, decode_state, digest, encode_state, split
 from stream.connection import Connection
-from stream.consumer import end_offsets, read_window
+from stream.consumer import committed_offsets, end_offsets, read_window
 from stream.events import EVENT_TYPES, Artifact, BadEvent, Click, Erasure, decode_record, encode
 from stream.producer import ClickProducer
 from stream.topics import ensure
@@ -244,12 +242,7 @@ class Fleet:
 
     def committed(self) -> dict[int, int]:
         """Partition of the clicks -> offset that the group goes on from."""
-        with kafka.KafkaAdminClient(**self.settings.connection.kafka_python()) as admin:
-            try:
-                (group,) = admin.list_group_offsets([self.settings.worker.group]).values()
-            except kafka.errors.CoordinatorNotAvailableError:  # the first group of a new broker
-                return {}
-        return {part.partition: place.offset for part, place in group.items()}
+        return committed_offsets(self.settings.connection, self.settings.worker.group, self.settings.topics.clicks.name)
 
     def lag(self) -> dict[int, int]:
         """Partition -> clicks not yet committed."""
