@@ -1,6 +1,7 @@
 #!/bin/sh
 # deploy/requirements.lock without what only developers need, hashes and all; with "cpu" also without torch and CUDA,
-# which come from another index then: its torch, with hashes, is added where TORCH_INDEX names that index. Needs uv. Usage: image-lock.sh cuda|cpu
+# which come from another index then: its torch, with hashes, is added where TORCH_INDEX names that index. Needs uv.
+# Usage: image-lock.sh cuda|cpu
 set -eu
 names=$(mktemp)
 trap 'rm -f "$names"' EXIT

@@ -139,7 +139,7 @@ def unit(rows: Vectors) -> Vectors:
 
 
 def _multiplies_bf16(device: torch.device) -> bool:
-    """In hardware: elsewhere it is emulated, and slower than float32. Of CPUs those with AMX, 2.5 times as fast."""
+    """In hardware: elsewhere it is emulated, slower than float32. Of CPUs those with AMX (`upwell bench encode`)."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.10

@@ -115,7 +115,8 @@ class UserWorker:
         for read in reads:
             user_id, click = read.click.user_id, read.click
             sent = owned.sent.pop(user_id, None)  # for one click: the next one's list is another
-            fold = folds.setdefault(user_id, Fold(states.get(user_id, EMPTY), self._limits))
+            if (fold := folds.get(user_id)) is None:  # to look a state up is to decode it
+                fold = folds[user_id] = Fold(states.get(user_id, EMPTY), self._limits)
             weighed = Applied(click, self._settings.weight(click), read.offset)
             new = fold.is_new(weighed)
             if new:

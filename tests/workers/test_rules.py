@@ -293,3 +293,22 @@ def test_a_click_is_scored_in_the_list_sent_before_it(snapshot: Snapshot, monkey
     assert scored == [
         fresh(), fresh("i1"), fresh("i1", "i2"), fresh("i1", "i2", "i3"), fresh("i1", "i2", "i3", "i4"), fresh()
     ]  # fmt: skip
+
+
+async def test_a_list_carries_the_trace_of_the_click_it_answers(snapshot: Snapshot) -> None:
+    """Of several clicks of a user in one micro-batch that is the last one."""
+    sent: dict[str, list[Any]] = {}
+
+    class Sender:
+        async def send(self, topic: str, partition: int, records: list[Any]) -> None:
+            sent[topic] = records
+
+    worker = UserWorker(Settings(), Serving(snapshot), None, Sender())  # type: ignore[arg-type]
+    reads = [Read(Click(event_id=f"e{at}", user_id=user, item_id="i1", ts_ms=NOW_MS), at, NOW_MS)
+             for at, user in enumerate("uvuw")]  # fmt: skip
+    folded = worker._fold(Owned({}, cast(Any, None), {}), reads, {})
+    (recommended,) = worker._recommender.recommend([folded])
+    traced = {at: (("traceparent", b"%d" % at),) for at in (0, 1, 2)}
+    await worker._send(0, folded, recommended, [], {}, traced)
+    found = {key: headers for key, _, *headers in sent[Settings().topics.recommendations.name]}
+    assert found == {b"u": [("traceparent", b"2")], b"v": [("traceparent", b"1")], b"w": []}
