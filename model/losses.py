@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 
-def softmax_loss(scores: Tensor, targets: Tensor, excluded: Tensor, weights: Tensor, log_expansion: Tensor) -> Tensor:
-    """Weighted mean cross-entropy of each target among the candidates; scalar.
+def softmax_loss(scores: Tensor, targets: Tensor, excluded: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean cross-entropy of each target among the candidates; scalar. Overwrites the excluded `scores`.
 
     scores (P, C); targets (P,) candidate columns; excluded (P, C) bool, candidates that must not act as
-    negatives (consumed items); weights (P,) >= 0. log_expansion (C,) is log(1 / P(candidate is drawn)): 0 for
-    a full softmax, and it makes the sampled denominator unbiased (Bengio & Senecal 2008).
+    negatives (consumed items); weights (P,) >= 0. With log(1 / P(candidate is drawn)) added to the scores of a sample,
+    0 for the targets, its denominator is unbiased (Bengio & Senecal 2008).
     """
-    excluded = excluded.scatter(1, targets[:, None], False)  # the target always competes
-    own = scores.gather(1, targets[:, None]).squeeze(1)  # (P,)
-    logits = (scores + log_expansion).masked_fill(excluded, float("-inf"))  # (P, C)
-    losses = torch.logsumexp(logits, dim=1) - own  # (P,)
+    places = targets.unsqueeze(1)
+    with torch.no_grad():  # what is excluded has no share, so no gradient: autograd need not know
+        own = scores.gather(1, places)  # the target always competes
+        scores.masked_fill_(excluded, float("-inf")).scatter_(1, places, own)
+    losses = F.cross_entropy(scores, targets, reduction="none")  # (P,)
     return (losses * weights).sum() / weights.sum().clamp_min(1e-6)

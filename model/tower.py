@@ -19,14 +19,14 @@ from model.losses import softmax_loss
 from model.sampling import Padded
 from model.team import ALONE, Team
 
-_GAPS = 20  # buckets of log2 seconds: under a second ... over three days
+GAPS = 20  # buckets of log2 seconds: under a second ... over three days
 _BETAS = (0.9, 0.98)
 
 
 def gap_bucket(milliseconds: Tensor) -> Tensor:
     """Bucket of a time span: 0 below one second, then one a doubling; int64, same shape."""
     seconds = milliseconds.clamp_min(0).float() / 1000
-    return (seconds + 1).log2().long().clamp_max(_GAPS - 1)
+    return (seconds + 1).log2().long().clamp_max(GAPS - 1)
 
 
 def dropped(x: Tensor, share: float, generator: torch.Generator, part: slice, lines: int) -> Tensor:
@@ -51,8 +51,8 @@ class UserTower(nn.Module):
         self.query = nn.Linear(dim, heads * dim)
         self.log_slope = nn.Parameter(torch.linspace(0.0, -4.0, heads))
         self.start_bias = nn.Parameter(torch.full((heads,), -1.0))
-        self.elapsed = nn.Parameter(torch.zeros(_GAPS, heads))
-        self.pause = nn.Parameter(torch.randn(_GAPS, dim) * 0.05)
+        self.elapsed = nn.Parameter(torch.zeros(GAPS, heads))
+        self.pause = nn.Parameter(torch.randn(GAPS, dim) * 0.05)
         self.skip = nn.Parameter(torch.full((heads,), 1.0 / heads))
         self.mlp = nn.Sequential(
             nn.Linear((heads + 1) * dim, hidden), nn.GELU(), nn.LayerNorm(hidden), nn.Linear(hidden, dim)
@@ -172,8 +172,8 @@ class TowerTrainer:
         """One AdamW step, with the rest of the team; the loss before it and the candidates' vectors (C, d) after it.
 
         windows (W, L); columns (W, L) the candidate of each event; candidates: rows (C,), unit text (C, E)
-        and counts (C,); excluded (W, C) and expansion (C,) as in softmax_loss. Raises FloatingPointError on a
-        loss or gradient that is not finite, before any weight has moved.
+        and counts (C,); excluded (W, C) as in softmax_loss, and expansion (C,), which it wants added to the scores.
+        Raises FloatingPointError on a loss or gradient that is not finite, before any weight has moved.
         """
         self.steps += 1
         rows, unit_text, counts = candidates
@@ -186,9 +186,10 @@ class TowerTrainer:
         goals = torch.from_numpy(windows.goals[:, 1:]).to(rows.device)  # (W, L - 1)
         chosen = goals > 0
         user = self._drawn_users(windows, vectors[held[:, :-1]], lines)[chosen]  # (P, d)
-        scores = self.user.log_scale.exp() * (user @ vectors.T) + bias  # (P, C), the step's largest tensor
+        user = self.user.log_scale.exp() * user
+        scores = torch.addmm(bias + expansion, user, vectors.T)  # (P, C), the step's largest tensor
         barred = torch.from_numpy(excluded[part]).to(rows.device)[chosen.nonzero()[:, 0]]
-        loss = softmax_loss(scores, held[:, 1:][chosen], barred, goals[chosen], expansion)
+        loss = softmax_loss(scores, held[:, 1:][chosen], barred, goals[chosen])
         if self._team.size > 1:
             loss = loss * goals[chosen].sum() / whole
         self._descend(loss, rows, leaf, rate)
