@@ -9,6 +9,7 @@ PERSONAL = 3  # parts that depend on the user; the others are columns of the ite
 PARTS = ("tower", "covisitation", "text", "popular_now", "popular_lately", "popular", "new", "young")  # of the mix
 BUCKETS = (1, 5, 20)  # edges of the history-length buckets 0 / 1-4 / 5-19 / 20+
 PAUSES = (60_000, 86_400_000)  # ms, edges of the buckets of time since the user's last event: page, day, longer
+RECENCY = 5.0  # events; a click counts exp(-position / 5) in the co-visitation and text parts
 SITUATIONS = (len(BUCKETS) + 1) * (len(PAUSES) + 1)
 
 PER_ITEM = (

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from model.config import PARTS
 from model.mix import situation
-from model.model import Model, recency, steps
+from model.model import Model
 from model.sampling import History, pad
+from model.serving import recency, steps, taken
 
 LINEAR = {"covisitation": ("covisitation.left", "covisitation.right"), "text": ("text.items", "text.items")}
 
@@ -28,23 +28,20 @@ class Contributions(NamedTuple):
     amounts: NDArray[np.float32]  # (B, M, T)
 
 
-@torch.no_grad()
 def contributions(
     model: Model, histories: Sequence[History], now_ms: Sequence[int], items: NDArray[np.int64]
 ) -> Contributions:
     """For rows of items (B, M): summed over the clicks, the co-visitation and text parts of their scores."""
     history, at = pad(histories, model.config.history), np.asarray(now_ms, np.int64)
-    clicked = torch.from_numpy(history.rows).to(model.device)
-    weights = recency(torch.from_numpy(history.weights).to(model.device) * (clicked >= 0))  # (B, T)
-    mix = model.arrays["mix"][torch.from_numpy(situation(history, at)).to(model.device)]  # (B, F)
-    amounts = torch.zeros(*items.shape, clicked.shape[1], device=model.device)
+    clicked, weights = np.maximum(history.rows, 0), recency(history.weights * (history.rows >= 0))  # (B, T)
+    mix = model.served["mix"][situation(history, at)]  # (B, F)
+    amounts = np.zeros((*items.shape, clicked.shape[1]), np.float32)
     for part, (left, right) in LINEAR.items():
-        added = steps(model.arrays[left], clicked.clamp_min(0), weights, history.disliked)  # (B, T, K)
-        length = added.sum(dim=1).norm(dim=1).clamp_min(1e-12)  # (B,) as F.normalize has it
+        added = steps(taken(model.served[left], clicked), weights, history.disliked)  # (B, T, K)
+        length = np.maximum(np.linalg.norm(added.sum(axis=1), axis=1), 1e-12)  # (B,) as F.normalize has it
         scale = mix[:, PARTS.index(part)] / length
-        wanted = model.arrays[right][torch.from_numpy(items).to(model.device)]  # (B, M, K)
-        amounts += scale[:, None, None] * (wanted @ added.transpose(1, 2))
-    return Contributions(history.rows, amounts.cpu().numpy())
+        amounts += scale[:, None, None] * (taken(model.served[right], items) @ added.transpose(0, 2, 1))
+    return Contributions(history.rows, amounts)
 
 
 class Reasons(NamedTuple):

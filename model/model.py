@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from model.config import PARTS, PER_ITEM, PERSONAL, ModelConfig, array_shapes
+from model import serving
+from model.config import PARTS, PER_ITEM, PERSONAL, RECENCY, ModelConfig, array_shapes
 from model.mix import situation
 from model.sampling import Events as Events
 from model.sampling import History as History
@@ -30,7 +32,6 @@ COLUMNS = ("tower.items", "tower.bias", "covisitation.right", "text.items", "pop
 TEXT_GAIN = 5.0  # brings cosines of text to the spread of the other parts, for one Adagrad rate
 _PCA_ITEMS = 64  # below it the text projection is random: too few texts to find directions in
 _MEAN_GROWTH = 1.1  # the mean text moves when the catalogue has grown by this much: it re-centres every item
-_RECENCY = 5.0  # events; weight of a click in the co-visitation and text parts is exp(-position / 5)
 
 
 def centred(text: Tensor, mean: Tensor) -> Tensor:
@@ -142,6 +143,11 @@ class Model:
         """(M, d) tower vectors of rows (M,), of length 1: how alike items are by text and behaviour together."""
         return _numpy(self.arrays["tower.items"][torch.from_numpy(rows).to(self.device)])
 
+    @cached_property
+    def served(self) -> dict[str, Floats]:
+        """All arrays for numpy, those of the user tower as `user.*`: the tensors' own memory, a copy of a GPU's."""
+        return {name: _numpy(tensor) for name, tensor in self._tensors().items()}
+
     @torch.inference_mode()
     def user_vectors(self, histories: Sequence[History], now_ms: Sequence[int]) -> Floats:
         """(B, D) queries at the given times. Raises ValueError on a row outside the id table."""
@@ -151,6 +157,8 @@ class Model:
         if history.rows.max() >= len(self.ids):
             raise ValueError(f"item row {history.rows.max()} is outside the table of {len(self.ids)} items")
         at = np.asarray(now_ms, np.int64)
+        if self.device.type == "cpu":
+            return serving.user_vectors(self.served, self.tower.heads, history, at)
         parts = self.user_parts(history, at)
         mix = self.arrays["mix"][torch.from_numpy(situation(history, at)).to(self.device)]  # (B, F)
         scaled = [parts[name] * mix[:, column : column + 1] for column, name in enumerate(PARTS[:PERSONAL])]
@@ -246,7 +254,7 @@ def _check(tensors: dict[str, Tensor], expected: dict[str, Any]) -> None:
 def recency(weights: Tensor) -> Tensor:
     """What clicks of weights (B, T), newest last, count in the co-visitation and text parts."""
     age = torch.arange(weights.shape[1] - 1, -1, -1, device=weights.device)
-    return weights * torch.exp(-age / _RECENCY)
+    return weights * torch.exp(-age / RECENCY)
 
 
 def steps(table: Tensor, rows: Tensor, faded: Tensor, disliked: bool) -> Tensor:
@@ -254,7 +262,7 @@ def steps(table: Tensor, rows: Tensor, faded: Tensor, disliked: bool) -> Tensor:
 
     Of an event with a negative weight only what it does not share with the positive ones: one dislike says little
     about everything that the user ever chose (docs/quality.md). disliked: whether any weight is negative; where none
-    is, that part is left out (0.25 of the 1.2 ms that a list and its reasons take).
+    is, that part is left out.
     """
     whole = faded.unsqueeze(2) * table[rows]
     if not disliked:

@@ -105,15 +105,17 @@ class Fold:
     def is_new(self, click: Applied) -> bool:
         return click.offset > self.offset and digest(click.click.event_id) not in self._event_ids
 
-    def apply(self, click: Applied) -> None:
+    def apply(self, click: Applied) -> bool:
+        """Whether it was new."""
         new, self.offset = self.is_new(click), max(self.offset, click.offset)
         if not new:
-            return
+            return False
         self.applied += 1
         self._event_ids.add(digest(click.click.event_id), self.limits.event_ids)
         self._seen.add(digest(click.click.item_id))
         entry = Entry(click.click.item_id, click.weight, click.click.ts_ms)
         _insert(self.history, entry, self.limits.history)
+        return True
 
     def erase(self, offset: int) -> None:
         """Forgets everything up to this offset; an erasure read again forgets nothing that came after it."""

@@ -9,7 +9,6 @@ from importlib.metadata import version
 from typing import Any
 
 import structlog
-import torch
 import uvicorn
 from litestar import Litestar, Router
 from litestar.config.cors import CORSConfig
@@ -19,6 +18,7 @@ from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
 from litestar.types import Message, Scope
+from threadpoolctl import threadpool_limits
 
 from workers import routes_erasure, routes_ingest, routes_ops, routes_read, routes_recommend, routes_stream
 from workers.guests import OtherEncoder
@@ -126,7 +126,7 @@ class Server(uvicorn.Server):
 
 def run_server(settings: Settings, keys: Keys = OPEN) -> int:
     serve = settings.serve
-    torch.set_num_threads(1)
+    threadpool_limits(1)  # torch and BLAS
     end_with_threads()
     if keys.required and serve.cert_file is None:
         log.warning("keys travel in the clear: set serve.cert_file, or put a proxy that speaks TLS in front")

@@ -230,9 +230,8 @@ class Snapshot:
         """The list, chosen from candidates (M,) by the rules."""
         ids, rules = self.model.ids, query.rules
         if not (rules.diversity or rules.explore):
-            return [
-                Ranked(ids[row], round(float(score), 5)) for row, score in zip(rows, scores, strict=True) if row >= 0
-            ]
+            places = zip(rows.tolist(), np.asarray(scores, np.float64).round(5).tolist(), strict=True)
+            return [Ranked(ids[row], score) for row, score in places if row >= 0]
         rows, scores = rows[rows >= 0], scores[rows >= 0]
         tastes = self.model.tastes(rows)  # (M, d)
         order = diversify(scores, tastes, rules.diversity, k)

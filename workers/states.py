@@ -15,9 +15,10 @@ import structlog
 from model.user_state import EMPTY, UserState, decode_state, encode_state
 from stream.connection import Connection
 from stream.consumer import Record, read_window
+from stream.events import OFFSET_HEADER
 from workers import metrics
 from workers.settings import Settings
-from workers.state_writer import OFFSET_HEADER, StateWriter, Tombstone
+from workers.state_writer import StateWriter, Tombstone
 
 log = structlog.get_logger()
 
@@ -31,6 +32,9 @@ class PackedStates(States):
 
     def __init__(self) -> None:
         self._records: dict[str, bytes] = {}
+
+    def packed(self, user_id: str) -> bytes:
+        return self._records[user_id]
 
     def __getitem__(self, user_id: str) -> UserState:
         return decode_state(self._records[user_id])
@@ -91,11 +95,6 @@ def keep_newest(states: States, record: Record) -> tuple[str, UserState, UserSta
     return user_id, before, state
 
 
-def encoded(state: UserState) -> bytes | Tombstone:
-    """What goes into the users topic."""
-    return Tombstone(state.offset) if state.erased else encode_state(state)
-
-
 class Sent(NamedTuple):
     """A list that a user has: the best items of this generation at the user's newest state."""
 
@@ -106,9 +105,13 @@ class Sent(NamedTuple):
 class Owned(NamedTuple):
     """A partition's states, the only way to write them, and the newest list of each user sent since the assignment."""
 
-    states: States
+    states: PackedStates
     writer: StateWriter
     sent: dict[str, Sent]
+
+    def record(self, user_id: str, state: UserState) -> bytes | Tombstone:
+        """What goes into the users topic of this state, which is in `states` already."""
+        return Tombstone(state.offset) if state.erased else self.states.packed(user_id)
 
 
 class OwnedStates:

@@ -23,7 +23,7 @@ from workers.recommender import Before, Folded, Read, Recommended, Recommender
 from workers.sender import BatchSender, Header, Keyed
 from workers.settings import Settings
 from workers.state_writer import Acknowledge, Tombstone, state_record
-from workers.states import Owned, OwnedStates, encoded
+from workers.states import Owned, OwnedStates
 from workers.tracing import click_spans
 
 log = structlog.get_logger()
@@ -69,7 +69,7 @@ class UserWorker:
         reads, erased, dead = self._decode(records)
         folded = self._fold(owned, reads, erased)
         owned.states.update(folded.states)
-        await owned.writer.put({u.encode(): encoded(folded.states[u]) for u in folded.changed})
+        await owned.writer.put({u.encode(): owned.record(u, folded.states[u]) for u in folded.changed})
         folded_at = time.perf_counter()
         recommended = await self._lists.ask(folded)
         recommended_at = time.perf_counter()
@@ -118,13 +118,13 @@ class UserWorker:
             if (fold := folds.get(user_id)) is None:  # to look a state up is to decode it
                 fold = folds[user_id] = Fold(states.get(user_id, EMPTY), self._limits)
             weighed = Applied(click, self._settings.weight(click), read.offset)
-            new = fold.is_new(weighed)
-            if new:
-                scored = to_score > 0 and not fold.has_seen(click.item_id)
-                to_score -= scored
-                applied.append(Before(click, tuple(fold.history) if scored else None, fold.num_seen, sent))
-            num_duplicate += not new
-            fold.apply(weighed)
+            history = tuple(fold.history) if to_score > 0 and not fold.has_seen(click.item_id) else None
+            before = Before(click, history, fold.num_seen, sent)
+            if fold.apply(weighed):
+                to_score -= history is not None
+                applied.append(before)
+            else:
+                num_duplicate += 1
             newest[user_id] = read
         metrics.clicks.labels("applied").inc(len(applied))  # once a micro-batch: 2 us a click otherwise
         metrics.clicks.labels("duplicate").inc(num_duplicate)

@@ -4,7 +4,7 @@ import asyncio
 from functools import partial
 from typing import Any
 
-import torch
+from threadpoolctl import threadpool_limits
 
 from workers import metrics
 from workers.faust_batches import batch_app, execute
@@ -22,7 +22,7 @@ SECOND_LOOK_S = 5.0  # twice that is what a click waits if Faust drops the batch
 
 def run_worker(settings: Settings) -> int:
     """Run until SIGTERM or SIGINT; the exit code. Anything unexpected ends the process before the commit."""
-    torch.set_num_threads(1)
+    threadpool_limits(1)  # torch and BLAS
     end_with_threads()
     live, sender = Live(settings, keep_previous=True), BatchSender(settings.connection)
 
