@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hashlib import blake2b
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,13 +12,13 @@ class Copies:
     """Which rows of vectors (N, D) are equal, bit for bit: G groups, numbered by their first row.
 
     Items without text and clicks share one vector. Indexed one by one they link to each other alone and become an
-    island that a search cannot leave: recall@20 was 0.75 at ef 256 with half of 3,000 vectors equal. Takes 1.3 s for
-    a million items.
+    island that a search cannot leave: recall@20 was 0.75 at ef 256 with half of 3,000 vectors equal. Rows are
+    told apart by hashes of 16 bytes: sorting the rows themselves takes the memory of the vectors three times.
     """
 
     def __init__(self, vectors: NDArray[np.float32]) -> None:
-        whole = np.ascontiguousarray(vectors).view(f"V{vectors.shape[1] * vectors.itemsize}")[:, 0]  # (N,)
-        _, first, group = np.unique(whole, return_index=True, return_inverse=True)
+        hashes = b"".join(blake2b(row, digest_size=16).digest() for row in np.ascontiguousarray(vectors))
+        _, first, group = np.unique(np.frombuffer(hashes, "V16"), return_index=True, return_inverse=True)
         number = np.argsort(np.argsort(first))  # (G,) np.unique sorts by bytes
         self.first = np.sort(first)  # (G,) rows
         self.order = np.argsort(number[group], kind="stable")  # (N,) rows, group after group

@@ -87,7 +87,8 @@ def build_generation(
         model.save(building / "model")
         np.save(building / ITEMS, vectors)
         index.save(building / INDEX)
-        save_file({name: np.ascontiguousarray(array[:NUM_PROBES]) for name, array in probes.items()}, building / PROBES)
+        arrays = {name: np.ascontiguousarray(array[:NUM_PROBES]) for name, array in probes.items()}
+        save_file(arrays if index.scale is None else arrays | {"scale": index.scale}, building / PROBES)
         files = {name: file_entry(building / name) for name in sorted(file_names(building))}
         manifest = Manifest(
             format=FORMAT,

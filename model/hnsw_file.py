@@ -17,7 +17,7 @@ from model.queries import Rows, Vectors
 # offset of layer 0, most points, G, bytes of a record, offsets of label and point in it; top level, entry point;
 # most links above, in layer 0, M; level multiplier; ef_construction
 _HEADER = struct.Struct("<6QiI3QdQ")
-_POINTS_AT_ONCE = 65_536
+_POINTS_AT_ONCE = 16_384
 
 
 def width(path: Path) -> int:

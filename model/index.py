@@ -6,11 +6,12 @@ B queries, N items, D dimensions, K results. A row is an item's position in the 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import hnswlib
 import numpy as np
+from numpy.typing import NDArray
 
 from model import hnsw_file
 from model.copies import Copies
@@ -19,7 +20,11 @@ from model.queries import Excluded, Rows, Vectors, check_excluded, check_queries
 # A search wider than N / EXACT_SHARE costs more than a scan, in batches of 16; the share grows with the root of the
 # batch, from 4 queries (fewer read all vectors for each) to 128. `upwell bench search` prints the crossover.
 EXACT_SHARE = 64
+# A query is odd, and scanned, where its mean square in the columns of a scaled graph is so many times the usual one:
+# users had 0.4 to 1.9, queries of text alone 43 to 330, of whose best 20 the graph of 20,000 items found .57 at ef 64.
+ODD = 8.0
 _SCORES_AT_ONCE = 16_000_000  # floats of one block of the scan: 64 MB
+_POINTS_AT_ONCE = 16_384  # lifted at a time: 13 MB
 _GROUP = 16  # scores of which `_top` first takes the greatest: selection was half of a scan's time, now a tenth
 
 
@@ -90,15 +95,25 @@ class HnswIndex:
     MovieTweetings-100k, 10,506 items          .991 / .998  .985 / .990
     Online Retail, 3,676 items                 .927 / .982  .849 / .898
     20,000 clustered items, norms lognormal(.4)  .306 / .733  .972 / .996
+
+    A lifted graph holds the columns times `scale` (D,), and is asked for queries divided by it: no inner product
+    changes, but which items are neighbours does (docs/performance.md, search).
     """
 
     def __init__(
-        self, graph: hnswlib.Index, vectors: Vectors, copies: Copies, lifted: bool, ef: int, threads: int
+        self,
+        graph: hnswlib.Index,
+        vectors: Vectors,
+        copies: Copies,
+        lifted: bool,
+        ef: int,
+        threads: int,
+        scale: Vectors | None = None,
     ) -> None:
         self.exact = ExactIndex(vectors)
         self.size, self.dim = vectors.shape
         self.threads = threads
-        self._graph, self._copies, self._lifted = graph, copies, lifted
+        self._graph, self._copies, self._lifted, self.scale = graph, copies, lifted, scale
         self.ef = ef
 
     @property
@@ -116,6 +131,7 @@ class HnswIndex:
         vectors: Vectors,
         *,
         lifted: bool = True,
+        scale: Vectors | None = None,
         M: int = 16,
         ef_construction: int = 200,
         ef: int = 128,
@@ -127,35 +143,30 @@ class HnswIndex:
             raise ValueError(f"vectors must be (N, D), not empty and finite, got {vectors.shape}")
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
         copies = Copies(vectors)
-        points = vectors[copies.first]  # (G, D)
-        if lifted:
-            points = _lift(points, _longest(vectors))  # (G, D + 1)
-        graph = hnswlib.Index(space="l2" if lifted else "ip", dim=points.shape[1])
+        points, dim = _points(vectors, copies, lifted, scale)
+        graph = hnswlib.Index(space="l2" if lifted else "ip", dim=dim)
         graph.init_index(len(copies), M=M, ef_construction=ef_construction, random_seed=seed)
-        graph.add_items(points, np.arange(len(copies)), num_threads=threads)
-        return cls(graph, vectors, copies, lifted, ef, threads)
+        for labels in np.split(np.arange(len(copies)), range(_POINTS_AT_ONCE, len(copies), _POINTS_AT_ONCE)):
+            graph.add_items(points(labels), labels, num_threads=threads)
+        return cls(graph, vectors, copies, lifted, ef, threads, scale)
 
     def save(self, path: Path) -> None:
         self._graph.save_index(os.fspath(path))
 
     @classmethod
-    def load(cls, path: Path, vectors: Vectors, ef: int = 128, threads: int = 1) -> HnswIndex:
-        """The graph saved for these vectors (N, D). ValueError where it is seen to hold anything else.
+    def load(
+        cls, path: Path, vectors: Vectors, ef: int = 128, threads: int = 1, scale: Vectors | None = None
+    ) -> HnswIndex:
+        """The graph saved for these vectors (N, D) and this scale. ValueError where it is seen to hold anything else.
 
         A damaged file can still crash hnswlib: compare its hash first, and load in a process that may die.
         """
-        copies, longest = Copies(vectors), _longest(vectors)
-        lifted = hnsw_file.width(path) == vectors.shape[1] + 1
-        shape = len(copies), vectors.shape[1] + lifted
-
-        def points(labels: Rows) -> Vectors:
-            some = vectors[copies.first[labels]]
-            return _lift(some, longest) if lifted else some
-
-        hnsw_file.check(path, shape, points)
-        graph = hnswlib.Index(space="l2" if lifted else "ip", dim=shape[1])
+        copies, lifted = Copies(vectors), hnsw_file.width(path) == vectors.shape[1] + 1
+        points, dim = _points(vectors, copies, lifted, scale)
+        hnsw_file.check(path, (len(copies), dim), points)
+        graph = hnswlib.Index(space="l2" if lifted else "ip", dim=dim)
         graph.load_index(os.fspath(path), max_elements=len(copies))
-        return cls(graph, vectors, copies, lifted, ef, threads)
+        return cls(graph, vectors, copies, lifted, ef, threads, scale)
 
     def search(
         self, queries: Vectors, k: int, excluded: Sequence[Rows] | None = None, hidden: Rows | None = None
@@ -173,7 +184,7 @@ class HnswIndex:
         """`search` for checked arguments."""
         rows = np.full((len(queries), k), -1, np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)
-        fetch = self._fetch(k, out)
+        fetch = np.where(self._odd(queries), 0, self._fetch(k, out))
         for fetched in np.unique(fetch[fetch > 0]):
             chosen = np.flatnonzero(fetch == fetched)
             rows[chosen], scores[chosen] = self._approximate(queries[chosen], k, int(fetched), out.of(chosen))
@@ -201,10 +212,18 @@ class HnswIndex:
         scan = (np.maximum(fetch, self.ef) * share > self.size) | (rounded > len(self._copies))
         return np.where(scan, 0, rounded)
 
+    def _odd(self, queries: Vectors) -> NDArray[np.bool_]:
+        """Which queries (B, D) weigh what those that gave the scale hardly weighed: the graph was not made for them."""
+        if self.scale is None:
+            return np.zeros(len(queries), np.bool_)
+        usual = self.dim / np.square(self.scale).sum()
+        return np.asarray(np.square(queries / self.scale).sum(axis=1) > ODD * usual * np.square(queries).sum(axis=1))
+
     def _approximate(self, queries: Vectors, k: int, fetch: int, out: Excluded) -> tuple[Rows, Vectors]:
         """One hnswlib call; a query with fewer than k eligible results ends in row -1."""
         try:
-            points = np.pad(queries, ((0, 0), (0, 1))) if self._lifted else queries
+            scaled = queries if self.scale is None else queries / self.scale
+            points = np.pad(scaled, ((0, 0), (0, 1))) if self._lifted else queries
             found, _ = self._graph.knn_query(points, fetch, num_threads=self.threads)
         except RuntimeError:  # "Cannot return the results in a contiguous 2D array": a graph in parts
             return np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -np.inf, np.float32)
@@ -224,12 +243,21 @@ class HnswIndex:
         return np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
 
 
-def _longest(vectors: Vectors) -> float:
-    """The greatest squared length of vectors (N, D)."""
-    return float(np.einsum("nd,nd->n", vectors, vectors).max())
+def _points(
+    vectors: Vectors, copies: Copies, lifted: bool, scale: Vectors | None
+) -> tuple[Callable[[Rows], Vectors], int]:
+    """What a graph holds under its labels, and its width: vectors (N, D), lifted to (N, D + 1) of equal length."""
+    if not lifted:
+        return lambda labels: vectors[copies.first[labels]], vectors.shape[1]
 
+    def scaled(rows: Rows) -> tuple[Vectors, Vectors]:
+        some = vectors[rows] if scale is None else vectors[rows] * scale
+        return some, np.einsum("nd,nd->n", some, some)
 
-def _lift(vectors: Vectors, longest: float) -> Vectors:
-    """(N, D) -> (N, D + 1), all of squared length `longest`."""
-    squares = np.einsum("nd,nd->n", vectors, vectors)
-    return np.column_stack([vectors, np.sqrt(np.maximum(longest - squares, 0))])
+    def points(labels: Rows) -> Vectors:
+        some, squares = scaled(copies.first[labels])
+        return np.column_stack([some, np.sqrt(np.maximum(longest - squares, 0))])
+
+    blocks = np.split(copies.first, range(_POINTS_AT_ONCE, len(copies), _POINTS_AT_ONCE))
+    longest = max(scaled(rows)[1].max() for rows in blocks)
+    return points, vectors.shape[1] + 1

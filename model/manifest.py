@@ -3,7 +3,8 @@
     model/               what Model.save wrote, the item ids among it
     items.npy            item vectors (N, D) float32; a row is the item's place in the model's ids
     index.hnsw           their graph
-    probes.safetensors   queries (P, D), their exact top 20 (rows, scores), the scores found through the graph
+    probes.safetensors   queries (P, D), their exact top 20 (rows, scores), the scores found through the graph; and,
+                         where the graph has one, the scale of its columns (D,)
     manifest.json        Manifest; its own SHA-256 travels in the announcement
 
 The search process imports this file and must start in well under a second: no torch, no fsspec.
@@ -138,8 +139,8 @@ def load_index(folder: Path, manifest: Manifest, threads: int = 1) -> HnswIndex:
     """
     items = load_items(folder, manifest)
     try:
-        index = HnswIndex.load(folder / INDEX, items, manifest.ef_search, threads)
         probes = load_file(folder / PROBES)
+        index = HnswIndex.load(folder / INDEX, items, manifest.ef_search, threads, probes.get("scale"))
         queries, rows, scores, found = (probes[name] for name in ("queries", "rows", "scores", "found"))
         _, found_now = index.search_graph(queries, scores.shape[1])  # (P, 20)
         exact_now = np.einsum("pkd,pd->pk", items[rows], queries)  # (P, 20)

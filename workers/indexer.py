@@ -192,6 +192,7 @@ class Indexer:
                 offsets=announced.offsets if announced else {},
                 parent=announced.name if announced else None,
                 metrics=announced.metrics if announced else {},
+                threads=self._settings.indexer.threads,
             )
             digest = manifest_sha256(folder)
             url = publish(folder, root)

@@ -141,19 +141,18 @@ class Live:
             metrics.swaps.labels("refused").inc()
             log.warning("generation refused", generation=announced.name, reason=str(error))
             return False
-        older, self.previous, self.snapshot, self._stale = self.previous, self.snapshot, new, False
+        self.previous, self.snapshot, self._stale = self.snapshot, new, False
         metrics.swaps.labels("served").inc()
         metrics.swap_s.observe(time.monotonic() - began)
         self._gauge(new)
         log.info("generation serves", generation=announced.name, items=new.num_indexed, fresh=len(new.fresh))
-        if older is not None:
-            older.search.close()
         if not self._keep_previous:
             self.release_previous()
         return True
 
     def _load(self, announced: Artifact) -> Snapshot:
         folder = fetch(announced.url, self._settings.cache / "generations", announced.manifest_sha256)
+        self.release_previous()  # two are in memory at most: a trial of the serving one ends here
         model = Model.load(folder / "model")
         search = SearchProcess(folder, announced.manifest_sha256)
         try:

@@ -30,6 +30,7 @@ from stream.closing import Closing
 
 _READY = struct.Struct("<2q")  # N, D; or -1 and the length of the reason
 _CALL = struct.Struct("<4q")  # B, k, E, H
+_LOADED_PER_S = 20_000_000  # bytes, at least: verified, checked and loaded at 100 MB/s on a busy core
 _END_S = 5.0  # from the end of its socket a child needs milliseconds to leave
 _PR_SET_PDEATHSIG = 1
 
@@ -46,14 +47,14 @@ class SearchProcess(Closing):
     """A child that has verified, loaded and probed one generation. Thread-safe: calls queue up.
 
     `manifest_sha256` is the announced one. `threads` bounds the cores of one call. `timeout_s` is the longest
-    wait for readiness and for one answer. Raises GenerationRefused.
+    wait for one answer, and for readiness beside the time that so many bytes take. Raises GenerationRefused.
     """
 
     def __init__(self, folder: Path, manifest_sha256: str, *, threads: int = 1, timeout_s: float = 60.0) -> None:
         self.num_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair()
-        self._socket.settimeout(timeout_s)
+        self._socket.settimeout(timeout_s + self.num_bytes / _LOADED_PER_S)
         root = str(Path(__file__).resolve().parents[1])
         paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         arguments = [theirs.fileno(), os.getpid(), folder.resolve(), manifest_sha256, threads]
@@ -66,6 +67,7 @@ class SearchProcess(Closing):
             )
         try:
             self.size, self.dim = _READY.unpack(_receive(self._socket, _READY.size))
+            self._socket.settimeout(timeout_s)
             reason = "" if self.size >= 0 else _receive(self._socket, self.dim).decode()
         except (EOFError, OSError) as error:
             reason = self._end(error)

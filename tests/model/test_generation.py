@@ -9,7 +9,9 @@ import fsspec
 import msgspec
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from model import probes
 from model.config import ModelConfig
 from model.generation import RecallTooLow, build_generation, fetch, prune, publish
 from model.index import ExactIndex
@@ -122,6 +124,42 @@ def test_another_shape_is_built_where_the_first_does_not_do(model: Model, tmp_pa
     assert wide.metrics["recall@20"] >= 0.99
     with pytest.raises(RecallTooLow):
         build(tmp_path / "b", model, shapes=((2, 4),), ef_search=(60,))
+
+
+def test_the_scale_of_the_columns_goes_with_the_graph(folder: Path) -> None:
+    """Twice the right one: another order of points, which no inner product shows."""
+    stored = load_file(folder / "probes.safetensors")
+    assert (stored["scale"] > 0).all() and np.ptp(stored["scale"]) > 0
+    save_file(stored | {"scale": 2 * stored["scale"]}, folder / "probes.safetensors")
+    rewrite(folder, files=verify_files(folder))
+    with pytest.raises(DamagedGeneration, match="other points"):
+        load_index(folder, verify(folder))
+
+
+def test_a_generation_from_before_scales_is_read(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "column_scale", lambda _: None)
+    manifest = build(tmp_path / "g0", model)
+    assert "scale" not in load_file(tmp_path / "g0" / "probes.safetensors")
+    assert load_index(tmp_path / "g0", manifest).scale is None
+
+
+def test_made_up_users_have_short_and_long_pasts_and_pauses(model: Model) -> None:
+    """As many kinds as a mix has situations: what it weighs in each decides what a graph must find."""
+    asked: list[tuple[int, int]] = []
+
+    class Asked(Changed):
+        def user_vectors(self, histories: Sequence[History], now_ms: Sequence[int]) -> np.ndarray[Any, Any]:
+            pasts = zip(histories, now_ms, strict=True)
+            asked.extend((len(past.rows), now - past.ts_ms[-1]) for past, now in pasts if len(past.rows))
+            assert all(len(set(past.rows.tolist())) == len(past.rows) for past in histories)
+            return super().user_vectors(histories, now_ms)
+
+    walks = probes.walk(Asked(model, model.item_vectors()), ExactIndex(model.item_vectors()), 60)
+    assert walks.shape == (60, model.dim) and np.isfinite(walks).all()
+    lengths, pauses = map(np.array, zip(*asked[-60:], strict=True))
+    assert set(pauses) == set(probes.PAUSES_MS)
+    for pause in probes.PAUSES_MS:
+        assert lengths[pauses == pause].min() < 10 and lengths[pauses == pause].max() >= 20
 
 
 def test_a_generation_is_never_overwritten(folder: Path, model: Model) -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import model.index
 from model.index import ExactIndex, HnswIndex, recall
+from model.probes import column_scale
 from model.queries import Rows, Vectors
 
 N, D = 3000, 16
@@ -181,6 +182,52 @@ def test_a_file_of_other_vectors_is_refused(lifted: bool, tmp_path: Path) -> Non
         HnswIndex.load(tmp_path / "index", VECTORS[:-1])
     with pytest.raises(ValueError, match="other points"):
         HnswIndex.load(tmp_path / "index", VECTORS[::-1])
+
+
+def loud() -> tuple[Vectors, Vectors, Vectors]:
+    """Items (N, D), half of whose columns are eight times the others and hardly weighed by queries (40, D); scale."""
+    weight = np.repeat([1.0, 8.0], D // 2).astype(np.float32)
+    queries = QUERIES / weight**2
+    return VECTORS * weight, queries, column_scale(queries)
+
+
+def test_scaled_columns_find_what_loud_columns_hide() -> None:
+    vectors, queries, scale = loud()
+    truth = ExactIndex(vectors).search(queries, 20)[1]
+    plain, scaled = (HnswIndex.build(vectors, scale=s).search_graph(queries, 20) for s in (None, scale))
+    assert recall(plain[1], truth) < 0.9 < 0.95 < recall(scaled[1], truth)
+    assert np.allclose(scaled[1], np.einsum("bkd,bd->bk", vectors[scaled[0]], queries), atol=1e-4)
+
+
+def test_a_query_that_the_scale_was_not_made_for_is_scanned() -> None:
+    """As words are, which ask the text part alone."""
+    vectors, queries, scale = loud()
+    quiet = queries.copy()
+    quiet[:, : D // 2] = 0
+    index, both = HnswIndex.build(vectors, scale=scale, ef=20), np.vstack([quiet, queries])
+    truth, found = (
+        np.concatenate([some.search(one[None], 20)[1] for one in both]) for some in (ExactIndex(vectors), index)
+    )
+    assert np.array_equal(found[:40], truth[:40]) and not np.array_equal(found[40:], truth[40:])
+    assert recall(index.search_graph(quiet, 20)[1], truth[:40]) < 0.9
+
+
+def test_a_scaled_graph_is_loaded_with_its_scale_alone(tmp_path: Path) -> None:
+    vectors, queries, scale = loud()
+    built = HnswIndex.build(vectors, scale=scale)
+    built.save(tmp_path / "index")
+    loaded = HnswIndex.load(tmp_path / "index", vectors, scale=scale)
+    assert (loaded.search_graph(queries, 20)[0] == built.search_graph(queries, 20)[0]).all()
+    for other in (None, np.roll(scale, 3)):
+        with pytest.raises(ValueError, match="other points"):
+            HnswIndex.load(tmp_path / "index", vectors, scale=other)
+
+
+def test_points_in_blocks_make_the_same_graph(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    INDEX.save(tmp_path / "whole")
+    monkeypatch.setattr(model.index, "_POINTS_AT_ONCE", 700)
+    HnswIndex.build(VECTORS, ef=400).save(tmp_path / "blocks")
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "blocks").read_bytes()
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["cut", "zeros", "noise", "vector"]))

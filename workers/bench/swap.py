@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from model.manifest import verify
 from model.model import Model
 from model.queries import Vectors
 from workers.bench import data
@@ -70,6 +71,7 @@ def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
         began = time.perf_counter()
         artifact = data.generation(folder, grown)
         build_s = time.perf_counter() - began
+        manifest = verify(folder)
         files_mib = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
         serving = SearchProcess(folder, artifact.manifest_sha256)
         traffic = Traffic(serving, queries)
@@ -97,6 +99,7 @@ def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
     }
     values = {f"longest_wait_ms {name}": figure for name, figure in medians(runs).items()}
     values |= {"build_s": build_s, "load_s": statistics.median(loads_s), "search_process_mib": alone_mib}
+    values |= {"recall@20": manifest.metrics["recall@20"], "ef": float(manifest.ef_search), "dim": float(manifest.dim)}
     return ratios, values | {"files_mib": files_mib, "items": float(count), "swaps": float(len(loads_s))}
 
 
