@@ -121,6 +121,21 @@ class UserOut(Struct, kw_only=True):
     arm: str
 
 
+class Erased(Struct, kw_only=True):
+    """cleared: state, seen items, lists and dead letters are gone. gone: the wish and all before it left Kafka, too.
+
+    gone_by_ms: by then at the latest, as the topics are set now; the trainer has left the user out long before.
+    """
+
+    receipt: str
+    partition: int
+    offset: int
+    requested_ms: int | None  # None: no longer known
+    cleared: bool = False
+    gone: bool = False
+    gone_by_ms: int | None = None
+
+
 class Rejected(Struct):
     index: Annotated[int, Meta(description="position in the request, from 0")]
     cause: str
@@ -155,13 +170,15 @@ class EventIn(Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Path(Struct):
-    """A click's way, each moment in ms since the epoch. Clocks: Kafka's (click), the worker's (update, list), ours."""
+    """A click's way, each moment in ms since the epoch. Clocks: Kafka's (clicked, published), the worker's (updated,
+    sent), this server's."""
 
     event_id: str
     partition: int
     offset: int
     clicked_ms: Annotated[int, Meta(description="Kafka took the click")]
-    sent_ms: Annotated[int, Meta(description="the worker sent the list")]
+    sent_ms: Annotated[int, Meta(description="the worker had vector and list, and sent it")]
+    published_ms: Annotated[int, Meta(description="Kafka took the list")]
     seen_ms: Annotated[int, Meta(description="this server read it")]
     pushed_ms: int
     updated_ms: Annotated[

@@ -7,13 +7,13 @@ ApiError(RuntimeError)     the service has refused the request: `status`, and it
 import time
 import uuid
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar, Unpack
 from urllib.parse import quote
 
 import httpx
 import msgspec
 
-from stream.answers import Answer, EventIn, Guest, ItemOut, ItemsOut, Receipt, Similar, Status, Update, UserOut
+from stream.answers import Answer, Erased, EventIn, Guest, ItemOut, ItemsOut, Receipt, Similar, Status, Update, UserOut
 from stream.closing import Closing
 from stream.events import Item
 
@@ -35,6 +35,23 @@ class Unavailable(ApiError):
 T = TypeVar("T")
 
 
+class Rules(TypedDict, total=False):
+    """What may stand in a list, and how it is chosen: as the API's parameters of these names."""
+
+    categories: list[str]
+    exclude: list[str]
+    available_only: bool
+    max_age: int
+    diversity: float
+    explore: float
+
+
+class UserRules(Rules, total=False):
+    exclude_seen: bool
+    min_offset: int
+    explain: bool
+
+
 class Client(Closing):
     """A context manager; one a thread. `patience_s`: how long a request is tried again before Unavailable."""
 
@@ -43,17 +60,16 @@ class Client(Closing):
         self._http = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=timeout_s)
         self._timeout_s, self._patience_s = timeout_s, patience_s
 
-    def recommendations(self, user_id: str, k: int = 20, **rules: Any) -> Answer:
-        """The user's k best items now. rules: categories, exclude (lists), exclude_seen, available_only, max_age,
-        diversity, explore, min_offset, explain."""
+    def recommendations(self, user_id: str, k: int = 20, **rules: Unpack[UserRules]) -> Answer:
+        """The user's k best items now."""
         return self._get(f"/v1/users/{quote(user_id, safe='')}/recommendations", Answer, k=k, **rules)
 
     def recommend(self, guest: Guest) -> Answer:
         """For a guest, of whom nothing is stored."""
         return self._call("POST", "/v1/recommendations", Answer, content=msgspec.json.encode(guest))
 
-    def similar(self, item_id: str, k: int = 20) -> Similar:
-        return self._get(f"/v1/items/{quote(item_id, safe='')}/similar", Similar, k=k)
+    def similar(self, item_id: str, k: int = 20, **rules: Unpack[Rules]) -> Similar:
+        return self._get(f"/v1/items/{quote(item_id, safe='')}/similar", Similar, k=k, **rules)
 
     def items(self, q: str = "", limit: int = 50) -> list[ItemOut]:
         return self._get("/v1/items", ItemsOut, limit=limit, **({"q": q} if q else {})).items
@@ -71,9 +87,13 @@ class Client(Closing):
         """Adds items or replaces them; answers and raises as `send`."""
         return self._call("POST", "/v1/items", Receipt, content=msgspec.json.encode(items))
 
-    def forget(self, user_id: str) -> dict[str, Any]:
-        """Erases a user; the receipt says what goes when."""
-        return self._call("DELETE", f"/v1/users/{quote(user_id, safe='')}", dict[str, Any])
+    def forget(self, user_id: str) -> Erased:
+        """Erases a user; keep the receipt, not the id."""
+        return self._call("DELETE", f"/v1/users/{quote(user_id, safe='')}", Erased)
+
+    def erasure(self, receipt: str) -> Erased:
+        """Where an erasure stands."""
+        return self._get(f"/v1/erasures/{receipt}", Erased)
 
     def updates(self, user_id: str) -> Iterator[Update | Status]:
         """The user's lists as they change, for ever: what breaks is opened again. Raises ApiError for a refusal."""

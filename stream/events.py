@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 VERSION = 1
+OFFSET_HEADER = "offset"  # of a null in a user's place (erased): where the wish stands in the clicks
 DEFAULT_ARM = "default"  # whoever is in no arm of the A/B test
 MAX_EVENT_BYTES = 64 * 1024  # an event is a few hundred bytes; 64 KiB leaves room for context
 MAX_ITEM_BYTES = 1024 * 1024

@@ -15,7 +15,7 @@ from kafka.partitioner.default import murmur2
 
 from stream.closing import Closing
 from stream.connection import Connection
-from stream.events import MAX_ITEM_BYTES, Click, Erasure, Item, decode, decode_click, encode
+from stream.events import MAX_ITEM_BYTES, OFFSET_HEADER, Click, Erasure, Item, decode, decode_click, encode
 from stream.pseudonyms import Pseudonyms
 from stream.topics import Topics
 from stream.tracing import Header, sent_in_span
@@ -184,14 +184,22 @@ class ClickProducer(Producer):
         return sent_in_span(self._tracer, topic, partial(self.send_raw, topic, key, raw))
 
     def erase(self, user_id: str, now_ms: int) -> Place:
-        """Sends a user's wish to be erased, and waits for its place. Raises as `send` does."""
+        """Sends a user's wish to be erased, and waits for its place. Raises as `send` does.
+
+        The null that follows it makes servers and subscribers forget at once: a worker that is behind gets to the wish
+        later, and sends another.
+        """
         wish = Erasure(event_type="erase", user_id=user_id, requested_ms=now_ms)
         decode(encode(wish), Erasure)
         if self._pseudonyms:
             wish = msgspec.structs.replace(wish, user_id=self._pseudonyms.of(user_id))
-        sent = self.send_raw(self._topics.clicks.name, wish.user_id.encode(), encode(wish))
+        key = wish.user_id.encode()
+        sent = self.send_raw(self._topics.clicks.name, key, encode(wish))
         self.flush()
-        return sent.result()
+        place = sent.result()
+        self.send_raw(self._topics.recommendations.name, key, None, [(OFFSET_HEADER, b"%d" % place.offset)])
+        self.flush()
+        return place
 
     def send_item(self, item: Item) -> Future[Place]:
         """Adds or replaces a catalogue item. Raises as `send` does."""

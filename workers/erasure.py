@@ -11,10 +11,10 @@ from collections.abc import Callable
 from contextlib import closing
 
 import kafka
-import msgspec
 from kafka import TopicPartition
 from kafka.admin import ConfigResource
 
+from stream.answers import Erased
 from stream.connection import Connection
 from stream.consumer import committed_offsets, open_consumer, read_window
 from stream.events import BadEvent, Erasure, decode_record
@@ -26,21 +26,6 @@ SLACK_MS = 10 * 60 * 1000  # Kafka looks for what to delete every 5 minutes, and
 
 class UnknownReceipt(ValueError):
     """No erasure stands there."""
-
-
-class Erased(msgspec.Struct, kw_only=True):
-    """cleared: state, seen items, lists and dead letters are gone. gone: the wish and all before it left Kafka, too.
-
-    gone_by_ms: by then at the latest, as the topics are set now; the trainer has left the user out long before.
-    """
-
-    receipt: str
-    partition: int
-    offset: int
-    requested_ms: int | None  # None: no longer known
-    cleared: bool = False
-    gone: bool = False
-    gone_by_ms: int | None = None
 
 
 def ask(producer: ClickProducer, user_id: str, longest_ms: Callable[[], int]) -> Erased:

@@ -142,9 +142,9 @@ request_s = Histogram(
 )
 answers = Counter(
     "upwell_answers_total",
-    "Lists answered, by source (personal, popular) and fullness (full, short, empty). More popular ones: many "
-    "strangers, or states are missing; short or empty: the filters leave too little.",
-    ["source", "fullness"],
+    "Lists answered over HTTP, by source (personal, session, popular), fullness (full, short, empty) and arm. More "
+    "popular ones: many strangers, or states are missing; short or empty: the filters leave too little.",
+    ["source", "fullness", "arm"],
 )
 arm_clicks = Counter(
     "upwell_arm_scored_clicks_total",

@@ -8,9 +8,10 @@ from litestar import delete, get
 from litestar.exceptions import HTTPException
 from litestar.params import Parameter
 
+from stream.answers import Erased
 from stream.events import BadEvent
 from stream.producer import BufferFull, DeliveryError
-from workers.erasure import Erased, UnknownReceipt, status
+from workers.erasure import UnknownReceipt, status
 from workers.limits import refused
 from workers.routes import Served, example, route
 from workers.routes_recommend import UserId

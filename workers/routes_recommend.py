@@ -8,6 +8,7 @@ from litestar import get, post
 from litestar.di import NamedDependency, Provide
 from litestar.exceptions import HTTPException
 from litestar.params import Body, Parameter
+from msgspec.structs import replace
 
 from stream.answers import MAX_K, Answer, Guest, Similar, Wishes
 from stream.events import Id
@@ -21,7 +22,7 @@ Asked = NamedDependency[Wishes]
 ItemId = Annotated[Id, an_id("the item's id", "b7")]
 
 
-async def wishes(
+async def rules(
     k: Annotated[int, Parameter(ge=1, le=MAX_K, description="items wanted", examples=example(10))] = 20,
     categories: Annotated[
         list[Id] | None, Parameter(max_items=1000, description="only items in one of these; repeat it for more")
@@ -29,7 +30,6 @@ async def wishes(
     exclude: Annotated[
         list[Id] | None, Parameter(max_items=1000, description="item ids that must not come; repeat it for more")
     ] = None,
-    exclude_seen: Annotated[bool, Parameter(description="no item that the user has had an event with")] = True,
     available_only: Annotated[bool, Parameter(description="no item whose `available` is false")] = True,
     max_age: Annotated[
         int | None, Parameter(ge=0, le=10**10, description="seconds since the item's `published_ms`, at most")
@@ -40,24 +40,29 @@ async def wishes(
     explore: Annotated[
         float | None, Parameter(ge=0, le=1, description="share of the places that are drawn; see `propensity`")
     ] = None,
-    explain: Annotated[bool, Parameter(description="say which clicks speak for each item")] = False,
 ) -> Wishes:
     return Wishes(
         k=k,
         categories=categories or [],
         exclude=exclude or [],
-        exclude_seen=exclude_seen,
         available_only=available_only,
         max_age=max_age,
         diversity=diversity,
         explore=explore,
-        explain=explain,
     )
+
+
+async def wishes(
+    rules: Asked,
+    exclude_seen: Annotated[bool, Parameter(description="no item that the user has had an event with")] = True,
+    explain: Annotated[bool, Parameter(description="say which clicks speak for each item")] = False,
+) -> Wishes:
+    return replace(rules, exclude_seen=exclude_seen, explain=explain)
 
 
 @get(
     "/v1/users/{user_id:str}/recommendations",
-    dependencies={"wishes": Provide(wishes)},
+    dependencies={"rules": Provide(rules), "wishes": Provide(wishes)},
     summary="A user's list",
     description="The best items now. A user without known events gets what is popular; `fallback` says so.",
     tags=["recommendations"],
@@ -120,15 +125,15 @@ def guest_recommendations(
 
 @get(
     "/v1/items/{item_id:str}/similar",
-    dependencies={"wishes": Provide(wishes)},
+    dependencies={"rules": Provide(rules)},
     sync_to_thread=True,
     summary="What goes with an item",
     description="Never the item itself. 404 for an item that the serving generation does not know.",
     tags=["recommendations"],
     **route("read", 404),
 )
-def similar(service: Served, item_id: ItemId, wishes: Asked) -> Similar:
+def similar(service: Served, item_id: ItemId, rules: Asked) -> Similar:
     try:
-        return service.similar(item_id, wishes)
+        return service.similar(item_id, rules)
     except KeyError as error:
         raise HTTPException(status_code=404, detail=f"item_id: the generation does not know {item_id}") from error

@@ -109,7 +109,7 @@ def _id(answer: Answer) -> str:
 
 def _path(made: Made) -> Path:
     of = made.answer
-    moments = of.clicked_ms, of.sent_ms, made.seen_ms, _now_ms(), of.updated_ms
+    moments = of.clicked_ms, of.sent_ms, made.published_ms, made.seen_ms, _now_ms(), of.updated_ms
     return Path(of.event_id, of.partition, of.offset, *moments, made.traceparent)
 
 

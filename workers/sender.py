@@ -13,7 +13,7 @@ MAX_BATCH_BYTES = 900_000  # under the topics' limit, before compression
 MAX_RECORD_BYTES = MAX_BATCH_BYTES - 1_000  # key and framing on top
 
 Header = tuple[str, bytes]
-Keyed = tuple[bytes | None, bytes | None] | tuple[bytes | None, bytes | None, Header]
+Keyed = tuple[bytes | None, bytes | None, *tuple[Header, ...]]
 
 
 def retriable(lookup: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:

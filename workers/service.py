@@ -9,13 +9,13 @@ from functools import cache, partial
 from typing import Any, Literal
 
 from model.user_state import EMPTY, UserState
-from stream.answers import Answer, AsOf, Guest, ItemOut, Past, RankedItem, Reason, Similar, UserOut, Wishes
+from stream.answers import Answer, AsOf, Erased, Guest, ItemOut, Past, RankedItem, Reason, Similar, UserOut, Wishes
 from stream.events import Ranked
 from stream.producer import ClickProducer
 from stream.text import clean
 from workers import metrics
 from workers.arms import arm_of, rules_of
-from workers.erasure import Erased, ask, longest_ms
+from workers.erasure import ask, longest_ms
 from workers.guests import TextEncoder, session
 from workers.live import Live
 from workers.settings import Settings
@@ -73,7 +73,7 @@ class Service:
         """Raises BadEvent, BufferFull, DeliveryError."""
         erased = ask(self.producer, user_id, self._longest_ms)
         stored_id = self.stored_id(user_id)
-        self.users.erase(stored_id, erased.offset, asked=True)
+        self.users.erase(stored_id, erased.offset)
         self.updates.tell_erased(stored_id, erased.offset)
         metrics.erasures.labels("asked").inc()
         return erased
@@ -196,5 +196,6 @@ def _num_seen(state: UserState) -> int:
 
 def _answer(items: list[RankedItem], k: int, snapshot: Snapshot, source: Source, **rest: Any) -> Answer:
     fullness = "empty" if not items else "full" if len(items) == k else "short"
-    metrics.answers.labels(source, fullness).inc()
-    return Answer(items=items, generation=snapshot.name, source=source, **rest)
+    answer = Answer(items=items, generation=snapshot.name, source=source, **rest)
+    metrics.answers.labels(source, fullness, answer.arm).inc()
+    return answer

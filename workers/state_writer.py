@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import NamedTuple
 
 from stream.connection import Connection
+from stream.events import OFFSET_HEADER
 from workers.sender import BatchSender, Keyed
 
 COMMIT_S = 0.5  # a clean stop waits for it; 8 partitions make 16 transactions a second
@@ -32,7 +33,7 @@ class Tombstone(NamedTuple):
     offset: int
 
 
-OFFSET_HEADER = "offset"
+LAST = ("last", b"")  # header of the record behind which nothing that was folded before it is still to come
 States = Mapping[bytes, bytes | Tombstone]
 
 
@@ -81,7 +82,10 @@ class StateWriter:
             if states and not begun:
                 await self._sender.begin()
                 begun = True
-            await self._sender.send(self._topic, self._partition, map(state_record, states.items()))
+            records = [*map(state_record, states.items())]
+            if records:
+                records[-1] = (*records[-1], LAST)
+            await self._sender.send(self._topic, self._partition, records)
         if begun:
             await self._sender.commit()
         for acknowledge in acknowledgements:

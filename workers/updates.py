@@ -15,12 +15,11 @@ import msgspec
 import structlog
 
 from stream.consumer import Record
-from stream.events import BadEvent, Recommendations, decode
+from stream.events import OFFSET_HEADER, BadEvent, Recommendations, decode
 from stream.subscriber import Subscriber
 from stream.tracing import traceparent
 from workers.live import Live
 from workers.settings import Settings
-from workers.state_writer import OFFSET_HEADER
 from workers.user_states import UserStates
 
 log = structlog.get_logger()
@@ -30,9 +29,10 @@ WATCH_S = 0.25
 
 
 class Made(NamedTuple):
-    """A list and when this server read it."""
+    """A list, when Kafka took it and when this server read it."""
 
     answer: Recommendations
+    published_ms: int
     seen_ms: int
     traceparent: str | None = None
 
@@ -122,7 +122,7 @@ class Updates:
             self._latency_ms.append(times.sent_ms - times.clicked_ms)
             if user_id in self._boxes:
                 trace = (traceparent(record.headers) or b"").decode() or None
-                made = Made(decode(record.value, Recommendations), seen_ms, trace)
+                made = Made(decode(record.value, Recommendations), record.timestamp, seen_ms, trace)
                 self._loop.call_soon_threadsafe(self._deliver, made)
         except (BadEvent, msgspec.DecodeError, ValueError) as error:
             log.warning("list passed over", cause=str(error))
@@ -133,7 +133,7 @@ class Updates:
             box.wake.set()
 
     def _erase(self, user_id: str, offset: int) -> None:
-        """The null can be read before the one in the users topic: no list from the old state in between."""
+        """The wish is in Kafka: no list from the old state any more, however long the worker takes to get to it."""
         self._users.erase(user_id, offset)
         self.tell_erased(user_id, offset)
 

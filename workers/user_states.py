@@ -10,6 +10,7 @@ from stream.consumer import Record, tail
 from stream.producer import partition_of
 from workers import metrics
 from workers.settings import Settings
+from workers.state_writer import LAST
 from workers.states import PackedStates, keep_newest
 
 RECENT_USERS = 50
@@ -32,11 +33,11 @@ class UserStates:
     def __init__(self, settings: Settings) -> None:
         self.states = PackedStates()
         self.places: dict[str, At] = {}
-        self.progress: dict[int, int] = {}  # partition -> newest offset of the clicks that a state has
+        self.progress: dict[int, int] = {}  # partition -> offset of the clicks up to which all states are read
         self.applied = 0
         self.recent: OrderedDict[str, None] = OrderedDict()  # newest last
         self.caught_up = threading.Event()
-        self._erasing: set[str] = set()  # asked for here, not yet seen in the topic
+        self._erasing: set[str] = set()  # asked for, not yet seen in the topic
         self._erased: OrderedDict[str, float] = OrderedDict()  # user -> when, newest last
         self._changing = threading.Lock()  # of what is above: requests that erase run beside the thread
         self._stop = threading.Event()
@@ -64,27 +65,26 @@ class UserStates:
         own = self.states.get(user_id, EMPTY).offset
         return max(own, self.progress.get(self.partition(user_id), -1)) >= offset
 
-    def erase(self, user_id: str, offset: int, asked: bool = False) -> None:
-        """Forgets a user up to this offset of the clicks, ahead of the topic's null; asked: here, so it is awaited."""
+    def erase(self, user_id: str, offset: int) -> None:
+        """Forgets a user up to this offset of the clicks, ahead of the topic's null, which is awaited."""
         with self._changing:
             if offset > self.states.get(user_id, EMPTY).offset:
                 self.states[user_id] = UserState(offset=offset)
                 self._forget(user_id)
-                if asked:
-                    self._erasing.add(user_id)
+                self._erasing.add(user_id)
 
     def _follow(self) -> None:
-        topic = self._settings.topics.users.name
+        topic, ahead = self._settings.topics.users.name, dict[int, int]()
         for records in tail(self._settings.connection, [topic], self._stop, self.caught_up.set):
             progress: dict[int, int] = {}
             with self._changing:
                 for record in records:
-                    offset = self._take(record)
-                    progress[record.partition] = max(progress.get(record.partition, -1), offset)
+                    ahead[record.partition] = max(ahead.get(record.partition, -1), self._take(record))
+                    if LAST in record.headers:
+                        progress[record.partition] = ahead[record.partition]
                 self._drop_marks()
                 metrics.pending_erasures.set(len(self._erasing))
-            for partition, offset in progress.items():  # once all states of the read are there
-                self.progress[partition] = max(self.progress.get(partition, -1), offset)
+            self.progress |= progress  # once all states of the read are there
             while len(self.recent) > RECENT_USERS:
                 self.recent.popitem(last=False)
 

@@ -67,7 +67,7 @@ def table(answer: Answer, places: dict[str, int], k: int) -> Table:
     path = answer.path if isinstance(answer, Update) else None
     folded = f"state updated after {path.updated_ms - path.clicked_ms} ms, " if path and path.updated_ms else ""
     hops = (
-        f"  ·  click {path.partition}:{path.offset}: {folded}published after {path.sent_ms - path.clicked_ms} ms, "
+        f"  ·  click {path.partition}:{path.offset}: {folded}published after {path.published_ms - path.clicked_ms} ms, "
         f"here after {path.pushed_ms - path.clicked_ms} ms"
         if path
         else ""

@@ -141,7 +141,7 @@ def lists_not_tombstoned() -> None:
     send = UserWorker._send
 
     async def untold(self: UserWorker, *arguments: Any) -> None:
-        await send(self, *cast(Any, (*arguments[:-1], {})))
+        await send(self, *cast(Any, (*arguments[:-2], {}, arguments[-1])))
 
     UserWorker._send = untold  # type: ignore[method-assign, assignment]
 

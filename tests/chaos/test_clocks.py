@@ -27,7 +27,7 @@ from stream.producer import Producer
 from stream.topics import Topics
 from tests.model.test_bad_candidates import CONFIG, words
 from workers.settings import Kafka, Settings
-from workers.states import Owned
+from workers.states import Owned, PackedStates
 from workers.training_input import DAY_MS, Window
 from workers.user_worker import UserWorker
 
@@ -93,7 +93,7 @@ def _read(settings: Settings) -> tuple[list[str], dict[str, bytes], int]:
     window = Window(settings)
     ids = [read.click.event_id for read in window.read()]
     worker: Any = UserWorker(settings, None, None, None)  # type: ignore[arg-type]  # it decodes and folds alone
-    owned, dead = Owned({}, cast(Any, None), {}), 0
+    owned, dead = Owned(PackedStates(), cast(Any, None), {}), 0
     for records in read_window(settings.connection, settings.topics.clicks.name):
         for partition in sorted({record.partition for record in records}):
             reads, erased, letters = worker._decode([record for record in records if record.partition == partition])

@@ -7,6 +7,7 @@ import random
 import secrets
 import time
 import urllib.request
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -135,11 +136,12 @@ def let_pass(settings: Settings, window_s: float) -> None:
 
 
 def tombstoned_lists(settings: Settings) -> list[str]:
-    """Users whose newest record in the recommendations topic is a null."""
-    newest: dict[str, Any] = {}
+    """Users whose newest record in the recommendations topic is a null, after that of the wish the worker's."""
+    newest, nulls = dict[str, Any](), Counter[str]()
     for records in read_window(settings.connection, settings.topics.recommendations.name):
         newest |= {(record.key or b"").decode(): record.value for record in records}
-    return [user for user, value in newest.items() if value is None]
+        nulls.update((record.key or b"").decode() for record in records if record.value is None)
+    return [user for user, value in newest.items() if value is None and nulls[user] > 1]
 
 
 def stores_with(mark: str, settings: Settings, broker: LocalBroker, folder: Path) -> list[str]:

@@ -98,7 +98,7 @@ def delivered(log: Log, data: st.DataObject) -> tuple[dict[str, bytes], int]:
         upto = data.draw(st.integers(at + 1, len(records)))
         reads, erased, letters = worker._decode(records[at:upto])
         dead |= {letter.offset for letter in letters}
-        folded = worker._fold(Owned(memory, cast(Any, None), {}), reads, erased)
+        folded = worker._fold(Owned(cast(Any, memory), cast(Any, None), {}), reads, erased)
         if deaths < 4 and data.draw(st.booleans()):
             written = data.draw(st.sets(st.sampled_from(folded.changed))) if folded.changed else set()
             stored |= {user: encode_state(folded.states[user]) for user in written}

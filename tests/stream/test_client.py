@@ -26,9 +26,9 @@ def test_answers_are_typed(fake: tuple[Fake, str]) -> None:
         assert (answer.source, len(answer.items), answer.as_of) == ("personal", 3, client.user("a/b ü").as_of)
         assert answer.items[0].because[0].title == client.user("a/b ü").history[0].title
         assert client.items("CHESS", limit=1)[0].categories == ["chess"]
-        assert client.similar("i3", k=2).item_id == "i3"
+        assert client.similar("i3", k=2, diversity=0.5).item_id == "i3"
         assert client.recommend(Guest(k=2, text="knights")).user_id is None
-        assert client.forget("a/b ü")["receipt"]
+        assert client.erasure(client.forget("a/b ü").receipt).partition == 3
         assert client.user("a/b ü").clicks == 0
 
 

@@ -7,12 +7,13 @@ import time
 
 import pytest
 
+from model.user_state import EMPTY, Applied, Limits, UserState, apply_clicks
 from stream.connection import Connection
 from stream.consumer import read_window
-from stream.events import Click
+from stream.events import Click, decode_click
 from stream.producer import ClickProducer
 from stream.pseudonyms import Pseudonyms
-from stream.topics import Topics
+from stream.topics import Topics, ensure
 
 KEY = b"0123456789abcdef" * 2
 
@@ -45,3 +46,29 @@ def test_no_raw_id_leaves_a_producer(connection: Connection, topics: Topics) -> 
     assert [(r.partition, r.offset) for r in records] == [sent.result(), erased]
     assert {record.key for record in records} == {pseudonyms.of("someone").encode()}
     assert all(b"someone" not in (record.value or b"someone") for record in records)
+
+
+def test_a_key_is_changed_by_a_replay(connection: Connection, topics: Topics) -> None:
+    """From where the ids are: under the new key the same states, in topics where nothing of the old key stands."""
+    now_ms = time.time_ns() // 1_000_000
+    users, renewed = [f"u{number}" for number in range(5)], Topics(f"{topics.prefix}-renewed", partitions=3)
+    ensure(renewed, connection)
+    clicks = [Click(event_id=f"e{n % 35}", user_id=users[n % 5], item_id=f"i{n % 7}", ts_ms=now_ms) for n in range(40)]
+
+    def sent(pseudonyms: Pseudonyms, to: Topics) -> dict[str, UserState]:
+        with ClickProducer(connection, to, pseudonyms) as producer:
+            for click in clicks:
+                producer.send(click)
+        found: dict[str, UserState] = {}
+        for record in (record for batch in read_window(connection, to.clicks.name) for record in batch):
+            click = decode_click(record.value)
+            applied = [Applied(click, 1.0, record.offset)]
+            found[click.user_id] = apply_clicks(found.get(click.user_id, EMPTY), applied, Limits())
+        return found
+
+    old, new = Pseudonyms(KEY), Pseudonyms(KEY + b"x")
+    before, after = sent(old, topics), sent(new, renewed)
+    assert before.keys() == {old.of(user) for user in users} and after.keys() == {new.of(user) for user in users}
+    for user in users:
+        was, now = before[old.of(user)], after[new.of(user)]
+        assert (was.history, was.seen, was.event_ids, was.applied) == (now.history, now.seen, now.event_ids, 7)

@@ -20,6 +20,7 @@ from tests.workers.service import ITEMS
 CONSOLE = Path(__file__).parents[2] / "workers" / "console"
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:"
+RECEIPT = {"receipt": "3-7", "partition": 3, "offset": 7, "requested_ms": 0, "gone_by_ms": 86_400_000}
 CATALOGUE = {item.item_id: item for item in ITEMS}
 
 
@@ -58,6 +59,7 @@ class Fake:
                 "clicked_ms": now,
                 "updated_ms": now + 2,
                 "sent_ms": now + 6,
+                "published_ms": now + 7,
                 "seen_ms": now + 8,
                 "pushed_ms": now + 9,
             }
@@ -151,6 +153,8 @@ class Handler(BaseHTTPRequestHandler):
                     for i in found[: int(query.get("limit", 50))]
                 ]
                 self.reply(200, {"items": page})
+            case ["v1", "erasures", "3-7"]:
+                self.reply(200, RECEIPT)
             case ["v1", "figures"]:
                 self.reply(200, self.fake.figures())
             case ["v1", "stream"]:
@@ -182,15 +186,7 @@ class Handler(BaseHTTPRequestHandler):
         with self.fake.changed:
             self.fake.clicks.pop(user, None)
             self.fake.paths.pop(user, None)
-        receipt = {
-            "partition": 3,
-            "offset": 7,
-            "requested_ms": 0,
-            "cleared": False,
-            "gone": False,
-            "gone_by_ms": 86_400_000,
-        }
-        self.reply(202, {"receipt": "3-7"} | receipt)
+        self.reply(202, RECEIPT)
 
     def allowed(self) -> bool:
         return not self.fake.key or self.headers["Authorization"] == f"Bearer {self.fake.key}"

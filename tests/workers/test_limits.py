@@ -14,6 +14,7 @@ from httpx import ASGITransport, AsyncClient
 from litestar import Litestar, get
 from litestar.testing import TestClient
 
+from model.user_state import UserState, encode_state
 from stream.answers import Wishes
 from tests.workers.service import upwell
 from workers.keys import OPEN, SCOPES, Keys, _parsed, load_keys, new_key
@@ -23,6 +24,8 @@ from workers.routes import route
 from workers.server import ROUTES, build_app
 from workers.service import Service
 from workers.settings import ConfigError, Serve, Settings
+from workers.state_writer import LAST
+from workers.user_states import UserStates
 
 NEEDED = {
     ("GET", "/v1/users/u1/recommendations"): "read",
@@ -45,6 +48,7 @@ class Still(Service):
     """Nothing is followed, no event goes anywhere, and a stream ends as soon as it is opened."""
 
     async def start(self) -> None:
+        self.updates._loop = asyncio.get_running_loop()
         self.updates.close()
 
     async def stop(self) -> None:
@@ -272,6 +276,9 @@ def test_bad_parameters_are_named() -> None:
         for method, path in NEEDED:
             answer = api.request(method, f"{path}{'&' if '?' in path else '?'}surprise=1")
             assert answer.status_code == 400 and answer.json()["detail"].startswith("surprise: no such"), path
+        for name in ("explain", "exclude_seen", "min_offset"):  # mean nothing without a user
+            answer = api.get(f"/v1/items/i1/similar?{name}=1")
+            assert (answer.status_code, answer.json()["detail"].split(":")[0]) == (400, name)
         for path in ("/v1/users/{}", "/v1/users/{}/recommendations", "/v1/items/{}/similar", "/v1/stream?user={}"):
             answer = api.get(path.format("u" * 257))
             assert answer.status_code == 400 and answer.json()["detail"].endswith("of length <= 256"), path
@@ -285,6 +292,28 @@ def test_bad_parameters_are_named() -> None:
         good = api.get("/v1/users/u1/recommendations?k=5&diversity=0.5&categories=a&categories=b&explain=true")
         assert (good.status_code, good.json()["detail"]) == (503, "no generation serves yet")
         assert good.headers["Retry-After"] == "1"
+
+
+def test_a_partition_is_as_far_as_whole_micro_batches_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read can bring a part of one: its newest state says nothing of the others."""
+    users = UserStates(Settings())
+
+    def record(user_id: str, offset: int, *headers: tuple[str, bytes]) -> Any:
+        value = encode_state(UserState(applied=1, offset=offset))
+        return SimpleNamespace(key=user_id.encode(), value=value, partition=3, headers=headers, timestamp=0)
+
+    one, other, *_ = (u for u in map("u{}".format, range(99)) if users.partition(u) == 3)
+    reached: list[bool] = []
+
+    def reads(*_: Any) -> Iterator[list[Any]]:
+        yield [record(one, 10)]
+        reached.append(users.reached(one, 10) and not users.reached(other, 5))
+        yield [record(other, 12, LAST)]
+        reached.append(users.reached(other, 5) and users.reached(one, 12))
+
+    monkeypatch.setattr("workers.user_states.tail", reads)
+    users._follow()
+    assert reached == [True, True]
 
 
 def test_a_state_that_does_not_come_is_waited_for_no_longer_than_the_bound() -> None:

@@ -1,5 +1,6 @@
 """What names a user, and where it may stand."""
 
+import asyncio
 import io
 import json
 import logging
@@ -12,16 +13,23 @@ from typing import Any
 import msgspec
 import pytest
 import structlog
+from litestar.testing import TestClient
 
-from model.user_state import UserState
+from model.user_state import EMPTY, UserState, encode_state
 from stream.broker import LocalBroker
-from stream.events import WIRE_TYPES, Click, DeadLetter, ItemVector, encode
-from stream.producer import ClickProducer, Producer
+from stream.consumer import read_window
+from stream.events import OFFSET_HEADER, WIRE_TYPES, Click, DeadLetter, ItemVector, encode
+from stream.producer import ClickProducer, Producer, partition_of
 from stream.topics import Topics
+from tests.workers.test_limits import Still
+from workers import metrics
 from workers.dead_letters import names_one
 from workers.erasure import UnknownReceipt, ask, longest_ms, status
+from workers.keys import OPEN
 from workers.logs import configure
-from workers.settings import ConfigError, Kafka, Settings, Worker, load_settings
+from workers.server import build_app
+from workers.service import Service
+from workers.settings import ConfigError, Kafka, Privacy, Settings, Worker, load_settings
 from workers.training_input import Window
 
 
@@ -128,6 +136,63 @@ def test_the_trainer_s_window_leaves_out_what_was_before(
         producer.send(click("e4", "v"))
         producer.flush()
         assert [read.click.event_id for read in window.read()] == ["e4"] and not window.erased
+
+
+def test_at_the_http_edge_an_id_becomes_a_pseudonym(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("k" * 32)
+    service = Still(settings.model_copy(update={"privacy": Privacy(key_file=tmp_path / "key")}))
+    assert service.pseudonyms is not None
+    hidden = service.pseudonyms.of("someone")
+    with TestClient(build_app(service, OPEN)) as api:
+        assert api.post("/v1/events", json={"user_id": "someone", "item_id": "i"}).status_code == 202
+        service.users.states[hidden] = UserState(applied=1, offset=0)
+        for name in ("someone", hidden):
+            assert (answer := api.get(f"/v1/users/{name}").json())["clicks"] == 1 and answer["user_id"] == name
+        assert api.delete("/v1/users/someone").status_code == 202
+        assert api.get("/v1/users/someone").status_code == 404
+        assert "someone" not in api.get("/metrics").text
+    service.producer.close()
+    for topic in (settings.topics.clicks, settings.topics.recommendations):
+        records = [record for batch in read_window(settings.connection, topic.name) for record in batch]
+        assert {record.key for record in records} == {hidden.encode()}
+        assert not any(b"someone" in (record.value or b"") for record in records)
+
+
+async def test_a_server_forgets_before_any_worker_reads_the_wish(
+    settings: Settings, click: Callable[[str, str], Click], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no worker here. What one that is behind still writes of the clicks before is passed over."""
+    monkeypatch.setattr("workers.user_states.MARKED_S", 0.0)
+    service, users = Service(settings), settings.topics.users.name
+
+    async def until(true: Callable[[], bool]) -> None:
+        async with asyncio.timeout(30):
+            while not true():
+                await asyncio.sleep(0.02)
+
+    def old(user_id: str) -> None:
+        producer.send_raw(users, user_id.encode(), encode_state(UserState(applied=1, offset=0)))
+
+    service.users.start()
+    service.updates.start()
+    with ClickProducer(settings.connection, settings.topics) as producer:
+        try:
+            for user_id in ("u", "v"):
+                producer.send(click(user_id, user_id))
+                old(user_id)
+            await until(lambda: {"u", "v"} <= service.users.states.keys() and service.updates.connected)
+            _, offset = await asyncio.to_thread(producer.erase, "u", 0)
+            await until(lambda: service.users.of("u") is EMPTY)
+            after = next(name for name in map("w{}".format, range(99)) if partition_of(name, 3) == partition_of("u", 3))
+            for user_id in ("u", after):
+                old(user_id)
+            await until(lambda: service.users.of(after) is not EMPTY and metrics.pending_erasures._value.get() == 1)
+            assert service.users.of("u") is EMPTY and service.users.of("v") is not EMPTY
+            producer.send_raw(users, b"u", None, [(OFFSET_HEADER, b"%d" % offset)])  # the worker has got there
+            await until(lambda: metrics.pending_erasures._value.get() == 0)
+        finally:
+            service.updates.stop()
+            service.users.stop()
 
 
 def test_a_receipt_says_where_the_erasure_stands(settings: Settings, click: Callable[[str, str], Click]) -> None:

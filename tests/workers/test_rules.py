@@ -16,15 +16,17 @@ from model.learner import Learner
 from model.manifest import manifest_sha256
 from model.sampling import Events
 from model.user_state import Entry, digest
+from stream.answers import Guest, Wishes
 from stream.events import Artifact, Click, Item, ItemVector, Ranked, encode
 from workers import metrics
 from workers.arms import arm_of
 from workers.catalogue import Catalogue
 from workers.recommender import Read
 from workers.search import SearchProcess
+from workers.service import Service
 from workers.settings import Arm, Settings
 from workers.snapshot import PLAIN, Query, Rules, Snapshot
-from workers.states import Owned
+from workers.states import Owned, PackedStates
 from workers.user_worker import UserWorker
 
 NUM_INDEXED, NUM_FRESH, WIDTH, NOW_MS, K = 1500, 12, 16, 10_000_000, 10
@@ -217,13 +219,36 @@ def test_a_moved_item_is_found_on_its_new_shelf(snapshot: Snapshot) -> None:
 class Serving:
     """`Live` with one generation."""
 
-    previous = None
+    previous, catalogue = None, Catalogue()
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
 
     def use(self, ask: Callable[[Snapshot], Any]) -> tuple[Snapshot, Any]:
         return self.snapshot, ask(self.snapshot)
+
+    def recommend(self, queries: Sequence[Query], k: int, explain: bool) -> tuple[Snapshot, Any]:
+        return self.use(lambda snapshot: snapshot.recommend(queries, k, explain))
+
+
+def test_what_is_asked_for_says_its_arm_and_counts_for_it(snapshot: Snapshot) -> None:
+    service = Service(Settings(arms={"draws": Arm(share=0.5, explore=0.5)}))
+    service.live = cast(Any, Serving(snapshot))
+
+    def count(*labels: str) -> float:
+        return float(metrics.answers.labels(*labels)._value.get())
+
+    for arm in ("draws", "default"):
+        user = next(user for user in map("u{}".format, range(40)) if arm_of(service.settings, user) == arm)
+        before = count("popular", "full", arm)
+        answer = service.recommend(user, Wishes(k=K))
+        assert (answer.arm, count("popular", "full", arm)) == (arm, before + 1)
+        assert (min(place.propensity for place in answer.items) < 1) == (arm == "draws")
+        plain = service.recommend(user, Wishes(k=K, explore=0.0))
+        assert {place.propensity for place in plain.items} == {1.0}
+    before = count("session", "full", "default")
+    assert service.recommend_guest(Guest(k=K, items=["i1"])).arm == "default"
+    assert count("session", "full", "default") == before + 1
 
 
 def test_what_is_sent_says_arm_chances_reasons_and_source(snapshot: Snapshot) -> None:
@@ -238,7 +263,7 @@ def test_what_is_sent_says_arm_chances_reasons_and_source(snapshot: Snapshot) ->
     clicks = [(drawn, "i8"), (plain, "i8"), (stranger, "unheard of"), (drawn, "i10")]
     reads = [Read(Click(event_id=f"e{at}", user_id=user, item_id=one, ts_ms=NOW_MS), at, NOW_MS)
              for at, (user, one) in enumerate(clicks)]  # fmt: skip
-    folded = worker._fold(Owned({}, cast(Any, None), {}), reads, {})
+    folded = worker._fold(Owned(PackedStates(), cast(Any, None), {}), reads, {})
     (recommended,) = worker._recommender.recommend([folded])
     answers = {user: worker._answer(user, folded, 0, recommended, 5) for user in (drawn, plain, stranger)}
     assert [answers[user].arm for user in (drawn, plain, stranger)] == ["draws", "default", "draws"]
@@ -267,7 +292,7 @@ def test_a_click_is_scored_in_the_list_sent_before_it(snapshot: Snapshot, monkey
 
     monkeypatch.setattr(Snapshot, "recommend", recommend)
     monkeypatch.setattr(worker._recommender._score, "add", lambda item_id, seen, served, arm: scored.append(served))
-    owned = Owned({}, cast(Any, None), {})
+    owned = Owned(PackedStates(), cast(Any, None), {})
 
     def click(*items: str, user: str = "u") -> None:
         offset = max((state.offset for state in owned.states.values()), default=0) + 1
@@ -306,7 +331,7 @@ async def test_a_list_carries_the_trace_of_the_click_it_answers(snapshot: Snapsh
     worker = UserWorker(Settings(), Serving(snapshot), None, Sender())  # type: ignore[arg-type]
     reads = [Read(Click(event_id=f"e{at}", user_id=user, item_id="i1", ts_ms=NOW_MS), at, NOW_MS)
              for at, user in enumerate("uvuw")]  # fmt: skip
-    folded = worker._fold(Owned({}, cast(Any, None), {}), reads, {})
+    folded = worker._fold(Owned(PackedStates(), cast(Any, None), {}), reads, {})
     (recommended,) = worker._recommender.recommend([folded])
     traced = {at: (("traceparent", b"%d" % at),) for at in (0, 1, 2)}
     await worker._send(0, folded, recommended, [], {}, traced)

@@ -22,13 +22,12 @@ from litestar.response.sse import ServerSentEventMessage
 
 from model.user_state import UserState
 from stream.consumer import read_window
-from stream.events import Ranked, Recommendations, decode, decode_click, encode
+from stream.events import OFFSET_HEADER, Ranked, Recommendations, decode, decode_click, encode
 from stream.producer import ClickProducer, partition_of
 from tests.workers.service import ITEMS, PARTITIONS, Service, until
 from workers.routes_stream import Stream
 from workers.service import Service as Answers
 from workers.settings import Settings
-from workers.state_writer import OFFSET_HEADER
 from workers.updates import Made
 
 
@@ -198,7 +197,11 @@ def test_a_click_is_pushed_with_its_way(service: Service) -> None:
         assert (path["event_id"], path["partition"], path["offset"]) == tuple(
             result[name] for name in ("event_id", "partition", "offset")
         )
-        assert path["clicked_ms"] <= path["updated_ms"] <= path["sent_ms"] <= path["seen_ms"] <= path["pushed_ms"]
+        stamps = [path[f"{name}_ms"] for name in ("clicked", "updated", "sent", "published", "seen", "pushed")]
+        assert stamps == sorted(stamps)
+        topic, connection = service.settings.topics.recommendations.name, service.settings.connection
+        lists = (record for part in read_window(connection, topic) for record in part if record.key == b"streamed")
+        assert path["published_ms"] in [record.timestamp for record in lists]
         assert result["offset"] == pushed["as_of"]["offset"]
         assert first["items"][0]["item_id"] not in [item["item_id"] for item in pushed["items"]]
     generation = get(service, "/v1/users/streamed/recommendations")["generation"]
@@ -228,13 +231,13 @@ async def test_a_slow_reader_gets_the_newest_list_and_holds_no_other() -> None:
     assert (await anext(events)).event == "status"
     made = [decode(list_at(offset), Recommendations) for offset in range(100)]
     for one in made[1:]:
-        service.updates._deliver(Made(one, 3))
+        service.updates._deliver(Made(one, 2, 3))
     (boxes,) = service.updates._boxes.values()
     assert [box.newest.answer.offset for box in boxes if box.newest] == [99]
     pushed = await anext(events)
     assert isinstance(pushed.data, bytes) and pushed.event == "recommendations"
     assert json.loads(pushed.data)["as_of"]["offset"] == 99
-    service.updates._deliver(Made(made[0], 3))  # older: read again after a restart of the worker
+    service.updates._deliver(Made(made[0], 2, 3))  # older: read again after a restart of the worker
     waiting = asyncio.ensure_future(anext(events, None))
     await asyncio.sleep(0.1)
     assert not waiting.done()
@@ -256,7 +259,7 @@ async def test_an_erased_user_s_stream_forgets_at_once_and_shows_nothing_older()
     def read(*records: tuple[bytes | None, int]) -> None:
         for value, offset in records:
             headers = [] if value else [(OFFSET_HEADER, b"%d" % offset)]
-            updates._take(SimpleNamespace(key=b"u", value=value, headers=headers), 3)
+            updates._take(SimpleNamespace(key=b"u", value=value, headers=headers, timestamp=2), 3)
 
     read((list_at(5), 5))
     assert (await data_of(events))["items"]

@@ -87,11 +87,17 @@ def test_a_click_moves_the_list_and_shows_its_path(page: Page, fake: tuple[Fake,
     path = fake[0].paths[sent["user_id"]]
     expect(page.locator(".event-id")).to_have_text(sent["event_id"])
     expect(page.locator("#path")).to_contain_text(f"partition {path['partition']}, offset {path['offset']}")
+    labels = [label.split("\n")[0] for label in page.locator("#path .hops li span").all_inner_texts()]
+    assert labels == [
+        "Clicked in this browser", "Kafka took it", "User's state updated", "Vector updated, list made",
+        "Published to Kafka", "Server read the list", "Pushed to this browser", "Shown",
+    ]  # fmt: skip
     hops = page.locator("#path .hops li b").all_text_contents()
-    assert hops[2:6] == ["2 ms", "4 ms", "2 ms", "1 ms"]
+    assert hops[2:7] == ["2 ms", "4 ms", "1 ms", "1 ms", "1 ms"]
     expect(page.locator("#history li")).to_have_text(["jazz piano, part 01.0"])
-    expect(page.locator("#charts .plot").first).to_have_attribute("aria-label", re.compile(r"ms: p50 \d+, p99 \d+"))
-    page.screenshot(path=OUT / "click.png")
+    for at, said in enumerate((r"ms: p50 \d+, p99 \d+", r"events [\d.]+$", r"served 0\.1\d+, popularity 0\.062")):
+        expect(page.locator("#charts .plot").nth(at)).to_have_attribute("aria-label", re.compile(said))
+    page.screenshot(path=OUT / "click.png", animations="disabled")
 
 
 def test_clocks_that_differ_give_no_negative_hop(page: Page, fake: tuple[Fake, str]) -> None:
@@ -231,7 +237,7 @@ def test_the_service_itself(page: Page, service: Service) -> None:
     place = "partition {partition}, offset {offset}".format(**answer["as_of"])
     expect(page.locator("#path")).to_contain_text(place)
     expect(page.locator("#generation-name")).to_have_text(answer["generation"])
-    page.screenshot(path=OUT / "service.png")
+    page.screenshot(path=OUT / "service.png", animations="disabled")
     expect(page.locator("#history li")).to_have_text("jazz piano, part 31.0")
     page.get_by_role("button", name="Forget me").click()
     page.locator("#forget-dialog .danger").click()

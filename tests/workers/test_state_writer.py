@@ -9,7 +9,7 @@ import pytest
 from stream.connection import Connection
 from stream.consumer import read_window
 from stream.topics import Topics
-from workers.state_writer import COMMIT_S, StateWriter
+from workers.state_writer import COMMIT_S, LAST, StateWriter
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +47,8 @@ async def test_clicks_are_acknowledged_in_order_and_only_when_their_states_are_c
     assert seen == []
     await until(lambda: len(seen) == 3)
     written = users(connection, topics)
+    *_, last = [r for batch in read_window(connection, topics.users.name, only=[1]) for r in batch]
+    assert list(last.headers) == [LAST]
     assert dict(written) == {b"u": b"2", b"only-0": b"", b"only-1": b"", b"only-2": b""}
     assert seen == [("a0", len(written)), ("a1", len(written)), ("a2", len(written))]
     await writer.put({}, lambda: acknowledge("nothing to write"))

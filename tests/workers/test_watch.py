@@ -37,7 +37,7 @@ def test_a_click_is_seen(fake: tuple[Fake, str], as_json: bool) -> None:
         assert update.path is not None and update.path.event_id == "e-1"
     else:
         assert "chess, part 0 61%" in done.output  # because
-        assert "published after 6 ms, here after 9 ms" in done.output
+        assert "published after 7 ms, here after 9 ms" in done.output
 
 
 def test_moves_are_marked_and_titles_are_no_markup(fake: tuple[Fake, str]) -> None:

@@ -23,8 +23,9 @@ function content(click) {
     hop("posted", null, click.title),
     hop("taken", done && agree ? there : null, at ? t("place", at) : null),
     hop("updated", path?.updated_ms ? path.updated_ms - path.clicked_ms : null),
-    hop("published", done ? path.sent_ms - (path.updated_ms ?? path.clicked_ms) : null),
-    hop("read", done ? path.seen_ms - path.sent_ms : null),
+    hop("made", done ? path.sent_ms - (path.updated_ms ?? path.clicked_ms) : null),
+    hop("published", done ? path.published_ms - path.sent_ms : null),
+    hop("read", done ? path.seen_ms - path.published_ms : null),
     hop("pushed", done ? path.pushed_ms - path.seen_ms : null),
     hop("shown", done ? (agree ? back : there + back) : null, done && !agree ? t("network") : null),
   ];
