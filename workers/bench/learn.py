@@ -1,4 +1,5 @@
-"""Milliseconds an event of a full fine-tune, and the share of it that the matrix products alone would take.
+"""Milliseconds an event of a full fine-tune of 100,000 events, and the share of it that the matrix products alone would
+take. The first events cost more: the young stream is replayed (`ModelConfig.warmup_steps`).
 
 The floor: the floating point operations that torch counts in the tower's steps, at the rate that one large product of
 two matrices reaches on this core in the same run.
@@ -6,12 +7,14 @@ two matrices reaches on this core in the same run.
 
 import cProfile
 import pstats
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+from msgspec.structs import replace
 from torch.utils.flop_counter import FlopCounterMode
 
 from stream.datasets import load_dataset
+from stream.events import Click
 from workers.bench import data
 from workers.bench.harness import Options, alternate, measured, medians, ratio, seconds
 
@@ -23,6 +26,16 @@ PARTS = {
     "_count": "counts",
     "_append": "log",
 }
+
+
+def replayed(clicks: Sequence[Click], count: int) -> list[Click]:
+    """So many clicks: the whole stream again and again, by other people, a stream's length later each time."""
+    span = 1 + clicks[-1].ts_ms - clicks[0].ts_ms
+    return [
+        replace(click, user_id=f"{round_}-{click.user_id}", ts_ms=click.ts_ms + round_ * span)
+        for round_ in range(-(-count // len(clicks)))
+        for click in clicks[: count - round_ * len(clicks)]
+    ]
 
 
 def gflops_per_s() -> float:
@@ -45,8 +58,8 @@ def shares(work: Callable[[], object]) -> dict[str, float]:
 
 def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
     dataset = load_dataset("ml-100k")
-    count = min(options.scaled(20_000, 300), len(dataset.events))
-    events = data.events_of(dataset.events[:count])
+    count = options.scaled(100_000, 300)
+    events = data.events_of(replayed(dataset.events, count))
     steps, losses = list[int](), list[float]()
 
     def learn_ms() -> float:
@@ -58,7 +71,7 @@ def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
         return 1000 * took / count
 
     learner = data.untrained(dataset)
-    head, sample = events.slice(0, count // 2), events.slice(count // 2, count // 2 + 256)
+    head, sample = events.slice(0, count // 2), events.slice(count // 2, count // 2 + min(256, count // 8))
     learner.learn(head)
     with FlopCounterMode(display=False) as counter:
         learner.learn(sample)
@@ -67,7 +80,14 @@ def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
     runs = alternate(contenders, options.rounds)
     values = medians(runs) | {"gflop_an_event": gflop, "events": float(count), "steps": float(steps[0])}
     values |= {"steps_per_s": steps[0] / count * 1000 / float(medians(runs)["learn_ms"]), "tower_loss": losses[0]}
-    values |= shares(lambda: learner.learn(events.slice(count // 2, count // 2 + min(2_000, count // 2))))
+    more = min(2_000, count // 8)
+    at = iter(range(count // 2 + len(sample), count, more))
+
+    def go_on() -> None:
+        first = next(at)
+        learner.learn(events.slice(first, first + more))
+
+    values |= {"learn_ms past half the events": 1000 * seconds(go_on) / more} | shares(go_on)
     return {"matrix products / learning": ratio(runs, "floor_ms", "learn_ms")}, values
 
 
