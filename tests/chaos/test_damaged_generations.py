@@ -7,6 +7,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -227,22 +228,22 @@ def test_a_damaged_copy_in_the_cache_is_fetched_anew(built: Built, follower: Fol
 
 def test_two_are_in_memory_at_most(built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also while the one before is kept for a trial; a damaged candidate does not end the trial."""
-    follower, alive = Follower(tmp_path / "cache", keep_previous=True), list[int]()
+    others, alive = {child.pid for child in psutil.Process().children()}, list[int]()
 
     def start(*arguments: Any) -> SearchProcess:
         process = SearchProcess(*arguments)
-        alive.append(len(psutil.Process().children()))
+        alive.append(sum(child.pid not in others for child in psutil.Process().children()))
         return process
 
     monkeypatch.setattr(live, "SearchProcess", start)
-    for number in range(5):
-        folder = shutil.copytree(built.new, tmp_path / f"g{number + 1}")
-        one_of_a_kind(folder, decode_manifest((folder / MANIFEST).read_bytes()), number)
-        if number == 3:
-            (folder / "items.npy").unlink()
-        follower.announce(announced(folder, number + 1))
-        if number == 3:
-            assert follower.live.previous is not None and follower.live.previous.name == "g2"
-    assert alive == [1, 2, 2, 2] and follower.live.snapshot is not None and follower.live.previous is not None
-    assert (follower.live.previous.name, follower.live.snapshot.name) == ("g3", "g5")
-    follower.close()
+    with closing(Follower(tmp_path / "cache", keep_previous=True)) as follower:
+        for number in range(5):
+            folder = shutil.copytree(built.new, tmp_path / f"g{number + 1}")
+            one_of_a_kind(folder, decode_manifest((folder / MANIFEST).read_bytes()), number)
+            if number == 3:
+                (folder / "items.npy").unlink()
+            follower.announce(announced(folder, number + 1))
+            if number == 3:
+                assert follower.live.previous is not None and follower.live.previous.name == "g2"
+        assert alive == [1, 2, 2, 2] and follower.live.snapshot is not None and follower.live.previous is not None
+        assert (follower.live.previous.name, follower.live.snapshot.name) == ("g3", "g5")
