@@ -131,8 +131,8 @@ def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
         said(running.enter_context(set_up.running(sides["weekend"], *weekend)), "ready")
         await_worker(sides["ours"], serves=True)
         warm, table = Clicks(first=1000), Table(options, sides)
-        for settings in sides.values():  # groups are joined, states read, all code is warm
-            drive(settings, warm.take(100), 100)
+        for settings in sides.values():  # groups are joined, states read; the broker's JVM compiles for half a minute
+            drive(settings, warm.take(options.scaled(4_000, 100)), HOPS_AT)
         for rate in RATES[1:2] if options.quick else RATES:
             table.measure(rate, f"{rate} a second", list(sides))
         most = table.capacity()
