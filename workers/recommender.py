@@ -3,11 +3,11 @@
 Folded micro-batches -> Snapshot.recommend -> Recommended; a new generation that does worse than the one before -> lost
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
-from model.user_state import DIGEST_BYTES, Entry, UserState
+from model.user_state import Entry, UserState
 from stream.events import Artifact, Click, Ranked
 from workers.arms import arm_of, query_of
 from workers.live import Live, NotReady
@@ -31,7 +31,7 @@ class Before(NamedTuple):
 
     click: Click
     history: Sequence[Entry] | None
-    num_seen: int
+    seen: bytes  # packed digests of the user's items
     sent: Sent | None  # the list of that moment, where it is known
 
 
@@ -57,11 +57,6 @@ def top(ranked: Sequence[Ranked]) -> Top:
     return tuple(place.item_id for place in ranked[:K])
 
 
-def seen_before(item: Before, states: Mapping[str, UserState]) -> bytes:
-    """Packed digests of what the user had seen before the click: they are kept in their order."""
-    return states[item.click.user_id].seen[: item.num_seen * DIGEST_BYTES]
-
-
 def stranger(query: Query) -> bool:
     """Whether all who ask so get the same list."""
     return not query.history and query.rules == PLAIN
@@ -81,7 +76,7 @@ class Recommender:
         """Of micro-batches of several partitions, scored clicks and touched users, in one embedding pass and search."""
         settings, applied = self._settings, [before for folded in together for before in folded.applied]
         scored = [
-            (query_of(settings, b.click, b.history, seen_before(b, folded.states), sent=False), b.sent)
+            (query_of(settings, b.click, b.history, b.seen, sent=False), b.sent)
             for folded in together
             for b in folded.applied
             if b.history is not None

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import structlog
+from msgspec import Struct
 
 from model.user_state import EMPTY, UserState, decode_state, encode_state
 from stream.connection import Connection
@@ -95,8 +96,9 @@ def keep_newest(states: States, record: Record) -> tuple[str, UserState, UserSta
     return user_id, before, state
 
 
-class Sent(NamedTuple):
-    """A list that a user has: the best items of this generation at the user's newest state."""
+class Sent(Struct, frozen=True, gc=False):
+    """A list that a user has: the best items of this generation at the user's newest state. One a user: not for the
+    garbage collector, whose full round over 500,000 named tuples stops every thread for 117 ms."""
 
     generation: str
     item_ids: tuple[str, ...]

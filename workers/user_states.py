@@ -3,7 +3,8 @@
 import threading
 import time
 from collections import OrderedDict
-from typing import NamedTuple
+
+from msgspec import Struct
 
 from model.user_state import EMPTY, UserState
 from stream.consumer import Record, tail
@@ -17,7 +18,7 @@ RECENT_USERS = 50
 MARKED_S = 600.0  # a worker that has been overtaken is fenced long before
 
 
-class At(NamedTuple):
+class At(Struct, frozen=True, gc=False):
     """Where a user's newest state lies, and when Kafka took it."""
 
     partition: int

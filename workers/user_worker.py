@@ -118,8 +118,8 @@ class UserWorker:
             if (fold := folds.get(user_id)) is None:  # to look a state up is to decode it
                 fold = folds[user_id] = Fold(states.get(user_id, EMPTY), self._limits)
             weighed = Applied(click, self._settings.weight(click), read.offset)
-            history = tuple(fold.history) if to_score > 0 and not fold.has_seen(click.item_id) else None
-            before = Before(click, history, fold.num_seen, sent)
+            history = fold.history if to_score > 0 and not fold.has_seen(click.item_id) else None
+            before = Before(click, history, fold.seen, sent)
             if fold.apply(weighed):
                 to_score -= history is not None
                 applied.append(before)

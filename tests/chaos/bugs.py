@@ -47,13 +47,13 @@ def no_fencing() -> None:
 
 def redelivered_applied() -> None:
     """A click read again is folded again."""
-    Fold.is_new = lambda self, click: True  # type: ignore[method-assign]
+    Fold.is_new = lambda self, click, event: True  # type: ignore[method-assign]
 
 
 def repeated_applied() -> None:
     """An event sent twice is folded twice."""
 
-    def by_offset(self: Fold, click: Applied) -> bool:
+    def by_offset(self: Fold, click: Applied, event: bytes) -> bool:
         return click.offset > self.offset
 
     Fold.is_new = by_offset  # type: ignore[method-assign]

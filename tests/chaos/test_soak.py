@@ -66,8 +66,10 @@ def use(pid: int) -> Use:
 
 
 def endless(draw: random.Random) -> Iterator[Click]:
+    """Of the same users for ever: only the events are new."""
     for number in itertools.count():
-        yield from make_clicks(draw, 1000, USERS, f"{number}-")
+        for click in make_clicks(draw, 1000, USERS, prefix := f"{number}-"):
+            yield msgspec.structs.replace(click, user_id=click.user_id.removeprefix(prefix))
 
 
 class Latency:
@@ -136,7 +138,7 @@ def test_nothing_grows(connection: Connection, generation: Artifact, tmp_path: P
         sent = len(first) + load.sent
         fleet.drain()
         swapped = [fleet.metric("upwell_swaps_total{served}"), scrape(url).get("upwell_swaps_total{served}", 0)]
-        applied = sum(decode_state(raw).applied for raw in raw_states(settings).values())
+        states = [decode_state(raw) for raw in raw_states(settings).values()]
         server.kill()
         server.join()
     warm = [sample for sample in samples if sample.at > warm_up_s]
@@ -146,7 +148,8 @@ def test_nothing_grows(connection: Connection, generation: Artifact, tmp_path: P
         "minutes": round(measured_s / 60, 1),
         "clicks": sent,
         "clicks_s": round(rate),
-        "not_applied": sent - applied,
+        "users": len(states),
+        "not_applied": sent - sum(state.applied for state in states),
         "swaps": [int(count) - 1 for count in swapped],
         "worker": growth(warm, "worker"),
         "server": growth(warm, "server"),
@@ -158,7 +161,7 @@ def test_nothing_grows(connection: Connection, generation: Artifact, tmp_path: P
         "exits": len(fleet.exits),
     }
     report("soak", long, began, verdict)
-    assert holds(verdict, {"not_applied": 0, "answers_failed": 0, "exits": 0})
+    assert holds(verdict, {"users": USERS, "not_applied": 0, "answers_failed": 0, "exits": 0})
     for role in ("worker", "server"):
         found = verdict[role]
         grown = {name: found[name][1] - found[name][0] for name in Use._fields}

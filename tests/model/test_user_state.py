@@ -16,12 +16,11 @@ from model.user_state import (
     Fold,
     Limits,
     UserState,
-    _Digests,
     apply_clicks,
     decode_state,
     digest,
     encode_state,
-    split,
+    holds,
     unpack,
 )
 
@@ -106,20 +105,6 @@ def test_survives_the_wire_and_leaves_its_input_alone(events: list[C]) -> None:
     assert apply_clicks(half, numbered(events[:10]), LIMITS) is half
 
 
-@given(clicks)
-def test_what_was_seen_before_is_a_prefix(events: list[C]) -> None:
-    """The live score depends on it: the seen set before a click is cut out of the one after."""
-    fold = Fold(EMPTY, LIMITS)
-    before = []
-    for click in numbered(events):
-        before.append(fold.num_seen)
-        fold.apply(click)
-    seen = split(fold.state().seen)
-    for at, number in enumerate(before):
-        known = split(apply_clicks(EMPTY, numbered(events[:at]), LIMITS).seen)
-        assert seen[:number] == known
-
-
 def test_late_events_take_their_place_in_time() -> None:
     late = [C("a", "x", 30), C("b", "y", 10), C("c", "z", 30)]
     state = apply_clicks(EMPTY, numbered(late), LIMITS)
@@ -133,16 +118,10 @@ def test_bytes_that_are_no_state_are_refused_by_one_error() -> None:
             decode_state(bad)
 
 
-@given(st.lists(st.text("ab", min_size=8, max_size=8).map(str.encode), max_size=30), st.integers(1, 5))
-def test_a_set_of_digests_takes_none_for_known_that_lies_across_two(keys: list[bytes], limit: int) -> None:
-    packed, known = _Digests(b""), dict[bytes, None]()
-    for key in keys:
-        assert (key in packed, len(packed)) == (key in known, len(known))
-        packed.add(key, limit)
-        known[key] = None
-        if len(known) > limit:
-            del known[next(iter(known))]
-        assert packed.packed() == b"".join(known)
+@given(st.lists(st.text("ab", min_size=8, max_size=8).map(str.encode), max_size=30))
+def test_none_is_found_that_lies_across_two(keys: list[bytes]) -> None:
+    for at, key in enumerate(keys):
+        assert holds(b"".join(keys[:at]), key) == (key in keys[:at])
 
 
 def test_digests_unpack_in_order() -> None:

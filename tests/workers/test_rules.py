@@ -311,7 +311,7 @@ def test_a_click_is_scored_in_the_list_sent_before_it(snapshot: Snapshot, monkey
     click("i2")
     click("i3", "i4")
     click("i4")  # delivered again: nothing is scored, and the list stays that of the state
-    owned.sent["u"] = owned.sent["u"]._replace(generation="one before")
+    owned.sent["u"] = replace(owned.sent["u"], generation="one before")
     click("i5")
     click("i1", user="another stranger")
     assert list(map(len, asked)) == [2, 1, 2, 1, 2, 1]
