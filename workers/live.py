@@ -18,6 +18,7 @@ from stream.events import Artifact, BadEvent, Item, ItemVector, Ranked, decode
 from workers import metrics
 from workers.announcements import Announcements
 from workers.catalogue import Catalogue
+from workers.processes import settle
 from workers.search import GenerationRefused, SearchProcess, SearchProcessDied
 from workers.settings import Settings
 from workers.snapshot import Query, Snapshot
@@ -92,7 +93,7 @@ class Live:
     def _follow(self) -> None:
         topics, refreshed = self._topics, 0.0
         names = [topics.generations.name, topics.vectors.name, topics.items.name]
-        for records in tail(self._settings.connection, names, self._stop, self.caught_up.set):
+        for records in tail(self._settings.connection, names, self._stop, self._caught_up):
             for record in records:
                 self._take(record)
             due = self._restart or (self._moved and time.monotonic() > self._not_before)
@@ -103,6 +104,10 @@ class Live:
                 old = self.snapshot
                 self.snapshot = Snapshot.of(old.announced, old.search, old.indexed, self.catalogue)
                 self._gauge(self.snapshot)
+
+    def _caught_up(self) -> None:
+        settle()  # without it a full round goes through the catalogue: 65 ms for 100,000 items
+        self.caught_up.set()
 
     def _take(self, record: Any) -> None:
         key, value = record.key.decode(), record.value

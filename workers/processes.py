@@ -37,7 +37,8 @@ def die(reason: str, code: int, error: BaseException | None = None) -> None:
 
 
 def settle() -> None:
-    """Once all is imported: leaves it out of the garbage collector's rounds, which stopped every thread for 0.13 s.
+    """Once all is imported, or read: leaves it out of the garbage collector's rounds, which stopped every thread for
+    0.13 s.
 
     And a round for 20,000 new objects in place of 700: a micro-batch alone makes some thousands, and rounds through
     them were a seventh of the time that it takes to decode and fold.
