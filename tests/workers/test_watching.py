@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Iterator
 
 import pytest
+from msgspec.structs import replace
 from prometheus_client.parser import text_string_to_metric_families
 
 from stream.producer import Producer
@@ -23,8 +24,12 @@ IDS = re.compile(r"\b(u\d+|i\d+|e\d+|http-user|watched)\b")
 
 
 def traffic(service: Service, first: int) -> None:
-    """A bit of everything: clicks, one nobody can read, a new item, requests for a known and an unknown user."""
-    service.send(clicks(150, first=first))
+    """A bit of everything: clicks, one nobody can read, a new item, requests for a known and an unknown user.
+
+    Half of the clicks are of new users: who has clicked on all there is tells the gate nothing.
+    """
+    both = enumerate(clicks(150, first=first))
+    service.send([replace(one, user_id=f"{first}-{one.user_id}") if at % 2 else one for at, one in both])
     producer = Producer(service.settings.connection)
     producer.send_raw(service.settings.topics.clicks.name, b"watched", b"{")
     producer.close()
