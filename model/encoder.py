@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from model.queries import Vectors
+from model.queries import Vectors, unit
 from model.vector_cache import VectorCache
 
 Pooling = Literal["mean", "cls", "last"]
@@ -129,13 +129,6 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Te
     positions = torch.arange(mask.shape[1], device=mask.device)  # (T,)
     at = mask.argmax(1) if pooling == "cls" else (mask * positions).argmax(1)  # (B,)
     return hidden[torch.arange(len(hidden), device=mask.device), at]
-
-
-def unit(rows: Vectors) -> Vectors:
-    """Rows (B, E) of length one; zero stays zero."""
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True).astype(np.float32)  # (B, 1)
-    scaled: Vectors = rows / np.maximum(lengths, np.float32(1e-12))
-    return scaled
 
 
 def _multiplies_bf16(device: torch.device) -> bool:

@@ -15,6 +15,13 @@ Vectors = NDArray[np.float32]
 Rows = NDArray[np.int64]
 
 
+def unit(rows: Vectors) -> Vectors:
+    """Rows (B, E) of length one; zero stays zero."""
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True).astype(np.float32)  # (B, 1)
+    scaled: Vectors = rows / np.maximum(lengths, np.float32(1e-12))
+    return scaled
+
+
 def check_queries(queries: Vectors, dim: int, k: int) -> Vectors:
     """(B, D) float32, contiguous; ValueError on another width, NaN or k < 1."""
     if k < 1:

@@ -18,6 +18,7 @@ from scipy.special import erf
 
 from model.config import PARTS, PERSONAL, RECENCY
 from model.mix import situation
+from model.queries import unit
 from model.sampling import Padded
 from model.tower import GAPS
 
@@ -25,7 +26,6 @@ Floats = NDArray[np.float32]
 Whole = NDArray[np.int64]
 Arrays = Mapping[str, Floats]
 _LAYER_NORM = np.float32(1e-5)  # torch's epsilon
-_TINY = np.float32(1e-12)  # as F.normalize has it
 
 
 @np.errstate(over="ignore", invalid="ignore")  # as torch: the gate refuses a model whose scores are not finite
@@ -60,11 +60,6 @@ def steps(clicked: Floats, faded: Floats, disliked: bool) -> Floats:
     taste = unit((whole * (faded > 0)[:, :, None]).sum(axis=1))  # (B, K)
     shared = np.minimum(np.einsum("btk,bk->bt", whole, taste), 0) * (faded < 0)  # (B, T)
     return np.asarray(whole - shared[:, :, None] * taste[:, None], np.float32)
-
-
-def unit(rows: Floats) -> Floats:
-    """(B, K) of length 1; zero stays zero."""
-    return np.asarray(rows / np.maximum(np.sqrt((rows * rows).sum(axis=1, keepdims=True)), _TINY), np.float32)
 
 
 def tower_vectors(arrays: Arrays, heads: int, items: Floats, history: Padded, now_ms: Whole) -> Floats:

@@ -43,9 +43,7 @@ class Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class UserState(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """history: oldest first by event time, ties in order of arrival.
-    seen, event_ids: packed digests, oldest first, so that an earlier seen set is a prefix of a later one.
-    """
+    """history: oldest first by event time, ties in order of arrival. seen, event_ids: packed digests, oldest first."""
 
     history: tuple[Entry, ...] = ()
     seen: bytes = b""

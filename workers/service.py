@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import Any, Literal
 
-from model.user_state import EMPTY, UserState
+from model.user_state import DIGEST_BYTES, EMPTY, UserState
 from stream.answers import Answer, AsOf, Erased, Guest, ItemOut, Past, RankedItem, Reason, Similar, UserOut, Wishes
 from stream.events import Ranked
 from stream.producer import ClickProducer
@@ -191,7 +191,7 @@ def _unknown(snapshot: Snapshot, query: Query, nothing: str) -> str | None:
 
 
 def _num_seen(state: UserState) -> int:
-    return len(state.seen) // 8
+    return len(state.seen) // DIGEST_BYTES
 
 
 def _answer(items: list[RankedItem], k: int, snapshot: Snapshot, source: Source, **rest: Any) -> Answer:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, T5Config, T5Model
 
-from model.encoder import Encoder, Pooling, _folder, pool, unit
+from model.encoder import Encoder, Pooling, _folder, pool
+from model.queries import unit
 
 TEXTS = ["king", "a queen and her court in the castle by the sea", "", "tax return", "  \n", "king"] + [
     "word " * length for length in (60, 3, 17, 1, 40)

@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.config import ModelConfig
-from model.encoder import unit
 from model.generation import build_generation
 from model.learner import Learner
 from model.manifest import manifest_sha256
 from model.model import Model
 from model.probes import ModelLike
+from model.queries import unit
 from model.sampling import Events, History
 from stream.datasets import Dataset, load_dataset
 from stream.events import Artifact, Click, Item, encode

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from model.encoder import MINILM_PACKAGE, Encoder, unit
-from model.queries import Vectors
+from model.encoder import MINILM_PACKAGE, Encoder
+from model.queries import Vectors, unit
 from stream.datasets import load_dataset
 from workers.bench.harness import Options, alternate, measured, medians, ratio, seconds
 

@@ -80,14 +80,10 @@ def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
     runs = alternate(contenders, options.rounds)
     values = medians(runs) | {"gflop_an_event": gflop, "events": float(count), "steps": float(steps[0])}
     values |= {"steps_per_s": steps[0] / count * 1000 / float(medians(runs)["learn_ms"]), "tower_loss": losses[0]}
-    more = min(2_000, count // 8)
-    at = iter(range(count // 2 + len(sample), count, more))
-
-    def go_on() -> None:
-        first = next(at)
-        learner.learn(events.slice(first, first + more))
-
-    values |= {"learn_ms past half the events": 1000 * seconds(go_on) / more} | shares(go_on)
+    first, more = count // 2 + len(sample), min(2_000, count // 8)
+    timed, profiled = events.slice(first, first + more), events.slice(first + more, first + 2 * more)
+    values["learn_ms past half the events"] = 1000 * seconds(lambda: learner.learn(timed)) / more
+    values |= shares(lambda: learner.learn(profiled))
     return {"matrix products / learning": ratio(runs, "floor_ms", "learn_ms")}, values
 
 
