@@ -194,6 +194,11 @@ class Update(Answer, kw_only=True):
     path: Path | None = None
 
 
+class Ticket(Struct):
+    ticket: Annotated[str, Meta(description="for /v1/stream; empty where no key is needed")]
+    until_ms: Annotated[int, Meta(description="the stream can be opened until then; an open one stays open")]
+
+
 class Status(Struct):
     connected: Annotated[bool, Meta(description="to Kafka")]
     generation: str | None

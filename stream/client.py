@@ -13,7 +13,20 @@ from urllib.parse import quote
 import httpx
 import msgspec
 
-from stream.answers import Answer, Erased, EventIn, Guest, ItemOut, ItemsOut, Receipt, Similar, Status, Update, UserOut
+from stream.answers import (
+    Answer,
+    Erased,
+    EventIn,
+    Guest,
+    ItemOut,
+    ItemsOut,
+    Receipt,
+    Similar,
+    Status,
+    Ticket,
+    Update,
+    UserOut,
+)
 from stream.closing import Closing
 from stream.events import Item
 
@@ -115,6 +128,10 @@ class Client(Closing):
             yield Status(connected=False, generation=None)
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    def ticket(self, user_id: str) -> Ticket:
+        """For a page of yours that follows this user's stream by EventSource and must not hold the key."""
+        return self._call("POST", "/v1/stream/tickets", Ticket, params={"user": user_id})
 
     def close(self) -> None:
         self._http.close()

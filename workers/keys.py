@@ -1,6 +1,9 @@
 """API keys: 256 random bits each; the file holds their SHA-256 and what each may do.
 
 A key is no password: nobody can try 2^256 of them, so one round of SHA-256 is enough and costs a request 1 µs.
+
+A ticket opens one user's stream for a minute, for who can send no header (a browser's EventSource) or should not have
+the key (a shop's page). It is signed with the key's hash, so that every server knows it and keeps none.
 """
 
 import hmac
@@ -15,14 +18,21 @@ from workers.settings import ConfigError, Serve
 
 Scope = Literal["ingest", "read", "admin", "metrics"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+TICKET_S = 60  # to open a stream, and to open it again after a short break; an open one stays open
 
 _LINE = re.compile(r"(?P<name>[A-Za-z0-9._-]{1,64}) +(?P<scopes>[a-z,]+) +(?P<hash>[0-9a-f]{64})")
+_TICKET = re.compile(r"(?P<name>[A-Za-z0-9._-]{1,64})\.(?P<until>[0-9]{1,12})\.[0-9a-f]{64}")
 
 
 class Key(NamedTuple):
     name: str
     scopes: frozenset[str]
     sha256: bytes
+
+    def ticket(self, user_id: str, until_s: int) -> str:
+        """until_s: of the Unix clock."""
+        mac = hmac.digest(self.sha256, f"{until_s} {user_id}".encode(), "sha256").hex()
+        return f"{self.name}.{until_s}.{mac}"
 
 
 def new_key(name: str, scopes: Sequence[str]) -> tuple[str, str]:
@@ -59,6 +69,14 @@ class Keys:
             if hmac.compare_digest(key.sha256, digest):
                 found = key
         return found if kind.lower() == "bearer" else None
+
+    def redeem(self, ticket: str, user_id: str, now_s: float) -> Key | None:
+        """The key behind a ticket of this user that has not run out; None of any other."""
+        found = _TICKET.fullmatch(ticket)
+        key = next((key for key in self._keys if found and key.name == found["name"]), None)
+        if not found or not key or now_s >= (until_s := int(found["until"])):
+            return None
+        return key if hmac.compare_digest(key.ticket(user_id, until_s), ticket) else None
 
 
 OPEN = Keys(None)

@@ -4,7 +4,9 @@ import asyncio
 import math
 import time
 from collections import OrderedDict
+from typing import Any
 
+from litestar.connection import Request
 from litestar.exceptions import HTTPException
 from litestar.types import ASGIApp, HTTPReceiveMessage, Message, Receive, Scope, Send
 
@@ -43,7 +45,8 @@ def refused(status: int, detail: str, retry_s: float) -> HTTPException:
 class Gate:
     """A route names the scope it needs in its `opt`; one that names none is closed, `None` is open to everyone.
 
-    `stream` in the opt: no end to the answer, but to each write of it. Raises HTTPException 401, 403, 408, 429, 503.
+    `stream` in the opt: no end to the answer, but to each write of it, and a ticket does for a key.
+    Raises HTTPException 401, 403, 408, 429, 503.
     """
 
     def __init__(self, serve: Serve, keys: Keys) -> None:
@@ -70,7 +73,7 @@ class Gate:
         return middleware
 
     def _admit(self, scope: Scope, needed: str) -> None:
-        key = self._key(scope)
+        scope["auth"] = key = self._key(scope)
         client = scope.get("client")
         caller = key.name if key else f"address {client[0] if client else ''}"
         if wait_s := self._buckets.wait_s(caller, time.monotonic()):
@@ -84,8 +87,14 @@ class Gate:
             raise HTTPException(status_code=403, detail=f"this key has no scope {needed}")
 
     def _key(self, scope: Scope) -> Key | None:
-        given = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"")
-        return self._keys.find(given.decode("latin-1")) if self._keys.required else None
+        if not self._keys.required:
+            return None
+        asked = Request[Any, Any, Any](scope)
+        query = asked.query_params
+        if scope["route_handler"].opt.get("stream") and query.get("ticket"):
+            users = query.getall("user", [])
+            return self._keys.redeem(query["ticket"], users[0], time.time()) if len(users) == 1 else None
+        return self._keys.find(asked.headers.get("authorization", ""))
 
     async def _timed(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         read = started = False

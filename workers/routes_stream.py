@@ -3,16 +3,18 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
-from litestar import get
-from litestar.params import HeaderParameter
+from litestar import get, post
+from litestar.connection import Request
+from litestar.params import HeaderParameter, Parameter
 from litestar.response import ServerSentEvent
 from litestar.response.sse import ServerSentEventMessage
 
-from stream.answers import Answer, AsOf, Path, Status, Update, Wishes
+from stream.answers import Answer, AsOf, Path, Status, Ticket, Update, Wishes
 from stream.events import Recommendations
+from workers.keys import TICKET_S, Key
 from workers.limits import refused
 from workers.live import NotReady
 from workers.routes import Served, route
@@ -52,7 +54,7 @@ class Stream:
                     async with asyncio.timeout(HEARTBEAT_S):
                         await box.wake.wait()
                 except TimeoutError:
-                    yield ServerSentEventMessage(data=None, comment="")
+                    yield self._said()  # a comment would do for proxies, but EventSource hides those from its page
 
     async def _changes(self) -> AsyncIterator[ServerSentEventMessage]:
         """The status where it is another, and with another generation its list."""
@@ -61,11 +63,14 @@ class Stream:
         if status == before:
             return
         self._status = status
-        yield ServerSentEventMessage(event="status", data=msgspec.json.encode(status))
+        yield self._said()
         if before is None or before.generation != status.generation:
             answer = await self._own()
             if answer and _id(answer) != self._last_id:
                 yield self._update(answer, None)
+
+    def _said(self) -> ServerSentEventMessage:
+        return ServerSentEventMessage(event="status", data=msgspec.json.encode(self._status))
 
     async def _own(self) -> Answer | None:
         """The server's list, from the state it knows; None while it can make none."""
@@ -121,8 +126,8 @@ def _now_ms() -> int:
     "/v1/stream",
     summary="A user's list as it changes",
     description="text/event-stream. Events: `recommendations` (an Update: the list and, where a click made it, the "
-    "click's path), `status` (connected, generation). A comment every 15 s keeps it open. A slow reader gets the "
-    "newest list and none of those between.",
+    "click's path), `status` (connected, generation), which also comes whenever there was nothing to say for 15 s. "
+    "A slow reader gets the newest list and none of those between.",
     media_type="text/event-stream",
     tags=["recommendations"],
     **route("read", stream=True),
@@ -133,7 +138,22 @@ async def stream(
     last_event_id: Annotated[
         str | None, HeaderParameter(name="Last-Event-ID", description="of the last event received: browsers send it")
     ] = None,
+    ticket: Annotated[str, Parameter(description="instead of a key: of `POST /v1/stream/tickets`")] = "",  # for Gate
 ) -> ServerSentEvent:
     if service.updates.num_open >= service.settings.serve.max_streams:
         raise refused(503, f"{service.updates.num_open} streams are open", 5)
     return ServerSentEvent(Stream(service, user, last_event_id).events())
+
+
+@post(
+    "/v1/stream/tickets",
+    summary="A ticket for a user's stream",
+    description="For `EventSource`, which sends no header, and for pages that must not hold a key: their server asks "
+    "for a ticket and hands it on. It opens this user's stream and nothing else.",
+    status_code=200,
+    tags=["recommendations"],
+    **route("read"),
+)
+async def ticket(request: Request[None, Key | None, Any], user: UserId) -> Ticket:
+    until_s = int(time.time()) + TICKET_S
+    return Ticket(request.auth.ticket(user, until_s) if request.auth else "", 1000 * until_s)

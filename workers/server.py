@@ -39,6 +39,7 @@ ROUTES: list[Any] = [
     routes_recommend.guest_recommendations,
     routes_recommend.similar,
     routes_stream.stream,
+    routes_stream.ticket,
     routes_read.items,
     routes_read.recent_users,
     routes_read.user,

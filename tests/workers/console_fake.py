@@ -4,6 +4,7 @@ A list ranks what shares a category with the user's clicks; everything else is t
 """
 
 import json
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ class Fake:
         self.bodies: list[dict[str, Any]] = []
         self.events_total = self.swaps = self.refusals = 0
         self.connected, self.stale, self.key = True, False, ""
+        self.tickets = set[str]()  # that have not run out
         self.requests, self.attempts, self.last_ids = 0, set[str | None](), list[str]()
         self.ahead_ms = 0  # of the browser's clock
         self.streams_closed = 0  # streams opened before the number of this close are ended
@@ -134,6 +136,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.file("index.html")
             case ["console", *parts]:
                 self.file("/".join(parts))
+            case ["v1", "stream"] if query.get("ticket") in self.fake.tickets:
+                self.stream(query["user"])
             case _ if not self.allowed():
                 self.reply(401, {"detail": "Authorization: Bearer KEY is missing or unknown"})
             case ["v1", "users", user, "recommendations"]:
@@ -163,12 +167,16 @@ class Handler(BaseHTTPRequestHandler):
                 self.reply(404, {"detail": "Not Found"})
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "[]")
         entries = body if isinstance(body, list) else [body]
         self.fake.requests += 1
         self.fake.attempts |= {entry["event_id"] for entry in entries if "event_id" in entry}
         if not self.allowed():
             self.reply(401, {"detail": "Authorization: Bearer KEY is missing or unknown"})
+        elif self.path.startswith("/v1/stream/tickets"):
+            ticket = secrets.token_hex(4) if self.fake.key else ""
+            self.fake.tickets.add(ticket)
+            self.reply(200, {"ticket": ticket, "until_ms": 0})
         elif not self.fake.connected or self.fake.refusals > 0:
             self.fake.refusals -= 1
             self.reply(503, {"detail": "Kafka did not take the events"}, {"Retry-After": "1"})

@@ -17,7 +17,7 @@ from litestar.testing import TestClient
 from model.user_state import UserState, encode_state
 from stream.answers import Wishes
 from tests.workers.service import upwell
-from workers.keys import OPEN, SCOPES, Keys, _parsed, load_keys, new_key
+from workers.keys import OPEN, SCOPES, TICKET_S, Key, Keys, _parsed, load_keys, new_key
 from workers.limits import Buckets, Gate
 from workers.processes import free_port
 from workers.routes import route
@@ -32,6 +32,7 @@ NEEDED = {
     ("POST", "/v1/recommendations"): "read",
     ("GET", "/v1/items/i1/similar"): "read",
     ("GET", "/v1/stream?user=u1"): "read",
+    ("POST", "/v1/stream/tickets?user=u1"): "read",
     ("GET", "/v1/items"): "read",
     ("GET", "/v1/figures"): "read",
     ("GET", "/v1/users"): "admin",
@@ -88,6 +89,41 @@ def test_each_route_wants_its_scope_and_no_other(of: dict[str, str], file: Path)
         assert api.get("/livez").status_code == 200
         assert api.get("/schema/openapi.json").status_code == 200
         assert api.get("/").status_code == 200
+
+
+def test_a_ticket_opens_one_user_s_stream_for_a_minute_and_nothing_else(
+    of: dict[str, str], file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    keys = load_keys(Serve(keys_file=file))
+    with client(keys) as api, client(keys) as another, client(OPEN) as open_to_all:
+        key = {"Authorization": f"Bearer {of['read']}"}
+        made = api.post("/v1/stream/tickets?user=u 1", headers=key).json()
+        ticket = made["ticket"]
+        assert 0 < made["until_ms"] / 1000 - now <= TICKET_S + 1
+
+        def status(user: str = "u 1", ticket: str = ticket, path: str = "/v1/stream", server: Any = api) -> int:
+            return int(server.get(path, params={"user": user, "ticket": ticket}).status_code)
+
+        assert status() == status(server=another) == 200
+        assert api.get("/v1/stream?user=u&ticket=", headers=key).status_code == 200
+        assert status(user="u 2") == 401
+        assert api.get("/v1/stream", params={"user": ["u 1", "u 2"], "ticket": ticket}).status_code == 401
+        assert api.get("/v1/stream", params={"user": ["u 2", "u 1"], "ticket": ticket}).status_code == 401
+        name, until, mac = ticket.rsplit(".", 2)
+        for forged in ("", "x", f"metrics.{until}.{mac}", f"{name}.{int(until) + 1}.{mac}", ticket[:-1] + "é"):
+            assert status(ticket=forged) == 401, forged
+        for path in ("/v1/items", "/v1/users", "/v1/users/u 1/recommendations", "/metrics"):
+            assert status(path=path) == 401, path
+        unread = Key("metrics", frozenset(["metrics"]), sha256(of["metrics"].encode()).digest())
+        assert status(ticket=unread.ticket("u 1", int(until))) == 403
+        file.write_text("\n".join(line for line in file.read_text().splitlines() if not line.startswith("read ")))
+        with client(load_keys(Serve(keys_file=file))) as later:
+            assert status(server=later) == 401
+        monkeypatch.setattr(time, "time", lambda: now + TICKET_S + 1)
+        assert status() == 401
+        assert open_to_all.post("/v1/stream/tickets?user=u").json()["ticket"] == ""
+        assert status(ticket="", server=open_to_all) == status(server=open_to_all) == 200
 
 
 def test_a_route_that_names_no_scope_is_closed(file: Path, of: dict[str, str]) -> None:

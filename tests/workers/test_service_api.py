@@ -25,6 +25,7 @@ from stream.consumer import read_window
 from stream.events import OFFSET_HEADER, Ranked, Recommendations, decode, decode_click, encode
 from stream.producer import ClickProducer, partition_of
 from tests.workers.service import ITEMS, PARTITIONS, Service, until
+from workers import routes_stream
 from workers.routes_stream import Stream
 from workers.service import Service as Answers
 from workers.settings import Settings
@@ -244,6 +245,14 @@ async def test_a_slow_reader_gets_the_newest_list_and_holds_no_other() -> None:
     service.updates.close()
     assert await waiting is None
     assert service.updates.num_open == 0 and not service.updates._boxes
+
+
+async def test_a_quiet_stream_says_its_status_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To EventSource a comment is silence, and a dead connection is, too."""
+    monkeypatch.setattr(routes_stream, "HEARTBEAT_S", 0.01)
+    events = Stream(Answers(Settings()), "u", None).events()
+    await anext(events)
+    assert [(await anext(events)).event for _ in range(3)] == ["status"] * 3
 
 
 async def test_an_erased_user_s_stream_forgets_at_once_and_shows_nothing_older() -> None:

@@ -167,6 +167,11 @@ def test_a_key_is_asked_for_and_used(page: Page, fake: tuple[Fake, str]) -> None
     expect(page.locator("#list li")).to_have_count(12)
     expect(page.locator("#status")).to_have_text("Live")
     click_and_follow(page, "sailing")
+    api.tickets.clear()  # run out: another is asked for
+    api.close_streams()
+    expect(page.locator("#status")).to_contain_text("Reconnecting")
+    expect(page.locator("#status")).to_have_text("Live")
+    click_and_follow(page, "chess")
     assert page.evaluate("JSON.stringify(localStorage)").find("sesame") < 0
 
 

@@ -1,4 +1,4 @@
-// The HTTP API as the console uses it: one way to call, one way to follow, the key sent with both.
+// The HTTP API as the console uses it: one way to call, one way to follow, the key or its ticket sent with both.
 const KEY = "upwell.key";
 const SILENCE_MS = 40_000; // the server says something every 15 s
 
@@ -42,55 +42,40 @@ export async function sendEvent(event, onRetry, tries = 5) {
   }
 }
 
-// Follows a user's updates until `signal` says stop, reconnecting by itself. EventSource cannot send a key.
+// Follows a user's updates until `signal` says stop. EventSource sends no header: a ticket stands for the key, and the
+// call for it tells why, where the stream cannot be had.
 // on.event(name, data), on.state("open" | "lost" | Refused)
 export async function follow(userId, on, signal) {
-  let pause = 500, lastId = null;
+  const user = encodeURIComponent(userId);
+  let pause = 500;
+  const opened = () => { pause = 500; on.state("open"); };
   while (!signal.aborted) {
-    const silent = new AbortController();
-    let watchdog = 0;
-    const heard = () => { clearTimeout(watchdog); watchdog = setTimeout(() => silent.abort(), SILENCE_MS); };
     try {
-      heard();
-      const answer = await request(`/v1/stream?user=${encodeURIComponent(userId)}`, {
-        headers: { Accept: "text/event-stream", ...(lastId && { "Last-Event-ID": lastId }) },
-        signal: AbortSignal.any([signal, silent.signal]),
-        cache: "no-store",
-      });
-      on.state("open");
-      pause = 500;
-      for await (const { name, data, id } of events(answer.body, heard)) {
-        lastId = id ?? lastId;
-        on.event(name, data);
-      }
-      on.state("lost");
+      const { ticket } = await call(`/v1/stream/tickets?user=${user}`, "POST");
+      await listen(`/v1/stream?user=${user}&ticket=${ticket}`, { ...on, opened }, signal);
     } catch (error) {
       if (!signal.aborted) on.state(error instanceof Refused ? error : "lost");
-    } finally {
-      clearTimeout(watchdog);
     }
     if (!signal.aborted) await wait(pause * (0.75 + Math.random() / 2)); // not all tabs at once
     pause = Math.min(pause * 2, 8000);
   }
 }
 
-async function* events(body, heard) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { done, value } = await reader.read();
-    if (done) return;
+// Ends when EventSource does not reconnect by itself (the ticket has run out), hears nothing, or is told to.
+function listen(url, on, signal) {
+  if (signal.aborted) return null;
+  return new Promise(ended => {
+    const source = new EventSource(url);
+    let watchdog = 0;
+    const end = () => { clearTimeout(watchdog); source.close(); ended(); };
+    const lost = () => { on.state("lost"); end(); };
+    const heard = () => { clearTimeout(watchdog); watchdog = setTimeout(lost, SILENCE_MS); };
     heard();
-    const blocks = (rest + value).replaceAll("\r\n", "\n").split("\n\n");
-    rest = blocks.pop();
-    for (const block of blocks) {
-      const found = { event: "message", data: [], id: null };
-      for (const line of block.split("\n")) {
-        const [, field, text] = /^(event|data|id): ?(.*)$/.exec(line) ?? [];
-        if (field === "data") found.data.push(text);
-        else if (field) found[field] = text;
-      }
-      if (found.data.length) yield { name: found.event, data: JSON.parse(found.data.join("\n")), id: found.id };
+    source.onopen = () => { heard(); on.opened(); };
+    source.onerror = () => (source.readyState === EventSource.CLOSED ? lost() : on.state("lost"));
+    for (const name of ["status", "recommendations"]) {
+      source.addEventListener(name, ({ data }) => { heard(); on.event(name, JSON.parse(data)); });
     }
-  }
+    signal.addEventListener("abort", end, { once: true });
+  });
 }
