@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from contextvars import copy_context
 from typing import Annotated
 
 from litestar import get, post
@@ -12,8 +13,9 @@ from msgspec.structs import replace
 
 from stream.answers import MAX_K, Answer, Guest, Similar, Wishes
 from stream.events import Id
+from workers.limits import refused
 from workers.routes import Served, an_id, example, route
-from workers.service import Service
+from workers.service import TEXTS_AT_ONCE, Service
 
 POLL_S = 0.01
 
@@ -98,14 +100,13 @@ async def _reach(service: Service, user_id: str, offset: int) -> bool:
 @post(
     "/v1/recommendations",
     status_code=200,
-    sync_to_thread=True,
     summary="A guest's list",
     description="From a history, items to start from, or words; nothing is kept. The first request with words waits "
     "for the encoder to load.",
     tags=["recommendations"],
     **route("read"),
 )
-def guest_recommendations(
+async def guest_recommendations(
     service: Served,
     data: Annotated[
         Guest,
@@ -118,9 +119,15 @@ def guest_recommendations(
         ),
     ],
 ) -> Answer:
-    if data.text.strip() and (data.history or data.items or data.explain):
+    if not data.text.strip():
+        return await asyncio.to_thread(service.recommend_guest, data)
+    if data.history or data.items or data.explain:
         raise HTTPException(status_code=400, detail="text: stands alone, without history, items and explain")
-    return service.recommend_guest(data)
+    if service.texts.locked():
+        raise refused(503, f"{TEXTS_AT_ONCE} texts are being encoded", 1)
+    async with service.texts:
+        run = copy_context().run
+        return await asyncio.get_running_loop().run_in_executor(service.encoding, run, service.recommend_guest, data)
 
 
 @get(

@@ -1,5 +1,6 @@
 """What the HTTP routes answer from: users' states followed from Kafka, the live generation, a producer."""
 
+import asyncio
 import random
 import threading
 import time
@@ -25,6 +26,7 @@ from workers.updates import Updates
 from workers.user_states import UserStates
 
 Source = Literal["personal", "session", "popular"]
+TEXTS_AT_ONCE = 8  # being encoded, in threads of their own: an encoder that stands still holds up no other request
 SENDING_THREADS = 4  # of their own: events that Kafka does not take hold up no request for a list
 
 
@@ -36,6 +38,8 @@ class Service:
         self.live, self.users, self.tracer = Live(settings), UserStates(settings), tracer_of(settings)
         self.updates = Updates(settings, self.live, self.users)
         self.sending = ThreadPoolExecutor(SENDING_THREADS, thread_name_prefix="sending")
+        self.texts = asyncio.Semaphore(TEXTS_AT_ONCE)
+        self.encoding = ThreadPoolExecutor(TEXTS_AT_ONCE, thread_name_prefix="encoding")
         self._encoder = TextEncoder(settings)
         self._producer: ClickProducer | None = None
         self._opening = threading.Lock()
@@ -50,7 +54,8 @@ class Service:
         self.updates.stop()
         self.users.stop()
         self.live.stop()
-        self.sending.shutdown(wait=False, cancel_futures=True)
+        for threads in (self.sending, self.encoding):
+            threads.shutdown(wait=False, cancel_futures=True)
         if self._producer is not None:
             self._producer.close()
 

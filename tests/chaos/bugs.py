@@ -3,8 +3,11 @@
 They are patched into the processes under test alone; what judges them is whole.
 """
 
+import asyncio
+import itertools
 import os
 import secrets
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, cast
@@ -17,7 +20,9 @@ from workers import user_worker as user_worker_module
 from workers import worker_process
 from workers.faust_batches import BatchApp
 from workers.handed import Handed
+from workers.live import Live
 from workers.sender import BatchSender
+from workers.service import Service
 from workers.state_writer import StateWriter
 from workers.states import OwnedStates, States
 from workers.user_worker import UserWorker
@@ -109,6 +114,43 @@ def events_not_awaited() -> None:
         return done
 
     Producer.send_raw = hasty  # type: ignore[assignment, method-assign]
+
+
+def events_lost() -> None:
+    """Every fifth event is answered 202 and goes nowhere."""
+    send, count = Producer.send_raw, itertools.count()
+
+    def forgetful(self: Producer, *arguments: Any) -> Future[Place]:
+        if next(count) % 5:
+            return send(self, *arguments)
+        done: Future[Place] = Future()
+        done.set_result(Place(0, 0))
+        return done
+
+    Producer.send_raw = forgetful  # type: ignore[method-assign, assignment]
+
+
+def mixes() -> None:
+    """A list is sent under the name of the generation that serves by then, not of the one that made it."""
+    use = Live.use
+
+    def late(self: Live, ask: Any) -> Any:
+        _, found = use(self, ask)
+        time.sleep(0.01)
+        return self.snapshot, found
+
+    Live.use = late  # type: ignore[method-assign]
+
+
+def texts_in_the_way() -> None:
+    """Guests' words are encoded by the threads that make lists, however many come."""
+    init = Service.__init__
+
+    def shared(self: Service, settings: Any) -> None:
+        init(self, settings)
+        self.texts, self.encoding = asyncio.Semaphore(1000), cast(Any, None)
+
+    Service.__init__ = shared  # type: ignore[method-assign]
 
 
 def id_logged() -> None:
@@ -203,6 +245,9 @@ BUGS: dict[str, Callable[[], None]] = {
         ends_unfinished,
         states_read_short,
         events_not_awaited,
+        events_lost,
+        mixes,
+        texts_in_the_way,
         id_logged,
         state_not_tombstoned,
         dead_letters_kept,
@@ -215,7 +260,7 @@ BUGS: dict[str, Callable[[], None]] = {
 }
 
 
-def plant(name: str) -> None:
-    """Nothing for an empty name."""
-    if name:
+def plant(names: str) -> None:
+    """Those between commas; none in an empty text."""
+    for name in filter(None, names.split(",")):
         BUGS[name]()

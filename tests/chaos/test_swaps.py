@@ -1,9 +1,6 @@
 """Scenario 6: swaps while 200 requests a second are answered."""
 
-import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,9 +16,13 @@ from stream.events import Artifact, Item, encode
 from stream.producer import ClickProducer, Producer
 from stream.topics import Topics, ensure
 from tests.chaos.clients import Answer, Clients
+from tests.chaos.harness import report
+from tests.chaos.worker import start
 from tests.workers.service import until
 from workers.observe import scrape
 from workers.processes import free_port
+from workers.server import run_server
+from workers.settings import Kafka, Serve, Settings
 
 ITEMS, RATE, K = 2000, 200.0, 20
 
@@ -43,6 +44,7 @@ def percentiles(answers: list[Answer]) -> dict[str, float]:
 
 
 def test_no_answer_fails_is_empty_or_mixes_two_generations(connection: Connection, tmp_path: Path, long: bool) -> None:
+    started = time.monotonic()
     swaps, topics, port = 100 if long else 5, Topics(f"swap{os.getpid()}", partitions=1), free_port()
     ensure(topics, connection)
     both = [generation(tmp_path, name) for name in ("even", "odd")]
@@ -61,14 +63,12 @@ def test_no_answer_fails_is_empty_or_mixes_two_generations(connection: Connectio
         return int(scrape(f"http://127.0.0.1:{port}/metrics").get("upwell_swaps_total{served}", 0))
 
     announce(0)
-    environment = os.environ | {
-        "UPWELL_KAFKA__BOOTSTRAP": connection.bootstrap,
-        "UPWELL_KAFKA__PREFIX": topics.prefix,
-        "UPWELL_KAFKA__PARTITIONS": "1",
-        "UPWELL_SERVE__PORT": str(port),
-        "UPWELL_CACHE": str(tmp_path / "cache"),
-    }
-    server = subprocess.Popen([sys.executable, "-m", "workers.cli", "serve"], env=environment)
+    settings = Settings(
+        kafka=Kafka(bootstrap=connection.bootstrap, prefix=topics.prefix, partitions=1),
+        serve=Serve(port=port),
+        cache=tmp_path / "cache",
+    )
+    server = start(run_server, settings, tmp_path / "serve.log")
     spans: list[tuple[float, float]] = []
     try:
         until(lambda: swapped() == 1, "the first generation serves")
@@ -84,7 +84,8 @@ def test_no_answer_fails_is_empty_or_mixes_two_generations(connection: Connectio
         producer.close()
     finally:
         server.terminate()
-        server.wait(20)
+        server.join(20)
+        server.kill()
     calm = [answer for answer in clients.answers[40:] if answer.at < began]
     during = [answer for answer in clients.answers if any(first <= answer.at <= last for first, last in spans)]
     answers = clients.answers
@@ -95,7 +96,7 @@ def test_no_answer_fails_is_empty_or_mixes_two_generations(connection: Connectio
     }
     generations = len({answer.generation for answer in answers})
     figures = {"swaps": swaps, "answers": len(answers), "generations": generations, **wrong}
-    print(json.dumps(figures | {"baseline_ms": percentiles(calm), "during_swap_ms": percentiles(during)}))
+    report("swaps", long, started, figures | {"baseline_ms": percentiles(calm), "during_swap_ms": percentiles(during)})
     assert len(answers) > 0.9 * RATE * (spans[-1][1] - began)
     assert generations == 2
     assert not any(wrong.values())

@@ -53,7 +53,8 @@ class Still(Service):
         self.updates.close()
 
     async def stop(self) -> None:
-        self.sending.shutdown()
+        for threads in (self.sending, self.encoding):
+            threads.shutdown()
 
 
 @contextmanager
