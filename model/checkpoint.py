@@ -31,11 +31,14 @@ def publish_model(model: Model, url: str, verdict: str) -> str:
 
 
 def fetch_model(url: str, digest: str) -> Model:
-    """Raises DamagedGeneration when the files are not those announced, ValueError when they are no model."""
+    """Raises DamagedGeneration when the files are not those announced, ValueError when they are no model, OSError
+    where nothing is there: a folder that is not mounted looks so, and says nothing about the model."""
     store, root = fsspec.core.url_to_fs(url)
+    if not (paths := store.find(root)):
+        raise FileNotFoundError(f"{url}: nothing there")
     with tempfile.TemporaryDirectory(prefix="upwell-model-") as scratch:
         try:
-            for path in store.find(root):
+            for path in paths:
                 store.get_file(path, f"{scratch}/{Path(path).name}")
         except FileNotFoundError as error:
             raise DamagedGeneration(f"{url}: {error}") from error

@@ -258,6 +258,11 @@ def test_a_store_that_cannot_be_written_stops_nothing(service: Service) -> None:
         new = Item(item_id="while-full", title="Encoded all the same")
         assert service.call("/v1/items", msgspec.to_builtins(new))[0] == 202
         until(lambda: "while-full" in recommended(service, "u2", 150), "new items are still taken in")
+        good, models = read_announcements(service.settings).wanted()[0], service.settings.topics.models.name
+        there = msgspec.structs.replace(good, name="there", url=f"{store}/there")
+        with Producer(service.settings.connection) as producer:
+            producer.send_raw(models, b"there", encode(there))
+        until(lambda: "generation not stored" in service.log("indexer"), "the indexer says so, too")
         assert len(recommended(service, "u1")) == 20
     finally:
         store.unlink()
