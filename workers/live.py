@@ -156,12 +156,13 @@ class Live:
         return True
 
     def _load(self, announced: Artifact) -> Snapshot:
-        folder = fetch(announced.url, self._settings.cache / "generations", announced.manifest_sha256)
-        self.release_previous()  # two are in memory at most: a trial of the serving one ends here
-        model = Model.load(folder / "model")
-        search = SearchProcess(folder, announced.manifest_sha256)
+        cache, sha256 = self._settings.cache / "generations", announced.manifest_sha256
+        # The search process verifies all of it, too: twice only where a damaged one would end a trial.
+        folder = fetch(announced.url, cache, sha256, verified=self.previous is not None)
+        self.release_previous()  # two are in memory at most
+        search = SearchProcess(folder, sha256)
         try:
-            snapshot = Snapshot.of(announced, search, model, self.catalogue)
+            snapshot = Snapshot.of(announced, search, Model.load(folder / "model"), self.catalogue)
             snapshot.recommend([Query((), b"", 0)], 1)  # the first call takes 30 ms: not one that somebody waits for
             return snapshot
         except BaseException:

@@ -1,7 +1,7 @@
 """One generation's index in a child process: a damaged file or a crash in hnswlib ends the child alone.
 
     parent -> child   B, k, E, H | counts (B,), rows (E,), hidden (H,) int64 | queries (B, D) float32
-    child -> parent   N, D once ready, or -1, length and the reason; then for each call
+    child -> parent   N, D once ready, or -1 (refused) or -2 (out of reach), length and the reason; then for each call
                       rows (B, k) int64 | scores (B, k) float32
 
 Both sides know every length, so arrays travel as raw bytes over one socket pair, checked by the parent alone.
@@ -28,7 +28,8 @@ from model.manifest import DamagedGeneration, load_index, verify
 from model.queries import Excluded, Rows, Vectors, check_excluded, check_queries
 from stream.closing import Closing
 
-_READY = struct.Struct("<2q")  # N, D; or -1 and the length of the reason
+_READY = struct.Struct("<2q")  # N, D; or one of these and the length of the reason
+_REFUSED, _OUT_OF_REACH = -1, -2
 _CALL = struct.Struct("<4q")  # B, k, E, H
 _LOADED_PER_S = 20_000_000  # bytes, at least: verified, checked and loaded at 100 MB/s on a busy core
 _END_S = 5.0  # from the end of its socket a child needs milliseconds to leave
@@ -47,12 +48,13 @@ class SearchProcess(Closing):
     """A child that has verified, loaded and probed one generation. Thread-safe: calls queue up.
 
     `manifest_sha256` is the announced one. `threads` bounds the cores of one call. `timeout_s` is the longest
-    wait for one answer, and for readiness beside the time that so many bytes take. Raises GenerationRefused.
+    wait for one answer, and for readiness beside the time that so many bytes take. Raises GenerationRefused, and
+    OSError where the files are out of reach, which says nothing about the generation.
     """
 
     def __init__(self, folder: Path, manifest_sha256: str, *, threads: int = 1, timeout_s: float = 60.0) -> None:
         self.num_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        self._lock = threading.Lock()
+        self._lock, self.size = threading.Lock(), _REFUSED
         self._socket, theirs = socket.socketpair()
         self._socket.settimeout(timeout_s + self.num_bytes / _LOADED_PER_S)
         root = str(Path(__file__).resolve().parents[1])
@@ -73,7 +75,7 @@ class SearchProcess(Closing):
             reason = self._end(error)
         if reason:
             self._end()
-            raise GenerationRefused(f"{folder.name}: {reason}")
+            raise (OSError if self.size == _OUT_OF_REACH else GenerationRefused)(f"{folder.name}: {reason}")
 
     @property
     def pid(self) -> int:
@@ -175,7 +177,8 @@ def main(handle: str, parent: str, folder: str, manifest_sha256: str, threads: s
             index = load_index(Path(folder), manifest, int(threads))
         except (DamagedGeneration, OSError, MemoryError) as error:
             reason = f"{type(error).__name__}: {error}".encode()
-            connection.sendall(_READY.pack(-1, len(reason)) + reason)
+            code = _OUT_OF_REACH if isinstance(error, OSError) else _REFUSED
+            connection.sendall(_READY.pack(code, len(reason)) + reason)
             return
         try:
             connection.sendall(_READY.pack(index.size, index.dim))

@@ -217,6 +217,13 @@ def test_what_is_not_as_announced_is_refused(built: Path, tmp_path: Path) -> Non
         SearchProcess(folder, manifest_sha256(built))
 
 
+def test_what_cannot_be_read_is_not_refused(tmp_path: Path) -> None:
+    """A refusal is for good: a store that is away for a minute must not cost a generation."""
+    (tmp_path / "manifest.json").mkdir()
+    with pytest.raises(OSError, match="IsADirectoryError"):
+        SearchProcess(tmp_path, "0" * 64)
+
+
 def test_a_crash_while_loading_is_a_refusal(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "manifest.json")
     with ThreadPoolExecutor(1) as pool:
