@@ -53,6 +53,7 @@ def test_three_times_too_many(connection: Connection, generation: Artifact, tmp_
             "lag_max": lag_max,
             "drained_s": round(drained_s, 1),
             "rss_mb_calm": round(calm_mb),
+            "rss_mb": [round(mb) for mb in memory_mb[:: max(1, len(memory_mb) // 20)]],
             "rss_mb_max": round(max(memory_mb)),
             "rebalances": restores - PARTITIONS,  # each partition is restored once at its first assignment
             "exits": len(fleet.exits),
