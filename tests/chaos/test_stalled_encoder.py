@@ -21,6 +21,7 @@ from stream.producer import ClickProducer
 from tests.chaos.clients import Clients
 from tests.chaos.harness import SEED, SHORT_SESSION_S, Fleet, Load, holds, judge, make_clicks, report, until
 from tests.chaos.worker import start
+from tests.workers.service import ITEMS
 from workers.indexer import run_indexer
 from workers.observe import scrape
 from workers.processes import free_port
@@ -85,8 +86,7 @@ def test_only_what_needs_the_encoder_waits(
         def vectors() -> int:
             return sum(end_offsets(connection, topics.vectors.name).values())
 
-        until(lambda: vectors() > 0, "the catalogue is encoded")
-        before = vectors()
+        until(lambda: vectors() == len(ITEMS), "the catalogue is encoded")
         with (
             ClickProducer(connection, topics) as producer,
             ThreadPoolExecutor(TEXTS) as guests,
@@ -98,7 +98,7 @@ def test_only_what_needs_the_encoder_waits(
             stalled = time.monotonic()
             words = list(guests.map(ask, [url] * TEXTS))
             again = ask(url)
-            until(lambda: vectors() > before, "the new item is encoded")
+            until(lambda: vectors() > len(ITEMS), "the new item is encoded")
             encoded_s = time.monotonic() - stalled
             load.stop()
         fleet.drain()
