@@ -6,12 +6,12 @@ before it, whatever its partition: at 200 clicks a second the worker fell behind
 
 import asyncio
 from collections import defaultdict, deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from workers.state_writer import Acknowledge
 
-ROOM = 64  # fetched batches that wait before no more are taken from Faust: some 60 MB at most
+ROOM = 20_000  # clicks taken from Faust before no more are: some 20 MB
 
 
 class Batch(NamedTuple):
@@ -29,14 +29,15 @@ class Partitions:
 
     def __init__(self, work: Callable[[Any, list[Batch]], Awaitable[None]], most: int) -> None:
         self._work, self._most = work, most
-        self._room = asyncio.Semaphore(ROOM)
+        self._taken = 0  # clicks that wait or are worked on
+        self._released = asyncio.Event()
         self._waiting: defaultdict[Any, deque[Batch]] = defaultdict(deque)
         self._tasks: dict[Any, asyncio.Task[None]] = {}
 
     @property
     def full(self) -> bool:
         """Faust may hold batches that could not be put yet."""
-        return self._room.locked()
+        return self._taken >= ROOM
 
     def idle(self, tp: Any) -> bool:
         """Nothing of this partition waits or is worked on."""
@@ -44,7 +45,10 @@ class Partitions:
 
     async def put(self, batch: Batch, assigned: Callable[[], Iterable[Any]]) -> None:
         """Waits for room; a batch whose partition has been taken away until then is its new owner's to read."""
-        await self._room.acquire()
+        while self.full:
+            self._released.clear()
+            await self._released.wait()
+        self._taken += len(batch.event.value)
         tp = batch.event.message.tp
         if tp not in assigned():
             self._drop(batch)
@@ -69,12 +73,10 @@ class Partitions:
             while waiting:
                 batches = self._take(waiting)
                 await self._work(tp, batches)
-                for _ in batches:
-                    self._room.release()
+                self._release(batches)
             del self._tasks[tp]
         except asyncio.CancelledError:
-            for batch in (*batches, *waiting):
-                self._drop(batch)
+            self._drop(*batches, *waiting)
             waiting.clear()
             raise
 
@@ -86,6 +88,11 @@ class Partitions:
             num_records += len(batches[-1].event.value)
         return batches
 
-    def _drop(self, batch: Batch) -> None:
-        batch.event.message.acked = True  # without a commit; else Faust's next rebalance waits for it, for good
-        self._room.release()
+    def _drop(self, *batches: Batch) -> None:
+        for batch in batches:
+            batch.event.message.acked = True  # without a commit; else Faust's next rebalance waits for it, for good
+        self._release(batches)
+
+    def _release(self, batches: Sequence[Batch]) -> None:
+        self._taken -= sum(len(batch.event.value) for batch in batches)
+        self._released.set()

@@ -1,6 +1,7 @@
 """Scenario 11: three times as many clicks as one worker can fold, beside a subscriber that never reads its lists."""
 
 import random
+import re
 import time
 from contextlib import closing
 from pathlib import Path
@@ -8,7 +9,10 @@ from pathlib import Path
 from stream.connection import Connection
 from stream.events import Artifact
 from stream.subscriber import Subscriber
-from tests.chaos.harness import SEED, Fleet, Load, calibrate, holds, judge, make_clicks, report
+from tests.chaos.harness import SEED, Fleet, Load, calibrate, holds, judge, make_clicks, report, until
+from tests.chaos.worker import stand_still
+from workers.faust_batches import BUFFER, POLL
+from workers.partitions import ROOM
 
 PARTITIONS = 4
 CALIBRATION = 10_000  # clicks
@@ -63,4 +67,23 @@ def test_three_times_too_many(connection: Connection, generation: Artifact, tmp_
     assert holds(verdict, {"rebalances": 0, "exits": 0})
     if long:  # ten seconds on a machine that others use say little of its speed
         assert drained_s < 2 * rush_took
-    assert max(memory_mb) < calm_mb + 300
+    assert max(memory_mb) < calm_mb + 150
+
+
+def test_a_worker_that_stands_still_takes_no_more_than_it_can_hold(
+    connection: Connection, generation: Artifact, tmp_path: Path
+) -> None:
+    """What is the lag's stays in Kafka: of 20,000 clicks the room and the buffer, made ten times smaller."""
+    clicks = make_clicks(random.Random(SEED), 20_000, users=100)
+    with Fleet(connection, tmp_path, generation, partitions=PARTITIONS, fault=stand_still) as fleet:
+        fleet.start("a")
+        fleet.await_ready()
+        with Load(fleet.settings, clicks, rate=1e9):
+            pass
+
+        def held() -> int:
+            return max(map(int, re.findall("fault: holds (\\d+)", fleet.log("a"))), default=0)
+
+        until(lambda: held() >= ROOM // 10, "the room is taken")
+        time.sleep(3)  # and then no more comes
+        assert held() <= ROOM // 10 + POLL // 10 * (BUFFER + PARTITIONS)

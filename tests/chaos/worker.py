@@ -4,6 +4,7 @@ The processes are forked from one that has imported everything (multiprocessing'
 a core, and the scenarios start hundreds. Production code knows nothing of the points: they are patched in here.
 """
 
+import asyncio
 import inspect
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from tests.chaos.bugs import plant
-from workers import worker_process
+from workers import faust_batches, partitions, worker_process
 from workers.faust_batches import BatchApp, PartitionBatchConsumer
 from workers.logs import configure
 from workers.recommender import Recommender
@@ -104,6 +105,27 @@ def drop_batches() -> None:
         return records, active
 
     PartitionBatchConsumer._wait_next_records = lossy  # type: ignore[method-assign]
+
+
+def stand_still() -> None:
+    """Nothing is worked off; how many clicks have been taken from Kafka is logged. The bounds a tenth of the real ones."""
+    fetch, held = PartitionBatchConsumer._wait_next_records, 0
+    partitions.ROOM //= 10
+    faust_batches.POLL //= 10
+
+    async def counted(self: PartitionBatchConsumer, timeout: float) -> Any:
+        nonlocal held
+        records, active = await fetch(self, timeout)
+        if records:
+            held += sum(len(batch.value) for (batch,) in records.values())
+            os.write(2, f"fault: holds {held}\n".encode())
+        return records, active
+
+    async def stands(*_: Any) -> None:
+        await asyncio.Event().wait()
+
+    PartitionBatchConsumer._wait_next_records = counted  # type: ignore[method-assign]
+    UserWorker.process = stands  # type: ignore[method-assign]
 
 
 def _run(
