@@ -108,7 +108,7 @@ def drop_batches() -> None:
 
 
 def stand_still() -> None:
-    """Nothing is worked off; how many clicks have been taken from Kafka is logged. The bounds a tenth of the real ones."""
+    """Nothing is worked off; how many clicks have been taken from Kafka is logged. Bounds a tenth of the real ones."""
     fetch, held = PartitionBatchConsumer._wait_next_records, 0
     partitions.ROOM //= 10
     faust_batches.POLL //= 10
