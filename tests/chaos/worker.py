@@ -125,7 +125,7 @@ def stand_still() -> None:
         await asyncio.Event().wait()
 
     PartitionBatchConsumer._wait_next_records = counted  # type: ignore[method-assign]
-    UserWorker.process = stands  # type: ignore[method-assign]
+    UserWorker.process = stands  # type: ignore[method-assign, assignment]
 
 
 def _run(
