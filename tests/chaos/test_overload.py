@@ -73,7 +73,7 @@ def test_three_times_too_many(connection: Connection, generation: Artifact, tmp_
     assert holds(verdict, {"rebalances": 0, "exits": 0})
     if long:  # ten seconds on a machine that others use say little of its speed
         assert drained_s < 2 * rush_took
-    assert max(memory_mb) < calm_mb + 150
+    assert max(memory_mb) < calm_mb + 300  # what is taken of the lag, and states that grow to all of their event ids
 
 
 def test_a_worker_that_stands_still_takes_no_more_than_it_can_hold(
