@@ -154,9 +154,7 @@ class HnswIndex:
         self._graph.save_index(os.fspath(path))
 
     @classmethod
-    def load(
-        cls, path: Path, vectors: Vectors, ef: int = 128, threads: int = 1, scale: Vectors | None = None
-    ) -> HnswIndex:
+    def load(cls, path: Path, vectors: Vectors, ef: int = 128, scale: Vectors | None = None) -> HnswIndex:
         """The graph saved for these vectors (N, D) and this scale. ValueError where it is seen to hold anything else.
 
         A damaged file can still crash hnswlib: compare its hash first, and load in a process that may die.
@@ -166,7 +164,7 @@ class HnswIndex:
         hnsw_file.check(path, (len(copies), dim), points)
         graph = hnswlib.Index(space="l2" if lifted else "ip", dim=dim)
         graph.load_index(os.fspath(path), max_elements=len(copies))
-        return cls(graph, vectors, copies, lifted, ef, threads, scale)
+        return cls(graph, vectors, copies, lifted, ef, 1, scale)
 
     def search(
         self, queries: Vectors, k: int, excluded: Sequence[Rows] | None = None, hidden: Rows | None = None

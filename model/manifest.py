@@ -132,7 +132,7 @@ def load_items(folder: Path, manifest: Manifest) -> Vectors:
     return items
 
 
-def load_index(folder: Path, manifest: Manifest, threads: int = 1) -> HnswIndex:
+def load_index(folder: Path, manifest: Manifest) -> HnswIndex:
     """The index of a verified generation, asked its probes. Raises DamagedGeneration on a wrong answer.
 
     A damaged graph can crash the process (FACTS.md, hnswlib): do it in a child.
@@ -140,7 +140,7 @@ def load_index(folder: Path, manifest: Manifest, threads: int = 1) -> HnswIndex:
     items = load_items(folder, manifest)
     try:
         probes = load_file(folder / PROBES)
-        index = HnswIndex.load(folder / INDEX, items, manifest.ef_search, threads, probes.get("scale"))
+        index = HnswIndex.load(folder / INDEX, items, manifest.ef_search, probes.get("scale"))
         queries, rows, scores, found = (probes[name] for name in ("queries", "rows", "scores", "found"))
         _, found_now = index.search_graph(queries, scores.shape[1])  # (P, 20)
         exact_now = np.einsum("pkd,pd->pk", items[rows], queries)  # (P, 20)

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from threadpoolctl import threadpool_limits
 
 from model.arms.catalogue import CHEAP, PRODUCT, Setting, check_names, make_arm
 from model.config import ModelConfig
@@ -28,6 +27,7 @@ from stream.text import item_text
 from workers.figures import Figures, mode_figures
 from workers.report import write_report
 from workers.settings import strength
+from workers.threads import compute_in_one_thread
 
 WARMUP = 0.2  # share of the events that is learned from and not counted
 
@@ -85,7 +85,7 @@ def load(options: Options) -> Dataset:
 
 def evaluate(options: Options) -> Figures:
     """Runs what DIR does not hold yet; results.json's content, which is written too."""
-    threadpool_limits(1)  # torch and BLAS
+    compute_in_one_thread()
     dataset = load(options)
     titles = {item.item_id: item_text(item) for item in dataset.items}
     items = list(titles | dict.fromkeys((click.item_id for click in dataset.events), ""))

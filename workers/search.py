@@ -5,17 +5,14 @@
                       rows (B, k) int64 | scores (B, k) float32
 
 Both sides know every length, so arrays travel as raw bytes over one socket pair, checked by the parent alone.
-The child imports numpy and hnswlib alone.
+The child is forked from a server that imports numpy and hnswlib alone.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import threading
 from collections.abc import Sequence
@@ -27,13 +24,15 @@ from model.index import HnswIndex
 from model.manifest import DamagedGeneration, load_index, verify
 from model.queries import Excluded, Rows, Vectors, check_excluded, check_queries
 from stream.closing import Closing
+from workers.fork_server import ForkServer, serve
 
 _READY = struct.Struct("<2q")  # N, D; or one of these and the length of the reason
 _REFUSED, _OUT_OF_REACH = -1, -2
 _CALL = struct.Struct("<4q")  # B, k, E, H
 _LOADED_PER_S = 20_000_000  # bytes, at least: verified, checked and loaded at 100 MB/s on a busy core
 _END_S = 5.0  # from the end of its socket a child needs milliseconds to leave
-_PR_SET_PDEATHSIG = 1
+
+_FORKS = ForkServer("workers.search")
 
 
 class GenerationRefused(RuntimeError):
@@ -47,26 +46,18 @@ class SearchProcessDied(RuntimeError):
 class SearchProcess(Closing):
     """A child that has verified, loaded and probed one generation. Thread-safe: calls queue up.
 
-    `manifest_sha256` is the announced one. `threads` bounds the cores of one call. `timeout_s` is the longest
-    wait for one answer, and for readiness beside the time that so many bytes take. Raises GenerationRefused, and
-    OSError where the files are out of reach, which says nothing about the generation.
+    `manifest_sha256` is the announced one. `timeout_s` is the longest wait for one answer, and for readiness beside the
+    time that so many bytes take. Raises GenerationRefused, and OSError where the files are out of reach, which says
+    nothing about the generation.
     """
 
-    def __init__(self, folder: Path, manifest_sha256: str, *, threads: int = 1, timeout_s: float = 60.0) -> None:
+    def __init__(self, folder: Path, manifest_sha256: str, *, timeout_s: float = 60.0) -> None:
         self.num_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         self._lock, self.size = threading.Lock(), _REFUSED
         self._socket, theirs = socket.socketpair()
         self._socket.settimeout(timeout_s + self.num_bytes / _LOADED_PER_S)
-        root = str(Path(__file__).resolve().parents[1])
-        paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        arguments = [theirs.fileno(), os.getpid(), folder.resolve(), manifest_sha256, threads]
         with theirs:
-            self._child = subprocess.Popen(
-                [sys.executable, "-m", "workers.search", *map(str, arguments)],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads)},
-            )
+            self._child = _FORKS.fork(theirs, str(folder.resolve()), manifest_sha256)
         try:
             self.size, self.dim = _READY.unpack(_receive(self._socket, _READY.size))
             self._socket.settimeout(timeout_s)
@@ -119,9 +110,9 @@ class SearchProcess(Closing):
         self._socket.close()
         try:
             code = self._child.wait(_END_S)
-        except subprocess.TimeoutExpired:
+        except TimeoutError:
             self._child.kill()
-            code = self._child.wait()
+            code = self._child.wait(_END_S)
         if isinstance(error, TimeoutError):
             return "no answer in time"
         return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
@@ -138,24 +129,6 @@ def _receive(connection: socket.socket, size: int) -> bytearray:
     return data
 
 
-def _leave_with(parent: int) -> None:
-    """SIGTERM, which also comes when the parent dies, ends an orphan and nothing else.
-
-    The kernel sends PDEATHSIG when the *thread* that started us ends: by itself no reason to leave. The end
-    of the socket says the same where there is no prctl; SIGINT goes to a terminal's whole process group.
-    """
-
-    def leave(*_: object) -> None:
-        if os.getppid() != parent:
-            os._exit(0)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, leave)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    leave()  # the parent may have died before prctl
-
-
 def _answer(connection: socket.socket, index: HnswIndex) -> None:
     """Calls one after the other, until the other side has gone (EOFError, or OSError as it reads no more)."""
 
@@ -169,23 +142,21 @@ def _answer(connection: socket.socket, index: HnswIndex) -> None:
         connection.sendall(b"".join([rows.data, scores.data]))
 
 
-def main(handle: str, parent: str, folder: str, manifest_sha256: str, threads: str) -> None:
-    _leave_with(int(parent))
-    with socket.socket(fileno=int(handle)) as connection:
-        try:
-            manifest = verify(Path(folder), manifest_sha256)
-            index = load_index(Path(folder), manifest, int(threads))
-        except (DamagedGeneration, OSError, MemoryError) as error:
-            reason = f"{type(error).__name__}: {error}".encode()
-            code = _OUT_OF_REACH if isinstance(error, OSError) else _REFUSED
-            connection.sendall(_READY.pack(code, len(reason)) + reason)
-            return
-        try:
-            connection.sendall(_READY.pack(index.size, index.dim))
-            _answer(connection, index)
-        except (EOFError, OSError):
-            return
+def _work(connection: socket.socket, folder: str, manifest_sha256: str) -> None:
+    try:
+        manifest = verify(Path(folder), manifest_sha256)
+        index = load_index(Path(folder), manifest)
+    except (DamagedGeneration, OSError, MemoryError) as error:
+        reason = f"{type(error).__name__}: {error}".encode()
+        code = _OUT_OF_REACH if isinstance(error, OSError) else _REFUSED
+        connection.sendall(_READY.pack(code, len(reason)) + reason)
+        return
+    try:
+        connection.sendall(_READY.pack(index.size, index.dim))
+        _answer(connection, index)
+    except (EOFError, OSError):
+        return
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve(int(sys.argv[1]), int(sys.argv[2]), _work)

@@ -18,7 +18,6 @@ from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
 from litestar.types import Message, Scope
-from threadpoolctl import threadpool_limits
 
 from workers import routes_erasure, routes_ingest, routes_ops, routes_read, routes_recommend, routes_stream
 from workers.guests import OtherEncoder
@@ -30,6 +29,7 @@ from workers.processes import end_with_threads, settle
 from workers.routes import invalid, known, not_ready, other_encoder
 from workers.service import Service
 from workers.settings import Settings
+from workers.threads import compute_in_one_thread
 from workers.tracing import request_spans
 
 log = structlog.get_logger()
@@ -127,7 +127,7 @@ class Server(uvicorn.Server):
 
 def run_server(settings: Settings, keys: Keys = OPEN) -> int:
     serve = settings.serve
-    threadpool_limits(1)  # torch and BLAS
+    compute_in_one_thread()
     end_with_threads()
     if keys.required and serve.cert_file is None:
         log.warning("keys travel in the clear: set serve.cert_file, or put a proxy that speaks TLS in front")

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import structlog
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from model.checkpoint import fetch_model, prune_models, publish_model
 from model.config import ModelConfig
@@ -29,6 +28,7 @@ from workers import metrics
 from workers.announcements import newest_model, read_announcements
 from workers.processes import end_with_threads, stop_on_signal
 from workers.settings import Settings
+from workers.threads import compute_in_one_thread
 from workers.training_input import EncoderChanged, Read, Texts, Window
 from workers.training_team import training_team
 
@@ -203,7 +203,7 @@ class Trainer:
 
 def run_trainer(settings: Settings) -> int:
     """Until a signal; the exit code."""
-    threadpool_limits(1)  # torch and BLAS
+    compute_in_one_thread()
     end_with_threads()
     with training_team() as make:
         if make is not None:

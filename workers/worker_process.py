@@ -4,8 +4,6 @@ import asyncio
 from functools import partial
 from typing import Any
 
-from threadpoolctl import threadpool_limits
-
 from workers import metrics
 from workers.faust_batches import batch_app, execute
 from workers.handed import Handed, Stuck
@@ -15,6 +13,7 @@ from workers.processes import EX_DATA, EX_SOFTWARE, die, end_with_threads, settl
 from workers.sender import BatchSender
 from workers.settings import Settings
 from workers.states import OwnedStates
+from workers.threads import compute_in_one_thread
 from workers.user_worker import TooManyBadEvents, UserWorker
 
 SECOND_LOOK_S = 5.0  # twice that is what a click waits if Faust drops the batch it ends
@@ -22,7 +21,7 @@ SECOND_LOOK_S = 5.0  # twice that is what a click waits if Faust drops the batch
 
 def run_worker(settings: Settings) -> int:
     """Run until SIGTERM or SIGINT; the exit code. Anything unexpected ends the process before the commit."""
-    threadpool_limits(1)  # torch and BLAS
+    compute_in_one_thread()
     end_with_threads()
     live, sender = Live(settings, keep_previous=True), BatchSender(settings.connection)
 

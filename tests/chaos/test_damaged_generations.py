@@ -228,11 +228,12 @@ def test_a_damaged_copy_in_the_cache_is_fetched_anew(built: Built, follower: Fol
 
 def test_two_are_in_memory_at_most(built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also while the one before is kept for a trial; a damaged candidate does not end the trial."""
-    others, alive = {child.pid for child in psutil.Process().children()}, list[int]()
+    me, alive = psutil.Process(), list[int]()
 
     def start(*arguments: Any) -> SearchProcess:
         process = SearchProcess(*arguments)
-        alive.append(sum(child.pid not in others for child in psutil.Process().children()))
+        (server,) = (child for child in me.children() if "workers.search" in child.cmdline())
+        alive.append(len(server.children()))
         return process
 
     monkeypatch.setattr(live, "SearchProcess", start)

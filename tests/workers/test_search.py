@@ -229,9 +229,28 @@ def test_a_crash_while_loading_is_a_refusal(tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(SearchProcess, tmp_path, "0" * 64)
         with (tmp_path / "manifest.json").open("wb"):  # opens when the child does
-            os.kill(child_of(os.getpid()), signal.SIGSEGV)
+            os.kill(child_of(child_of(os.getpid())), signal.SIGSEGV)
             with pytest.raises(GenerationRefused, match="ended by SIGSEGV"):
                 future.result()
+
+
+def test_when_the_fork_server_dies_its_children_go_and_the_next_search_has_another(built: Path) -> None:
+    with SearchProcess(built, manifest_sha256(built)) as search:
+        os.kill(child_of(os.getpid()), signal.SIGKILL)
+        assert has_ended(search.pid)
+        with pytest.raises(SearchProcessDied, match="SIGTERM"):
+            search.search(queries(3), 5)
+    with SearchProcess(built, manifest_sha256(built)) as search:
+        assert search.search(queries(3), 5)[0].shape == (3, 5)
+
+
+def test_a_child_that_has_gone_is_known_whoever_else_was_forked(built: Path) -> None:
+    """A copy of its socket in a sibling would hide its end."""
+    with SearchProcess(built, manifest_sha256(built)) as first, SearchProcess(built, manifest_sha256(built)) as second:
+        os.kill(first.pid, signal.SIGKILL)
+        with pytest.raises(SearchProcessDied, match="SIGKILL"):
+            first.search(queries(3), 5)
+        assert second.search(queries(3), 5)[0].shape == (3, 5)
 
 
 def child_of(parent: int) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -275,13 +276,13 @@ def test_a_store_that_cannot_be_written_stops_nothing(service: Service) -> None:
 def test_a_search_process_that_dies_is_replaced(service: Service) -> None:
     """Its death costs time, never an answer."""
     status, before = service.call("/v1/users/u1/recommendations")
-    children = subprocess.run(
-        ["pgrep", "-f", "workers.search", "-P", str(service.roles.pids["serve"])], capture_output=True, text=True
+    (server,) = (
+        child for child in psutil.Process(service.roles.pids["serve"]).children() if "workers.search" in child.cmdline()
     )
-    for pid in children.stdout.split():
-        os.kill(int(pid), signal.SIGKILL)
-    status, after = service.call("/v1/users/u1/recommendations")
-    assert (status, after["items"]) == (200, before["items"])
+    for one in (*server.children(), server):
+        one.kill()
+        status, after = service.call("/v1/users/u1/recommendations")
+        assert (status, after["items"]) == (200, before["items"])
 
 
 def test_the_worker_killed_amid_clicks_loses_and_doubles_nothing(service: Service) -> None:

@@ -148,7 +148,7 @@ def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
     with tempfile.TemporaryDirectory(prefix="upwell-bench-") as name:
         folder = Path(name) / "g"
         artifact = data.generation(folder, grown)
-        index = load_index(folder, verify(folder), 1)
+        index = load_index(folder, verify(folder))
         runs, values = against_peers(
             index.exact.vectors, queries, lambda some: index.search(some, K)[0], options.rounds
         )
