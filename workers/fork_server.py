@@ -1,4 +1,6 @@
-"""Processes forked from one Python that has imported what they need: 5 ms of a core each, where to start one takes 320.
+"""Processes forked from one Python that has imported what they need.
+
+A search process of 2,000 items is ready in 35 ms, where it took 310 to start one (by hand).
 
     parent -> server   arguments as a line of JSON, and two descriptors: the child's socket, and where to tell its end
     server -> parent   pid, int64; into the second descriptor, when the child has ended, its code as subprocess has it
@@ -143,7 +145,7 @@ def serve(handle: int, parent: int, work: Callable[..., None]) -> None:
             if control in ready:
                 line, handles, _, _ = socket.recv_fds(control, 1 << 16, 2)
                 while line and not line.endswith(b"\n"):
-                    line += control.recv(1 << 16)
+                    line = line + more if (more := control.recv(1 << 16)) else b""
                 if not line:
                     return
                 server = os.getpid()
