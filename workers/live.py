@@ -18,7 +18,7 @@ from stream.events import Artifact, BadEvent, Item, ItemVector, Ranked, decode
 from workers import metrics
 from workers.announcements import Announcements
 from workers.catalogue import Catalogue
-from workers.processes import give_back_memory, settle
+from workers.processes import settle
 from workers.search import GenerationRefused, SearchProcess, SearchProcessDied
 from workers.settings import Settings
 from workers.snapshot import Query, Snapshot
@@ -89,8 +89,6 @@ class Live:
         previous, self.previous = self.previous, None
         if previous is not None:
             previous.search.close()
-            del previous
-            give_back_memory()  # 0.3 to 1 ms
 
     def _follow(self) -> None:
         topics, refreshed = self._topics, 0.0

@@ -1,6 +1,5 @@
 """Starting a role on a free port; ending it, in order, or at once where it cannot go on."""
 
-import ctypes
 import gc
 import os
 import signal
@@ -47,12 +46,6 @@ def settle() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000)
-
-
-def give_back_memory() -> None:
-    """To the system what is free in malloc's arenas, after something large has gone; glibc alone would keep it."""
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def end_with_threads() -> None:
