@@ -142,7 +142,7 @@ def _answer(connection: socket.socket, index: HnswIndex) -> None:
         connection.sendall(b"".join([rows.data, scores.data]))
 
 
-def _work(connection: socket.socket, folder: str, manifest_sha256: str) -> None:
+def _load_and_answer(connection: socket.socket, folder: str, manifest_sha256: str) -> None:
     try:
         manifest = verify(Path(folder), manifest_sha256)
         index = load_index(Path(folder), manifest)
@@ -159,4 +159,4 @@ def _work(connection: socket.socket, folder: str, manifest_sha256: str) -> None:
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]), int(sys.argv[2]), _work)
+    serve(int(sys.argv[1]), int(sys.argv[2]), _load_and_answer)
