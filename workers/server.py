@@ -25,7 +25,7 @@ from workers.keys import OPEN, Keys
 from workers.lag import LagFollower
 from workers.limits import Gate, measured
 from workers.live import NotReady
-from workers.processes import end_with_threads, settle
+from workers.processes import end_with_threads, settle, share_heaps
 from workers.routes import invalid, known, not_ready, other_encoder
 from workers.service import Service
 from workers.settings import Settings
@@ -129,6 +129,7 @@ def run_server(settings: Settings, keys: Keys = OPEN) -> int:
     serve = settings.serve
     compute_in_one_thread()
     end_with_threads()
+    share_heaps()
     if keys.required and serve.cert_file is None:
         log.warning("keys travel in the clear: set serve.cert_file, or put a proxy that speaks TLS in front")
     service = Service(settings)

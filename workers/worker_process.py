@@ -9,7 +9,7 @@ from workers.faust_batches import batch_app, execute
 from workers.handed import Handed, Stuck
 from workers.live import Live
 from workers.partitions import Batch, Partitions
-from workers.processes import EX_DATA, EX_SOFTWARE, die, end_with_threads, settle
+from workers.processes import EX_DATA, EX_SOFTWARE, die, end_with_threads, settle, share_heaps
 from workers.sender import BatchSender
 from workers.settings import Settings
 from workers.states import OwnedStates
@@ -23,6 +23,7 @@ def run_worker(settings: Settings) -> int:
     """Run until SIGTERM or SIGINT; the exit code. Anything unexpected ends the process before the commit."""
     compute_in_one_thread()
     end_with_threads()
+    share_heaps()
     live, sender = Live(settings, keep_previous=True), BatchSender(settings.connection)
 
     async def finish() -> None:
