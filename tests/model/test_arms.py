@@ -1,6 +1,6 @@
 """Every arm on a chain with a known answer, on noise, and the counting ones against slow twins."""
 
-from collections import Counter
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -116,25 +116,31 @@ def seen(rows: Sequence[int]) -> History:
     return History(np.array(rows, np.int64), np.ones(len(rows), np.float32), np.zeros(len(rows), np.int64))
 
 
-def test_user_knn_is_the_sum_over_the_nearest_users() -> None:
+@pytest.mark.parametrize("neighbours", [7, 1000])
+def test_user_knn_is_the_sum_over_the_nearest_users(neighbours: int) -> None:
     events = tastes(150)
     rows = [ITEMS.index(item) for item in events.items]
-    arm = UserKnnArm(N, length=5, neighbours=7)
+    arm = UserKnnArm(N, length=5, neighbours=neighbours)
     arm.learn(events, np.array(rows, np.int64))
-    done: dict[int, set[int]] = {}
+    done: dict[int, list[int]] = {}
     for user, row in zip(events.users, rows, strict=True):
-        done.setdefault(user, set()).add(row)  # type: ignore[arg-type]
+        mine = done.setdefault(user, [])  # type: ignore[arg-type]
+        mine += [row] if row not in mine else []
     query = [11, 14, 12, 17, 13]
-    alike = {user: sum((at + 1) / 5 for at, row in enumerate(query) if row in mine) for user, mine in done.items()}
-    alike.pop(99, None)
+    recency = {row: math.exp((at - 4) / 5) for at, row in enumerate(query)}
+    alike = {user: sum(recency.get(row, 0.0) for row in mine) for user, mine in done.items() if user != 99}
     votes = arm._vote(99, np.array(query, np.int64))
-    edge = sorted(alike.values(), reverse=True)[:7]
-    firm = {user: value for user, value in alike.items() if value > edge[-1]}  # whatever the ties at the edge
-    floor: Counter[int] = Counter()
-    for user, value in firm.items():
-        floor.update(dict.fromkeys(done[user], value))
-    assert firm and all(votes[row] >= value - 1e-9 for row, value in floor.items())
-    assert votes.sum() >= sum(value * len(done[user]) for user, value in firm.items()) - 1e-9
+    edge = sorted(alike.values(), reverse=True)[min(neighbours, len(alike)) - 1]
+    sure = np.zeros(N)
+    for user, value in alike.items():
+        if value > edge or (value and neighbours > len(alike)):  # whatever the ties at the edge
+            mine = done[user]
+            shared = mine.index(max(set(mine) & set(query), key=query.index))
+            for at, row in enumerate(mine):
+                sure[row] += value * math.exp(-abs(at - shared) / 12)
+    assert sure.any() and (votes >= sure - 1e-9).all()
+    if neighbours > len(alike):
+        np.testing.assert_allclose(votes, sure)
 
 
 def test_isgd_moves_a_score_towards_one_by_the_rule() -> None:
