@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from model.losses import softmax_loss
 from model.sampling import EventLog, Events, History, Padded, pad, shuffle_ties
 
 Rows = NDArray[np.int64]
@@ -53,6 +54,8 @@ class SasRec(nn.Module):
 class RetrainedArm:
     """A sequence model with tied embeddings and a full softmax over seen items; `steps` AdamW steps every
     `every` events on windows drawn uniformly from all events so far. User state is exact in between.
+    With `exclude_seen` what the user has consumed is no negative, as in Upwell's own loss, for it is no candidate when
+    ranked, either: without that SASRec's HR@10 was .1800 in place of .1956 on MovieLens-100k, line by line.
 
     `same_stamp`: whether an event is predicted from those of its own stamp, as in line-by-line evaluation.
     """
@@ -69,6 +72,7 @@ class RetrainedArm:
         seed: int = 0,
         width: int = 64,
         length: int = 50,
+        exclude_seen: bool = True,
     ) -> None:
         self._every, self._steps, self._same_stamp, self._length, self._items = (
             every,
@@ -86,7 +90,7 @@ class RetrainedArm:
             self._state = torch.get_rng_state()
         self._bias = nn.Parameter(torch.zeros(num_items))
         self._adam = torch.optim.AdamW([*self._net.parameters(), *self._table.parameters(), self._bias], 1e-3)
-        self._log, self._left = EventLog(1_000_000, True), every
+        self._log, self._left = EventLog(1_000_000, exclude_seen), every
         self._seen = np.zeros(num_items, np.bool_)
 
     @torch.no_grad()
@@ -137,8 +141,9 @@ class RetrainedArm:
         place = torch.from_numpy(np.ascontiguousarray(source)).unsqueeze(2).expand(-1, -1, out.shape[2])
         said = out.gather(1, place)[goals]  # (P, d)
         scores = said @ self._table.weight[:-1].T + self._bias  # (P, N)
-        scores = scores.masked_fill(~torch.from_numpy(self._seen), float("-inf"))
-        loss = F.cross_entropy(scores, torch.from_numpy(window.rows)[goals])
+        consumed = self._log.consumed_mask(self._log.users(numbers), np.arange(self._items), self._items)  # (W, N)
+        barred = torch.from_numpy(consumed | ~self._seen)[goals.nonzero()[:, 0]]  # (P, N)
+        loss = softmax_loss(scores, torch.from_numpy(window.rows)[goals], barred, torch.ones(len(scores)))
         self._adam.zero_grad()
         torch.autograd.backward(loss)
         self._adam.step()

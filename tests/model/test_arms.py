@@ -55,8 +55,8 @@ def sequential() -> dict[str, Arm]:
     return {
         "markov": make_arm("markov", setting(900)),
         "covisitation": CovisitationArm(N),
-        "gru4rec": RetrainedArm("gru4rec", N, 300, steps=90, width=32, length=8),
-        "sasrec": RetrainedArm("sasrec", N, 300, steps=90, width=32, length=8),
+        "gru4rec": RetrainedArm("gru4rec", N, 300, steps=90, width=32, length=8, exclude_seen=False),
+        "sasrec": RetrainedArm("sasrec", N, 300, steps=90, width=32, length=8, exclude_seen=False),
     }
 
 
@@ -78,6 +78,15 @@ def test_a_chain_is_followed(name: str) -> None:
 def test_tastes_are_told_apart(name: str) -> None:
     """A user who has seen n of the ten items of a taste meets one of the others: popularity would hit 10 of 40."""
     assert hit_rate(personal()[name], tastes(2400), exclude_seen=False) > 0.6
+
+
+@pytest.mark.parametrize("exclude_seen", [True, False])
+def test_what_a_user_has_consumed_is_no_negative(exclude_seen: bool) -> None:
+    """Users who have consumed everything teach nothing then; the bias moves with any loss."""
+    arm = RetrainedArm("gru4rec", 5, 20, steps=2, width=8, length=8, exclude_seen=exclude_seen)
+    rows = np.tile(np.arange(5), 4)
+    arm.learn(log(np.repeat(np.arange(4), 5).tolist(), rows.tolist()), rows)
+    assert bool(arm._bias.detach().any()) is not exclude_seen
 
 
 def test_text_finds_what_reads_alike() -> None:
