@@ -145,7 +145,8 @@ def serve(handle: int, parent: int, work: Callable[..., None]) -> None:
             if control in ready:
                 line, handles, _, _ = socket.recv_fds(control, 1 << 16, 2)
                 while line and not line.endswith(b"\n"):
-                    line = line + more if (more := control.recv(1 << 16)) else b""
+                    more = control.recv(1 << 16)
+                    line = line + more if more else b""  # cut by the parent's end
                 if not line:
                     return
                 server = os.getpid()

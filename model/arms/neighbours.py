@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.arms.counts import BACKOFF, PopularityArm
+from model.config import RECENCY
 from model.sampling import Events, History
 
 Rows = NDArray[np.int64]
 
-_RECENCY = 5.0  # events: what an item of the user's own history counts, exp(-position / 5), as in Upwell's parts
 _NEARNESS = 12.0  # events: what a neighbour's item counts, exp(-distance / 12) from the newest item that both did
 
 
@@ -69,7 +69,7 @@ class UserKnnArm:
         """(N,) summed similarity of the neighbours that did each item, by how near in their sequence."""
         if not len(rows):
             return np.zeros(self._num_items)
-        recency = np.exp(-np.arange(len(rows) - 1, -1, -1) / _RECENCY)  # (T,)
+        recency = np.exp(-np.arange(len(rows) - 1, -1, -1) / RECENCY)  # (T,)
         met = self._users.values[rows]  # (T, W)
         kept = (met >= 0) & (met != user)
         owners, places = met[kept], np.nonzero(kept)[0]
