@@ -8,7 +8,7 @@ import ssl
 import time
 from typing import Any
 
-from aiokafka.conn import create_conn
+from aiokafka.conn import AIOKafkaConnection
 from aiokafka.errors import KafkaError, SaslAuthenticationFailed
 
 from stream.connection import Connection
@@ -37,13 +37,16 @@ async def _knock(address: str, options: dict[str, Any]) -> None:
             await writer.wait_closed()
         except OSError:  # a TimeoutError is one
             return
+        kafka = AIOKafkaConnection(host, int(port), **options)
         try:
             async with asyncio.timeout(ANSWER_S):
-                await (await create_conn(host, int(port), **options)).close()
+                await kafka.connect()
+                await kafka.close()
             return
         except TimeoutError:
             return
         except SaslAuthenticationFailed as error:
+            await asyncio.wait([kafka.close()], timeout=ANSWER_S)  # TLS says goodbye first; else a socket is left
             raise ConfigError(f"kafka.username, kafka.password, kafka.mechanism: {address}: {error}") from error
         except ssl.SSLError as error:
             raise ConfigError(f"kafka.tls, kafka.ca_file: {address}: {error}") from error
