@@ -38,7 +38,6 @@ SEED = int(os.environ.get("CHAOS_SEED", "6"))
 COMMIT = subprocess.run(
     ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
 ).stdout.strip()
-APPLIED = "upwell_clicks_total{applied}"
 SHORT_SESSION_S = 4.0  # of the short forms; the long ones have the worker's own 10 s
 
 
@@ -166,9 +165,19 @@ class Fleet:
     ) -> None:
         self._stopping.set()
         self._watch.join()
+        if kind is not None:
+            self._explain()
         for process in self._processes.values():
             process.kill()
             process.join()
+
+    def _explain(self) -> None:
+        """Print the ends of all logs, and of what still runs where each of its threads and tasks is."""
+        for name in self._processes:
+            self.send_signal(name, signal.SIGQUIT)
+        time.sleep(2)
+        for name in self._processes:
+            print(f"--- {name}", *self.log(name).splitlines()[-400:], sep="\n")
 
     def start(self, name: str, traps: Iterable[Trap] = ()) -> None:
         """A worker with the first trap set in it, its successor with the second, and so on; then plain ones."""
@@ -236,7 +245,7 @@ class Fleet:
         return int(self._duplicates + self.metric("upwell_clicks_total{duplicate}"))
 
     def await_ready(self) -> None:
-        """Until every worker serves the generation and the group has taken up every partition."""
+        """Until every worker serves the generation; it may still be joining its group."""
         names = list(self._processes)
         until(lambda: all(self.metric_of(name, "upwell_swaps_total{served}") for name in names), "a generation serves")
 
@@ -274,10 +283,17 @@ class Fleet:
 
 
 def calibrate(fleet: Fleet, clicks: Sequence[Click]) -> float:
-    """Clicks a second that a worker, the only one, works off of these as fast as it can, to their commit."""
-    with Load(fleet.settings, clicks, rate=1e9):
-        until(lambda: fleet.metric(APPLIED) > 0, "the first are applied")
-        began, before = time.monotonic(), fleet.metric(APPLIED)
+    """Clicks a second that a worker, the only one, works off of these as fast as it can, sent to committed.
+
+    A tenth of them go before, while the worker joins its group and grows warm.
+    """
+    before = len(clicks) // 10
+    with Load(fleet.settings, clicks[:before], rate=1e9):
+        pass
+    fleet.drain()
+    began = time.monotonic()
+    with Load(fleet.settings, clicks[before:], rate=1e9):
+        pass
     fleet.drain()
     return (len(clicks) - before) / (time.monotonic() - began)
 

@@ -5,6 +5,7 @@ a core, and the scenarios start hundreds. Production code knows nothing of the p
 """
 
 import asyncio
+import faulthandler
 import inspect
 import multiprocessing
 import os
@@ -128,6 +129,31 @@ def stand_still() -> None:
     UserWorker.process = stands  # type: ignore[method-assign, assignment]
 
 
+def join_in_time() -> None:
+    """The group has five seconds to take the worker in."""
+    worker_process.JOIN_S = 5.0
+
+
+def never_join() -> None:
+    """The worker starts, and never subscribes."""
+    join_in_time()
+
+    async def nothing(*_: Any, **__: Any) -> None: ...
+
+    PartitionBatchConsumer.subscribe = nothing
+
+
+def explain(*_: Any) -> None:
+    """Log where each thread is and what each asyncio task, of all loops, waits for: SIGQUIT calls it."""
+    faulthandler.dump_traceback(sys.stderr)
+    for task in list(asyncio.tasks._all_tasks):  # type: ignore[attr-defined]
+        waits, awaited = list[str](), cast(Any, task.get_coro())
+        while (frame := getattr(awaited, "cr_frame", None)) is not None:
+            waits.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}")
+            awaited = awaited.cr_await
+        print(f"task {task.get_name()}:", " > ".join(waits), file=sys.stderr, flush=True)
+
+
 def _run(
     role: Callable[[Settings], int],
     settings: Settings,
@@ -140,6 +166,7 @@ def _run(
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    signal.signal(signal.SIGQUIT, explain)
     configure(settings.log_level, role.__name__)
     plant(os.environ.get("CHAOS_BUG", ""))
     if fault is not None:
