@@ -17,7 +17,7 @@ from workers.threads import compute_in_one_thread
 from workers.user_worker import TooManyBadEvents, UserWorker
 
 SECOND_LOOK_S = 5.0  # twice that is what a click waits if Faust drops the batch it ends
-JOIN_S = 180.0  # three of Faust's rebalance timeouts; seen once: a worker that started and never asked to join
+JOIN_S = 180.0  # three of Faust's rebalance timeouts; seen once: a worker that started and was never in its group
 
 
 def run_worker(settings: Settings) -> int:

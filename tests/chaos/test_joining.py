@@ -10,9 +10,7 @@ from tests.chaos.worker import join_in_time, never_join
 from workers.processes import EX_SOFTWARE
 
 
-def test_one_that_hangs_before_it_joins_is_replaced(
-    connection: Connection, generation: Artifact, tmp_path: Path
-) -> None:
+def test_one_that_never_joins_ends_itself(connection: Connection, generation: Artifact, tmp_path: Path) -> None:
     with Fleet(connection, tmp_path, generation, fault=never_join) as fleet:
         fleet.start("a")
         until(lambda: fleet.exits == [("a", EX_SOFTWARE)], "it ends")
