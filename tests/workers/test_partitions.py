@@ -87,16 +87,16 @@ async def test_a_partition_taken_away_leaves_nothing_that_a_rebalance_waits_for(
 
 
 class Doubling:
-    """Doubles numbers when told to go on; 0 is refused."""
+    """Doubles numbers, one call for each time that it is told to go on; 0 is refused."""
 
     def __init__(self) -> None:
         self.calls: list[Sequence[int]] = []
-        self.go_on = threading.Event()
+        self.go_on = threading.Semaphore(0)
         self.batcher = Batcher[int, int](self, "doubling")
 
     def __call__(self, numbers: Sequence[int]) -> list[int]:
         self.calls.append(numbers)
-        assert self.go_on.wait(5)
+        assert self.go_on.acquire(timeout=30)
         if 0 in numbers:
             raise ZeroDivisionError
         return [2 * number for number in numbers]
@@ -110,10 +110,11 @@ class Doubling:
 async def test_what_comes_during_a_call_is_asked_together_in_the_next() -> None:
     doubling = Doubling()
     tasks = [*await doubling.asked(1), *await doubling.asked(2, 3)]
-    doubling.go_on.set()
+    doubling.go_on.release(2)
     assert await asyncio.gather(*tasks) == [2, 4, 6]
     assert doubling.calls == [[1], [2, 3]]
     tasks = await doubling.asked(0, 5)
+    doubling.go_on.release(3)
     failed, other = await asyncio.gather(*tasks, return_exceptions=True)
     assert isinstance(failed, ZeroDivisionError) and (other == 10 or isinstance(other, ZeroDivisionError))
     assert await doubling.batcher.ask(6) == 12
@@ -122,12 +123,14 @@ async def test_what_comes_during_a_call_is_asked_together_in_the_next() -> None:
 async def test_who_is_cancelled_does_not_take_the_others_along() -> None:
     doubling = Doubling()
     first, leads, follows = *await doubling.asked(1), *await doubling.asked(2), *await doubling.asked(3)
-    doubling.go_on.set()
+    doubling.go_on.release()
     assert await first == 2
-    doubling.go_on.clear()
-    await asyncio.sleep(0.05)  # the call of 2 and 3 is under way
+    async with asyncio.timeout(30):
+        while len(doubling.calls) < 2:
+            await asyncio.sleep(0.01)
     leads.cancel()
-    await asyncio.sleep(0.01)
-    doubling.go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await leads
+    doubling.go_on.release()
     assert await follows == 6
-    assert leads.cancelled() and doubling.calls == [[1], [2, 3]]
+    assert doubling.calls == [[1], [2, 3]]
