@@ -17,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from model.index import ExactIndex
+from model.index import ExactIndex, Progress
 from model.manifest import (
     FORMAT,
     INDEX,
@@ -62,6 +62,7 @@ def build_generation(
     shapes: Sequence[Shape] = SHAPES,
     ef_search: Sequence[int] = EF_SEARCH,
     threads: int = 1,
+    progress: Progress | None = None,
 ) -> Manifest:
     """Write a generation beside `folder`, check it, flush it, rename it last: `folder` is whole or absent.
 
@@ -78,7 +79,7 @@ def build_generation(
     exact = ExactIndex(vectors)
     walks = walk(model, exact, NUM_WALKS)  # (W, D)
     rows, truth = exact.search(walks, PROBE_K)  # (W, 20)
-    index, share = best_index(vectors, walks, truth, ef_search, shapes, threads)
+    index, share = best_index(vectors, walks, truth, ef_search, shapes, threads, progress)
     found = index.search_graph(walks, PROBE_K)[1]
     probes: dict[str, NDArray[Any]] = {"queries": walks, "rows": rows, "scores": truth, "found": found}
     folder.parent.mkdir(parents=True, exist_ok=True)

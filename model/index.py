@@ -23,6 +23,7 @@ EXACT_SHARE = 64
 # A query is odd, and scanned, where its mean square in the columns of a scaled graph is so many times the usual one:
 # users had 0.4 to 1.9, queries of text alone 43 to 330, of whose best 20 the graph of 20,000 items found .57 at ef 64.
 ODD = 8.0
+Progress = Callable[[int, int], None]  # done, all
 _SCORES_AT_ONCE = 16_000_000  # floats of one block of the scan: 64 MB
 _POINTS_AT_ONCE = 16_384  # lifted at a time: 13 MB
 _GROUP = 16  # scores of which `_top` first takes the greatest: selection was half of a scan's time, now a tenth
@@ -137,8 +138,12 @@ class HnswIndex:
         ef: int = 128,
         seed: int = 0,
         threads: int = 1,
+        progress: Progress | None = None,
     ) -> HnswIndex:
-        """Graph over vectors (N, D) float32. The same seed gives the same graph where threads = 1."""
+        """Graph over vectors (N, D) float32. The same seed gives the same graph where threads = 1.
+
+        progress(done, all) is called as points enter the graph: 10^6 of 200 columns take the better part of an hour.
+        """
         if vectors.ndim != 2 or not vectors.size or not np.isfinite(vectors).all():
             raise ValueError(f"vectors must be (N, D), not empty and finite, got {vectors.shape}")
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
@@ -148,6 +153,8 @@ class HnswIndex:
         graph.init_index(len(copies), M=M, ef_construction=ef_construction, random_seed=seed)
         for labels in np.split(np.arange(len(copies)), range(_POINTS_AT_ONCE, len(copies), _POINTS_AT_ONCE)):
             graph.add_items(points(labels), labels, num_threads=threads)
+            if progress:
+                progress(int(labels[-1]) + 1, len(copies))
         return cls(graph, vectors, copies, lifted, ef, threads, scale)
 
     def save(self, path: Path) -> None:

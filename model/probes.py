@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from model.index import ExactIndex, HnswIndex, recall
+from model.index import ExactIndex, HnswIndex, Progress, recall
 from model.queries import Vectors
 from model.sampling import History
 
@@ -39,7 +39,13 @@ class ModelLike(Protocol):
 
 
 def best_index(
-    vectors: Vectors, walks: Vectors, truth: Vectors, ef_search: Sequence[int], shapes: Sequence[Shape], threads: int
+    vectors: Vectors,
+    walks: Vectors,
+    truth: Vectors,
+    ef_search: Sequence[int],
+    shapes: Sequence[Shape],
+    threads: int,
+    progress: Progress | None = None,
 ) -> tuple[HnswIndex, float]:
     """The graph that recalls well at the least `ef`, or the best of all: which space and shape does it differs by
     model. Another graph is built where no `ef` under WIDE is enough for those before; two are in memory at most.
@@ -53,6 +59,7 @@ def best_index(
             M=M,
             ef_construction=ef_construction,
             threads=threads,
+            progress=progress,
         )
         for index.ef in ef_search:
             if (share := _recall(index, walks, truth)) >= GOOD_RECALL:

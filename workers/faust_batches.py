@@ -73,6 +73,9 @@ class BatchApp(faust.App):  # type: ignore[misc]
     def _new_transport(self) -> PartitionBatchTransport:
         return PartitionBatchTransport(self.conf.broker_consumer, self)
 
+    async def on_first_start(self) -> None:
+        """Without Faust's folders: empty, one for each group, and in the working directory, which may be read-only."""
+
     async def on_start(self) -> None:
         await super().on_start()
         await self.before()

@@ -30,11 +30,13 @@ from stream.text import item_text
 from workers import metrics
 from workers.announcements import read_announcements
 from workers.processes import end_with_threads, stop_on_signal
+from workers.progress import seldom
 from workers.settings import Settings
 
 log = structlog.get_logger()
 
 RETRY_S = 5.0
+PROGRESS_S = 30.0
 ENCODE_AT_ONCE = 256  # texts between two looks at the topics: 2 s on two cores
 
 
@@ -193,6 +195,7 @@ class Indexer:
                 parent=announced.name if announced else None,
                 metrics=announced.metrics if announced else {},
                 threads=self._settings.indexer.threads,
+                progress=seldom(lambda done, of: log.info("index being built", done=done, of=of), PROGRESS_S),
             )
             digest = manifest_sha256(folder)
             url = publish(folder, root)

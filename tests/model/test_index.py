@@ -226,8 +226,10 @@ def test_a_scaled_graph_is_loaded_with_its_scale_alone(tmp_path: Path) -> None:
 def test_points_in_blocks_make_the_same_graph(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     INDEX.save(tmp_path / "whole")
     monkeypatch.setattr(model.index, "_POINTS_AT_ONCE", 700)
-    HnswIndex.build(VECTORS, ef=400).save(tmp_path / "blocks")
+    told: list[tuple[int, int]] = []
+    HnswIndex.build(VECTORS, ef=400, progress=lambda *far: told.append(far)).save(tmp_path / "blocks")
     assert (tmp_path / "whole").read_bytes() == (tmp_path / "blocks").read_bytes()
+    assert told == [(done, 3000) for done in (700, 1400, 2100, 2800, 3000)]
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["cut", "zeros", "noise", "vector"]))

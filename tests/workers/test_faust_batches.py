@@ -2,8 +2,10 @@
 
 import inspect
 from collections import defaultdict
+from pathlib import Path
 
 import faust
+import pytest
 from faust.transport.drivers.aiokafka import Consumer
 from faust.types import TP
 
@@ -42,6 +44,15 @@ def test_the_app_opens_no_port_and_makes_no_topic() -> None:
     assert app.conf.web_enabled is False
     assert app.conf.topic_allow_declare is False
     assert [str(url) for url in app.conf.broker] == ["kafka://127.0.0.1:9092", "kafka://127.0.0.1:9093"]
+
+
+async def test_the_app_makes_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    app = batch_app("group", Connection("127.0.0.1:9092"), nothing, nothing)
+    await app.on_first_start()
+    assert not list(tmp_path.iterdir())
+    await faust.App.on_first_start(app)
+    assert list(tmp_path.iterdir())  # Faust's own; else this test would see nothing
 
 
 def test_a_login_reaches_faust_with_tls() -> None:

@@ -17,6 +17,8 @@ from model.queries import unit
 from model.sampling import Events, History
 from stream.datasets import Dataset, load_dataset
 from stream.events import Artifact, Click, Item, encode
+from workers.bench.harness import tell
+from workers.progress import seldom
 
 Floats = NDArray[np.float32]
 SMALL = ModelConfig(text_dim=16, tower_dim=8, covisitation_rank=8, projected_text_dim=8, hidden=16)
@@ -75,7 +77,8 @@ def made_up_model(num_items: int, config: ModelConfig, events: int) -> Model:
 
 def generation(folder: Path, model: ModelLike) -> Artifact:
     """Built under `folder`, as the indexer announces it."""
-    build_generation(folder, model, version=folder.name, encoder="bench", offsets={})
+    progress = seldom(lambda done, of: tell(f"graph: {done:,} of {of:,} items"), 10.0)
+    build_generation(folder, model, version=folder.name, encoder="bench", offsets={}, progress=progress)
     digest = manifest_sha256(folder)
     return Artifact(name=folder.name, url=str(folder), manifest_sha256=digest, created_ms=0, encoder="bench")
 

@@ -2,6 +2,7 @@
 
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -9,7 +10,10 @@ from typing import NamedTuple
 import msgspec
 import psutil
 
+from workers.progress import seldom
+
 Runs = dict[str, list[float]]
+_BEGAN = time.perf_counter()
 
 
 class Options(NamedTuple):
@@ -51,11 +55,18 @@ def measured(
 def alternate(contenders: Mapping[str, Callable[[], float]], rounds: int) -> Runs:
     """One figure a run; the contenders take turns, so that a busy spell of the machine meets all of them."""
     runs: Runs = {name: [] for name in contenders}
+    progress = seldom(lambda done, of: tell(f"{done} of {of} runs of {', '.join(contenders)}"), 5.0)
     for round_ in range(rounds):
         names = list(contenders) if round_ % 2 == 0 else list(reversed(list(contenders)))
         for name in names:
             runs[name].append(contenders[name]())
+            progress(sum(map(len, runs.values())), rounds * len(contenders))
     return runs
+
+
+def tell(what: str) -> None:
+    """For who waits: seconds since the benchmark began, and what has been done; stdout is for the result."""
+    print(f"{time.perf_counter() - _BEGAN:7.0f} s  {what}", file=sys.stderr, flush=True)
 
 
 def medians(runs: Runs) -> dict[str, float | str]:

@@ -13,11 +13,14 @@ import torch
 from msgspec.structs import replace
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.learner import LearnReport
 from stream.datasets import load_dataset
 from stream.events import Click
 from workers.bench import data
-from workers.bench.harness import Options, alternate, measured, medians, ratio, seconds
+from workers.bench.harness import Options, alternate, measured, medians, ratio, seconds, tell
+from workers.progress import seldom
 
+AT_ONCE = 6_400  # events between two words on how far it is: whole micro-batches, so that nothing else is learned
 WIDTH = 1024
 PARTS = {
     "_learn_tower": "tower",
@@ -64,10 +67,14 @@ def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
 
     def learn_ms() -> float:
         learner = data.untrained(dataset)
-        reports = []
-        took = seconds(lambda: reports.append(learner.learn(events)))
-        steps.append(reports[0].steps)
-        losses.append(reports[0].tower_loss)
+        progress = seldom(lambda done, of: tell(f"{done:,} of {of:,} events learned"), 10.0)
+        learned, took = list[LearnReport](), 0.0
+        for start in range(0, count, AT_ONCE):
+            part = events.slice(start, start + AT_ONCE)
+            took += seconds(lambda part=part: learned.append(learner.learn(part)))
+            progress(start + len(part), count)
+        steps.append(sum(report.steps for report in learned))
+        losses.append(sum(report.tower_loss * report.steps for report in learned) / steps[-1])
         return 1000 * took / count
 
     learner = data.untrained(dataset)
