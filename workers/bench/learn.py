@@ -7,6 +7,7 @@ two matrices reaches on this core in the same run.
 
 import cProfile
 import pstats
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -71,7 +72,9 @@ def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
         learned, took = list[LearnReport](), 0.0
         for start in range(0, count, AT_ONCE):
             part = events.slice(start, start + AT_ONCE)
-            took += seconds(lambda part=part: learned.append(learner.learn(part)))
+            began = time.perf_counter()
+            learned.append(learner.learn(part))
+            took += time.perf_counter() - began
             progress(start + len(part), count)
         steps.append(sum(report.steps for report in learned))
         losses.append(sum(report.tower_loss * report.steps for report in learned) / steps[-1])
