@@ -38,27 +38,6 @@ def die(reason: str, code: int, error: BaseException | None = None) -> None:
     os._exit(code)
 
 
-class Deadline:
-    """Between `begin` and `end` lie at most so many seconds, or the process ends: for what can hang without a word.
-
-    In a thread of its own, so that it does not matter what hangs.
-    """
-
-    def __init__(self, seconds: float, reason: str) -> None:
-        self._seconds, self._reason = seconds, reason
-        self._timer: threading.Timer | None = None
-
-    def begin(self) -> None:
-        self.end()
-        self._timer = threading.Timer(self._seconds, die, (self._reason, EX_SOFTWARE))
-        self._timer.daemon = True
-        self._timer.start()
-
-    def end(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-
-
 def settle() -> None:
     """Once all is imported, or read: leaves it out of the garbage collector's rounds, which stopped every thread for
     0.13 s.

@@ -9,7 +9,7 @@ from workers.faust_batches import batch_app, execute
 from workers.handed import Handed, Stuck
 from workers.live import Live
 from workers.partitions import Batch, Partitions
-from workers.processes import EX_DATA, EX_SOFTWARE, Deadline, die, end_with_threads, settle, share_heaps
+from workers.processes import EX_DATA, EX_SOFTWARE, die, end_with_threads, settle, share_heaps
 from workers.sender import BatchSender
 from workers.settings import Settings
 from workers.states import OwnedStates
@@ -17,7 +17,6 @@ from workers.threads import compute_in_one_thread
 from workers.user_worker import TooManyBadEvents, UserWorker
 
 SECOND_LOOK_S = 5.0  # twice that is what a click waits if Faust drops the batch it ends
-JOIN_S = 180.0  # three of Faust's rebalance timeouts; seen once: a worker that started and was never in its group
 
 
 def run_worker(settings: Settings) -> int:
@@ -26,11 +25,6 @@ def run_worker(settings: Settings) -> int:
     end_with_threads()
     share_heaps()
     live, sender = Live(settings, keep_previous=True), BatchSender(settings.connection)
-    joining = Deadline(JOIN_S, "the consumer group has not taken this worker in")
-
-    async def begin() -> None:
-        joining.begin()
-        await sender.start()
 
     async def finish() -> None:
         await partitions.stop()
@@ -38,7 +32,7 @@ def run_worker(settings: Settings) -> int:
         await sender.stop()
         await asyncio.to_thread(live.stop)
 
-    app = batch_app(settings.worker.group, settings.connection, begin, finish)
+    app = batch_app(settings.worker.group, settings.connection, sender.start, finish)
     clicks = app.topic(settings.topics.clicks.name, value_type=bytes, value_serializer="raw")
 
     def fenced(error: BaseException) -> None:
@@ -83,12 +77,10 @@ def run_worker(settings: Settings) -> int:
 
     @app.on_partitions_assigned.connect  # type: ignore[untyped-decorator]
     async def restore(_: Any, assigned: Any, **kwargs: Any) -> None:
-        joining.end()
         owned.restore(tp.partition for tp in assigned)
 
     @app.on_partitions_revoked.connect  # type: ignore[untyped-decorator]
     async def forget(_: Any, revoked: Any, **kwargs: Any) -> None:
-        joining.begin()
         await partitions.forget(revoked)
         handed.forget(tp.partition for tp in revoked)
         await owned.forget(tp.partition for tp in revoked)

@@ -129,20 +129,6 @@ def stand_still() -> None:
     UserWorker.process = stands  # type: ignore[method-assign, assignment]
 
 
-def join_in_time() -> None:
-    """The group has five seconds to take the worker in."""
-    worker_process.JOIN_S = 5.0
-
-
-def never_join() -> None:
-    """The worker starts, and never subscribes."""
-    join_in_time()
-
-    async def nothing(*_: Any, **__: Any) -> None: ...
-
-    PartitionBatchConsumer.subscribe = nothing
-
-
 def explain(*_: Any) -> None:
     """Log where each thread is and what each asyncio task, of all loops, waits for: SIGQUIT calls it."""
     faulthandler.dump_traceback(sys.stderr)
