@@ -2,6 +2,7 @@
 
 import inspect
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,6 +84,9 @@ def test_no_worker_has_two_partitions_more_than_another(num_partitions: int) -> 
         sizes = [len(held) for held in share.values()]
         assert max(sizes) - min(sizes) <= 1, share
     assert shares[-1] == group.rebalance()  # nothing has changed, nothing moves
+    for before, after in pairwise(shares[: len(names)]):  # what moves is the newcomer's share alone
+        kept = sum(len(held & after[name]) for name, held in before.items())
+        assert num_partitions - kept == num_partitions // len(after)
 
 
 async def test_the_app_makes_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
