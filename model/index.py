@@ -142,7 +142,7 @@ class HnswIndex:
     ) -> HnswIndex:
         """Graph over vectors (N, D) float32. The same seed gives the same graph where threads = 1.
 
-        progress(done, all) is called as points enter the graph: 10^6 of 200 columns take the better part of an hour.
+        progress(done, all) is called as points enter the graph: 10^6 of them take minutes.
         """
         if vectors.ndim != 2 or not vectors.size or not np.isfinite(vectors).all():
             raise ValueError(f"vectors must be (N, D), not empty and finite, got {vectors.shape}")

@@ -1,6 +1,6 @@
 """Which worker gets which partitions: Faust's sticky assignment, made even.
 
-Faust 0.12 bounds what a worker may hold and gives out what nobody holds, but takes nothing from those within the bound:
+Faust 0.15 bounds what a worker may hold and gives out what nobody holds, but takes nothing from those within the bound:
 of 8 partitions the fifth of 5 workers got none, the others two each. So a worker added to a group that is behind could
 stand idle. Its assignor has no setting for it, so the name that Faust calls is set here.
 """
