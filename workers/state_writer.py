@@ -75,7 +75,7 @@ class StateWriter:
     async def _transaction(self) -> None:
         loop, ends, begun = asyncio.get_running_loop(), None, False
         acknowledgements: list[Acknowledge] = []
-        while taken := await self._take(ends):
+        while (ends is None or loop.time() < ends) and (taken := await self._take(ends)):  # over, even where more waits
             states, more = taken
             ends = ends or loop.time() + COMMIT_S
             acknowledgements += more

@@ -2,7 +2,7 @@
 
 import asyncio
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 
@@ -91,3 +91,38 @@ async def test_an_overtaken_writer_adds_nothing_and_is_told(
     assert users(connection, topics) == [(b"u", b"committed"), (b"u", b"of the heir")]
     for writer in (zombie, heir, other, late):
         await writer.stop()
+
+
+class SlowSender:
+    """Kafka that takes longer than the worker: when a send returns, the next put waits already."""
+
+    def __init__(self) -> None:
+        self.commits = 0
+        self.put: Callable[[], Awaitable[None]]
+
+    async def start(self) -> None: ...
+
+    stop = begin = start
+
+    async def send(self, *_: object) -> None:
+        await asyncio.sleep(0.01)
+        await self.put()
+
+    async def commit(self) -> None:
+        self.commits += 1
+
+
+async def test_what_never_waits_for_the_worker_is_committed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    sender, acknowledged = SlowSender(), list[str]()
+    monkeypatch.setattr(state_writer, "BatchSender", lambda *_, **__: sender)
+    monkeypatch.setattr(state_writer, "COMMIT_S", 0.1)
+    writer = StateWriter(Connection("nowhere:0"), "users", 1, pytest.fail)
+
+    async def acknowledge() -> None:
+        acknowledged.append("one")
+
+    sender.put = lambda: writer.put({b"u": b"next"}, acknowledge)
+    await writer.start()
+    await sender.put()
+    await until(lambda: sender.commits >= 3 and acknowledged)
+    await writer.stop()
