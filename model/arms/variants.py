@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,32 +35,43 @@ class Without(Learner):
 class Delayed:
     """An arm whose user state and weights move on only with the clock: at multiples of a period.
 
-    state_ms: an event enters histories when its period is over; 0: at once. weights_ms: the same for learning;
-    NEVER: nothing is learned after the first `warmup` events. What a user consumed is excluded at once all
-    the same: that is the evaluation's own knowledge.
+    state_ms: an event enters histories when its period is over; 0: at once. weights_ms: the same for learning, but
+    for events of the very batch that is scored; NEVER: nothing is learned after the first `warmup` events. What a user
+    consumed is excluded at once all the same: that is the evaluation's own knowledge.
     """
 
     def __init__(self, arm: Arm, state_ms: int, weights_ms: int, warmup: int) -> None:
         self.batch, self._arm, self._state_ms, self._weights_ms = arm.batch, arm, state_ms, weights_ms
         self._left = warmup
-        self._held: list[tuple[Events, Rows]] = []
+        self._held: deque[tuple[Events, Rows]] = deque()  # each of one period
 
     def score(self, users: Rows, histories: Sequence[History], now_ms: Sequence[int]) -> NDArray[np.floating]:
         if self._state_ms:
             histories = [_before(h, now - now % self._state_ms) for h, now in zip(histories, now_ms, strict=True)]
-        return self._arm.score(users, histories, now_ms)
+        if self._weights_ms <= 0:
+            return self._arm.score(users, histories, now_ms)
+        scores = []
+        for span in self._periods(now_ms):
+            self._tell(now_ms[span.start])
+            scores.append(self._arm.score(users[span], histories[span], now_ms[span]))
+        return np.concatenate(scores)
 
     def learn(self, events: Events, rows: Rows) -> None:
         if self._left > 0 or self._weights_ms == 0:
             self._left -= len(events)
             self._arm.learn(events, rows)
         elif self._weights_ms != NEVER:
-            period = int(events.ts_ms[-1]) // self._weights_ms
-            if self._held and int(self._held[-1][0].ts_ms[-1]) // self._weights_ms < period:
-                for late in self._held:
-                    self._arm.learn(*late)
-                self._held.clear()
-            self._held.append((events, rows))
+            self._held += [(events.slice(s.start, s.stop), rows[s]) for s in self._periods(events.ts_ms)]
+
+    def _tell(self, now_ms: int) -> None:
+        """The arm learns what was held of the periods that are over."""
+        while self._held and self._held[0][0].ts_ms[0] < now_ms - now_ms % self._weights_ms:
+            self._arm.learn(*self._held.popleft())
+
+    def _periods(self, ts_ms: Sequence[int] | Rows) -> list[slice]:
+        """Where each period's part of these stamps lies."""
+        cuts = np.flatnonzero(np.diff(np.asarray(ts_ms) // self._weights_ms)) + 1
+        return [slice(start, stop) for start, stop in pairwise([0, *cuts.tolist(), len(ts_ms)])]
 
 
 def _before(history: History, ts_ms: int) -> History:

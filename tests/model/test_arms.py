@@ -189,9 +189,8 @@ def test_a_removed_part_has_no_weight_and_the_rest_learns(part: str) -> None:
 
 
 class Spy:
-    batch = 1
-
-    def __init__(self) -> None:
+    def __init__(self, batch: int = 1) -> None:
+        self.batch = batch
         self.learned: list[int] = []
         self.at: list[tuple[int, list[int]]] = []
 
@@ -206,16 +205,24 @@ class Spy:
 @pytest.mark.parametrize(
     ("state_ms", "weights_ms", "known", "told"),
     [
-        (0, 0, [0, 1, 2, 3, 4], 5),
-        (2000, 0, [0, 1, 2, 3], 5),
-        (0, 2000, [0, 1, 2, 3, 4], 4),
-        (0, NEVER, [0, 1, 2, 3, 4], 2),
+        (0, 0, [0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]),
+        (2000, 0, [0, 1, 2, 3], [0, 1, 2, 3, 4, 5]),
+        (0, 2000, [0, 1, 2, 3, 4], [0, 1, 2, 2, 4, 4]),
+        (0, NEVER, [0, 1, 2, 3, 4], [0, 1, 2, 2, 2, 2]),
     ],
 )
-def test_late_state_and_late_weights(state_ms: int, weights_ms: int, known: list[int], told: int) -> None:
+def test_late_state_and_late_weights(state_ms: int, weights_ms: int, known: list[int], told: list[int]) -> None:
     spy = Spy()
     replayed(Delayed(spy, state_ms, weights_ms, warmup=2), log([1] * 6, range(6)), ITEMS, "line")
-    assert spy.at[5] == (told, known)  # the sixth event, at second 5
+    assert [learned for learned, _ in spy.at] == told  # before each event, one a second
+    assert spy.at[5][1] == known
+
+
+def test_a_batch_across_the_end_of_a_period_is_cut_there() -> None:
+    """Batches of 4 events, periods of 3: event 6 begins a period, 4 and 5 are told only with their batch."""
+    spy = Spy(batch=4)
+    replayed(Delayed(spy, 0, 3000, warmup=0), log([1] * 12, range(12)), ITEMS, "line")
+    assert [learned for learned, _ in spy.at] == [0, 0, 0, 0, 3, 3, 4, 4, 6, 8, 8, 8]
 
 
 def test_names() -> None:
