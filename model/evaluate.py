@@ -23,6 +23,7 @@ from model.sampling import Events, History
 Rows = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Mode = Literal["line", "strict"]
+HISTORY = 50  # newest events of a user that an arm is shown
 
 
 class Arm(Protocol):
@@ -69,7 +70,7 @@ class _State:
 
 
 def prequential(
-    arm: Arm, events: Events, items: Sequence[str], mode: Mode, exclude_seen: bool = True, length: int = 50
+    arm: Arm, events: Events, items: Sequence[str], mode: Mode, exclude_seen: bool = True, length: int = HISTORY
 ) -> Ranks:
     """Ranks of `replayed`: with `exclude_seen` a user's consumed items are no candidates and events on them are
     not counted."""
@@ -77,7 +78,7 @@ def prequential(
     return outcome.new() if exclude_seen else outcome.open()
 
 
-def replayed(arm: Arm, events: Events, items: Sequence[str], mode: Mode, length: int = 50) -> Outcome:
+def replayed(arm: Arm, events: Events, items: Sequence[str], mode: Mode, length: int = HISTORY) -> Outcome:
     """Scores every positive event before it is learned from, among the items seen so far.
 
     "line": a user's history holds every event above it in the stream. "strict": events that share a stamp

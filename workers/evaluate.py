@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from model.arms.catalogue import CHEAP, PRODUCT, Setting, check_names, make_arm
+from model.arms.variants import Delayed
 from model.config import ModelConfig
 from model.encoder import Encoder
-from model.evaluate import Arm, Mode, replayed
+from model.evaluate import HISTORY, Arm, Mode, replayed
 from model.outcome import Outcome
 from model.sampling import Events, History
 from stream.csv_events import load_csv, parse_columns
@@ -144,8 +145,10 @@ def _run(options: Options, setting: Setting, events: Events, name: str, bar: Pro
     path, key = options.out / setting.mode / f"{name}.npz", _key(options, events, setting.mode, name)
     if path.exists() and _read(path, key) is not None:
         return
-    arm = _Watched(make_arm(name, setting), bar, len(events), f"{setting.mode:6} {name}")
-    outcome = replayed(arm, events, setting.items, setting.mode)
+    made = make_arm(name, setting)
+    arm = _Watched(made, bar, len(events), f"{setting.mode:6} {name}")
+    length = len(events) if isinstance(made, Delayed) else HISTORY  # who drops the newest events needs older ones
+    outcome = replayed(arm, events, setting.items, setting.mode, length)
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = {field.name: getattr(outcome, field.name) for field in fields(outcome)}
     with (scratch := path.with_suffix(".part")).open("wb") as file:

@@ -1,14 +1,19 @@
 import gzip
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 from model.arms.catalogue import Setting, make_arm
+from model.arms.counts import PopularityArm
+from model.arms.variants import Delayed
 from model.evaluate import Arm, Mode
 from model.outcome import Outcome
+from model.sampling import History
 from stream.csv_events import load_csv, parse_columns
 from workers import evaluate
 from workers.cli import app
@@ -108,6 +113,27 @@ def test_what_is_finished_is_kept_and_what_was_asked_otherwise_is_not(
     run("bpr", seed=1)
     assert run("bpr", limit=40)["modes"]["line"]["arms"].keys() == {"bpr"}  # the others are of another run
     assert made == ["popularity", "bpr", "markov", "bpr", "bpr"]
+
+
+def test_state_of_yesterday_is_whole_whatever_today_has_brought(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One user, 30 events yesterday and 55 today: more than the 50 that other arms are given."""
+    path, shown = tmp_path / "shop.csv", list[int]()
+    times = [*range(1_700_000_000, 1_700_000_030), *range(1_700_010_000, 1_700_010_055)]
+    path.write_text("who,what,when\n" + "".join(f"a,item {at},{at}\n" for at in times), encoding="utf-8")
+
+    class Spy(PopularityArm):
+        def score(
+            self, users: NDArray[np.int64], histories: Sequence[History], now_ms: Sequence[int]
+        ) -> NDArray[np.float64]:
+            shown.extend(len(history.rows) for history in histories)
+            return super().score(users, histories, now_ms)
+
+    monkeypatch.setattr(evaluate, "make_arm", lambda name, setting: Delayed(Spy(85), 86_400_000, 0, 0))
+    columns = "user=who,item=what,ts=when"
+    evaluate.evaluate(Options(str(path), ("upwell-state-day",), ("line",), None, 0, tmp_path / "out", columns))
+    assert shown == [0] * 30 + [30] * 55
 
 
 def test_a_broken_off_run_leaves_nothing_that_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
