@@ -42,6 +42,7 @@ def test_every_role_is_guarded_probed_and_found(role: str) -> None:
     pod = spec["template"]["spec"]
     (container,) = pod["containers"]
     assert container["args"] == [role]
+    assert pod["enableServiceLinks"] is False  # else the Service upwell's variables are refused as unknown settings
     assert pod["securityContext"]["runAsNonRoot"]
     assert container["securityContext"]["readOnlyRootFilesystem"]
     assert {"startupProbe", "livenessProbe"} <= container.keys()
@@ -58,6 +59,16 @@ def test_every_role_is_guarded_probed_and_found(role: str) -> None:
     (found,) = scraped[f"upwell-{role}"]["dns_sd_configs"]
     assert found["names"] == [role]
     assert found["port"] == service["ports"][0]["port"] == container["ports"][0]["containerPort"]
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_topics_are_there_before_a_role_starts(role: str) -> None:
+    pod = named("Deployment", role)["spec"]["template"]["spec"]
+    (container,), (topics,) = pod["containers"], pod["initContainers"]
+    assert topics["args"] == ["topics"]
+    for key in ("image", "envFrom", "securityContext"):  # the same Kafka, the same guard
+        assert topics[key] == container[key]
+    assert [mount for mount in container["volumeMounts"] if mount["name"] == "kafka-ca"] == topics["volumeMounts"]
 
 
 def test_workers_are_not_more_than_partitions() -> None:
