@@ -80,6 +80,8 @@ def test_links_and_commands(page: Path) -> None:
     text = page.read_text()
     assert not list(broken_links(page, text))
     assert not [words for words in commands(text) if wrong(words)]
+    indented = re.findall(r"^    (?:[A-Z_]+=\S+ )*(?:\S*/)?(?:upwell|make) .*", prose(text), re.M)
+    assert not indented, "commands are looked at in fenced blocks"
 
 
 def test_what_is_wrong_is_seen() -> None:
