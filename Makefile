@@ -5,7 +5,7 @@ BIN := .venv/bin
 SOURCES := stream model workers tests deploy/grafana/dashboards.py
 STAMP := .venv/.made
 
-.PHONY: help venv demo test chaos lint fmt schemas metrics dashboards reference docs sbom release lock kafka-lock clean
+.PHONY: help venv demo test chaos lint fmt schemas metrics dashboards reference docs sbom release lock kafka-lock clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -57,6 +57,8 @@ dist/requirements-%.lock: deploy/requirements.lock pyproject.toml deploy/image-l
 	mkdir -p dist
 	UV=$(BIN)/uv sh deploy/image-lock.sh $* > $@
 
+dist/requirements-cpu.lock: FORCE  # TORCH_INDEX may be another one than last time
+
 sbom: venv dist/requirements-cuda.lock  ## dist/sbom.json (CycloneDX): what the service needs, versions, licences, who needs what
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python dist/runtime
 	$(BIN)/uv pip sync --quiet --python dist/runtime/bin/python --require-hashes dist/requirements-cuda.lock
@@ -73,11 +75,11 @@ clean:  ## everything that make made: .venv, .cache, out
 $(STAMP)/uv: deploy/requirements-uv.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Upwell needs Python 3.11 or newer and $(PYTHON) is `$(PYTHON) --version 2>&1`: make PYTHON=python3.12 ..."; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv  # without ensurepip that fails and leaves a python behind
 	$(BIN)/python -m pip install --quiet --require-hashes -r deploy/requirements-uv.lock
 	@mkdir -p $(STAMP) && touch $@
 
-# hnswlib has no wheel and is compiled here: that needs g++.
+# hnswlib has no wheel and is compiled here: that needs g++ and Python.h.
 $(STAMP)/packages: $(STAMP)/uv deploy/requirements.lock pyproject.toml
 	$(BIN)/uv pip sync --python $(BIN)/python --require-hashes deploy/requirements.lock
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
