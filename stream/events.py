@@ -137,7 +137,7 @@ class DeadLetter(Event, frozen=True, kw_only=True):
     cause: str
     key: bytes | None
     payload: bytes | None
-    truncated: bool = False  # only the first part of an oversized payload is kept: it cannot be replayed
+    truncated: bool = False  # only the first part of an oversized key or payload is kept: it cannot be replayed
     ts_ms: Milliseconds
 
 
@@ -154,6 +154,7 @@ WIRE_TYPES: tuple[type[Event], ...] = (
 )  # fmt: skip
 
 T = TypeVar("T", bound=Event)
+ItemT = TypeVar("ItemT", Item, ItemVector)
 _encoder = msgspec.json.Encoder()
 _decoders: dict[type[Any], msgspec.json.Decoder[Any]] = {kind: msgspec.json.Decoder(kind) for kind in WIRE_TYPES}
 
@@ -164,14 +165,14 @@ def encode(event: Event) -> bytes:
 
 
 def decode(raw: bytes | None, kind: type[T], max_bytes: int = MAX_ITEM_BYTES) -> T:
-    """Raises BadEvent naming what is wrong: size, UTF-8, JSON, field or version."""
+    """Raises BadEvent naming what is wrong: size, UTF-8, JSON (its depth, too), field or version."""
     if raw is None:
         raise BadEvent("null: no message")
     if len(raw) > max_bytes:
         raise BadEvent(f"size: {len(raw)} bytes, at most {max_bytes}")
     try:
         event: T = _decoders[kind].decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadEvent(cause(str(error))) from error
     return event
 
@@ -206,6 +207,22 @@ def decode_record(raw: bytes | None, key: bytes | None, now_ms: int | None = Non
     if key != event.user_id.encode():
         raise BadEvent("key: not the user id: this user's order would be lost")
     return event
+
+
+def decode_item(raw: bytes | None, key: bytes | None, kind: type[ItemT]) -> tuple[str, ItemT | None]:
+    """A record of the items or the vectors topic: the item's id, and None where a null removes it. Raises BadEvent as
+    `decode` does, and for a key that is not the item id: neither a new version nor a null would replace this one.
+    """
+    try:
+        item_id = (key or b"").decode()
+    except UnicodeDecodeError as error:
+        raise BadEvent("key: no UTF-8") from error
+    if raw is None:
+        return item_id, None
+    item = decode(raw, kind)
+    if item.item_id != item_id:
+        raise BadEvent("key: not the item id")
+    return item_id, item
 
 
 _PATH = re.compile(r" - at `\$(?:\.)?([^`]*)`$")

@@ -24,7 +24,7 @@ from model.learner import Learner
 from model.manifest import DamagedGeneration, manifest_sha256
 from model.model import Model
 from stream.consumer import tail
-from stream.events import Artifact, BadEvent, Item, ItemVector, decode, encode
+from stream.events import Artifact, BadEvent, Item, ItemVector, decode, decode_item, encode
 from stream.producer import Producer
 from stream.text import item_text
 from workers import metrics
@@ -90,14 +90,14 @@ class Indexer:
             log.warning("model of another encoder passed over", model=announced.name, encoder=announced.encoder)
 
     def _take_item(self, record: Any) -> None:
-        item_id = record.key.decode()
-        if record.value is None:
+        item_id, item = decode_item(record.value, record.key, Item)
+        if item is None:
             self._pending.pop(item_id, None)
             if self._vectors.pop(item_id, None) is not None:
                 self._hashes.pop(item_id, None)
                 self._producer.send_raw(self._topics.vectors.name, item_id.encode(), None)
         else:
-            self._pending[item_id] = decode(record.value, Item)
+            self._pending[item_id] = item
 
     def _encode(self, stop: threading.Event) -> None:
         """Text vectors of the pending items whose text is new, in groups, onto the vectors topic."""

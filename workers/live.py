@@ -14,7 +14,7 @@ import structlog
 from model.generation import DamagedGeneration, fetch
 from model.model import Model
 from stream.consumer import tail
-from stream.events import Artifact, BadEvent, Item, ItemVector, Ranked, decode
+from stream.events import Artifact, BadEvent, Item, ItemVector, Ranked, decode_item
 from workers import metrics
 from workers.announcements import Announcements
 from workers.catalogue import Catalogue
@@ -110,15 +110,15 @@ class Live:
         self.caught_up.set()
 
     def _take(self, record: Any) -> None:
-        key, value = record.key.decode(), record.value
+        key, value = record.key, record.value
         try:
             if record.topic == self._topics.generations.name:
-                self._announcements.take(key, value)
+                self._announcements.take((key or b"").decode(errors="replace"), value)
                 self._moved = True
             elif record.topic == self._topics.vectors.name:
-                self._stale |= self.catalogue.take_vector(key, decode(value, ItemVector) if value is not None else None)
+                self._stale |= self.catalogue.take_vector(*decode_item(value, key, ItemVector))
             else:
-                self._stale |= self.catalogue.take_item(key, decode(value, Item) if value is not None else None)
+                self._stale |= self.catalogue.take_item(*decode_item(value, key, Item))
         except BadEvent as error:
             log.warning("record passed over", topic=record.topic, offset=record.offset, cause=str(error))
 

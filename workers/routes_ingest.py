@@ -47,7 +47,7 @@ def _entries(raw: bytes, at_most: int) -> list[msgspec.Raw]:
     """One object, or the entries of a list. Raises HTTPException 400 for what is neither, 413 for too many."""
     try:
         entries = msgspec.json.decode(raw, type=list[msgspec.Raw]) if raw.lstrip()[:1] == b"[" else [msgspec.Raw(raw)]
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise HTTPException(status_code=400, detail=f"body: {error}") from error
     if not entries:
         raise HTTPException(status_code=400, detail="body: no entry")
@@ -82,7 +82,7 @@ def _send(
         try:
             event = read(entry)
             sent.append((index, event, send(event)))
-        except (BadEvent, msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (BadEvent, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             rejected.append(Rejected(index, cause(str(error))))
     return sent, rejected
 

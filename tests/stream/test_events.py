@@ -14,8 +14,10 @@ from stream.events import (
     BadEvent,
     Click,
     Item,
+    ItemVector,
     decode,
     decode_click,
+    decode_item,
     encode,
 )
 
@@ -61,6 +63,7 @@ def test_clicks_survive_the_wire(event_id: str, user_id: str, item_id: str, kind
         (msgspec.json.encode(GOOD).replace(b'"u"', b'"\xff"'), "utf-8"),
         (msgspec.json.encode(GOOD).replace(b'"u"', rb'"\ud800"'), "."),
         (b" " * (MAX_EVENT_BYTES + 1), "size: 65537 bytes, at most 65536"),
+        (msgspec.json.encode(GOOD)[:-1] + b',"mood":' + b"[" * 2000 + b"]" * 2000 + b"}", "recursion"),
     ],
 )
 def test_bad_clicks_name_their_cause(raw: bytes | None, cause: str) -> None:
@@ -87,3 +90,28 @@ def test_items_have_their_own_bounds() -> None:
     assert decode(encode(item), Item) == item
     with pytest.raises(BadEvent, match="title"):
         decode(encode(Item(item_id="i", title="t" * 1001)), Item)
+
+
+ITEM = Item(item_id="é", title="t")
+
+
+def test_an_item_has_its_id_for_a_key() -> None:
+    vector = ItemVector(item_id="é", encoder="e", text_hash="h", vector=b"")
+    assert decode_item(encode(ITEM), "é".encode(), Item) == ("é", ITEM)
+    assert decode_item(encode(vector), "é".encode(), ItemVector) == ("é", vector)
+    assert decode_item(None, "é".encode(), Item) == ("é", None)
+
+
+@pytest.mark.parametrize(
+    ("raw", "key", "cause"),
+    [
+        (encode(ITEM), b"\xff", "key: no UTF-8"),
+        (None, b"\xff", "key: no UTF-8"),
+        (encode(ITEM), b"e", "key: not the item id"),
+        (encode(ITEM), None, "key: not the item id"),
+        (b"{", "é".encode(), "truncated"),
+    ],
+)
+def test_a_bad_item_names_its_cause(raw: bytes | None, key: bytes | None, cause: str) -> None:
+    with pytest.raises(BadEvent, match=cause):
+        decode_item(raw, key, Item)

@@ -234,6 +234,14 @@ def test_bodies_batches_and_streams_are_bounded() -> None:
         assert (stream.status_code, stream.json()["detail"]) == (503, "0 streams are open")
 
 
+@pytest.mark.parametrize("path", ["/v1/events", "/v1/items"])
+def test_a_body_nested_too_deeply_is_refused_as_any_bad_one(path: str) -> None:
+    nested = b"[" * 2000 + b"]" * 2000
+    with client(OPEN) as api:
+        for body in (nested, b'{"x":%s}' % nested, b'[{"x":%s}]' % nested):
+            assert api.post(path, content=body).status_code == 400, body[:5]
+
+
 async def test_a_body_that_does_not_come_is_not_waited_for() -> None:
     async def dripping() -> AsyncIterator[bytes]:
         yield b"{"
