@@ -12,7 +12,7 @@ import msgspec
 
 from model.user_state import EMPTY
 from stream.consumer import read_window
-from stream.events import DeadLetter, decode
+from stream.events import MAX_ID, DeadLetter, decode
 from stream.producer import Producer
 from workers import metrics
 from workers.sender import BatchSender
@@ -23,18 +23,20 @@ from workers.states import States
 SHOWN_BYTES = 80
 MAX_LETTER_BYTES = 2 * 1024 * 1024
 MAX_DEAD_PAYLOAD = 512 * 1024  # base64 and the other fields must fit one record
+MAX_DEAD_KEY = 4 * MAX_ID  # bytes of the longest valid one in UTF-8
 
 
 def dead_letter(record: Any, cause: str) -> DeadLetter:
-    """A consumed record as a dead letter; of an oversized payload the first part is kept."""
+    """A consumed record as a dead letter; of an oversized key or payload the first part is kept."""
+    key, payload = record.key and record.key[:MAX_DEAD_KEY], record.value and record.value[:MAX_DEAD_PAYLOAD]
     return DeadLetter(
         topic=record.topic,
         partition=record.partition,
         offset=record.offset,
         cause=cause,
-        key=record.key,
-        payload=None if record.value is None else record.value[:MAX_DEAD_PAYLOAD],
-        truncated=record.value is not None and len(record.value) > MAX_DEAD_PAYLOAD,
+        key=key,
+        payload=payload,
+        truncated=(key, payload) != (record.key, record.value),
         ts_ms=record.timestamp,
     )
 

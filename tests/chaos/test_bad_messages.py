@@ -20,7 +20,10 @@ BAD: dict[str, tuple[bytes | None, str]] = {
     "null": (None, "null"),
     "far future": (b'{"event_id":"x","user_id":"u","item_id":"i","ts_ms":99999999999999}', "future"),
     "unknown version": (b'{"version":9,"event_id":"x","user_id":"u","item_id":"i","ts_ms":1}', "version"),
+    "2,000 levels": (b'{"event_id":"x","user_id":"u","item_id":"i","ts_ms":1,"more":' + b"[" * 2000, "recursion"),
+    "160 KB key": (b"y" * 700_000, "size"),
 }
+KEYS = {"160 KB key": b"u" * 160_000}
 
 
 def names(letter: DeadLetter, raw: bytes | None, cause: str) -> bool:
@@ -42,8 +45,11 @@ def test_bad_among_good(connection: Connection, generation: Artifact, tmp_path: 
         fleet.await_ready()
         producer = Producer(connection, max_in_flight=1000)
         for one in mixed:
-            key, raw = ("u", BAD[one][0]) if isinstance(one, str) else (one.user_id, encode(one))
-            producer.send_raw(fleet.settings.topics.clicks.name, key.encode(), raw)
+            if isinstance(one, str):
+                key, raw = KEYS.get(one, b"u"), BAD[one][0]
+            else:
+                key, raw = one.user_id.encode(), encode(one)
+            producer.send_raw(fleet.settings.topics.clicks.name, key, raw)
         producer.close()
         fleet.drain(300)
         letters = [letter for _, letter in read(fleet.settings)]
