@@ -182,12 +182,14 @@ class EventLog:
 
     def before(self, numbers: Rows, length: int, same_stamp: bool = True) -> Padded:
         """What each event's user did before it, (B, length); without its own stamp unless `same_stamp`."""
-        window = self.ending_at(numbers, length + 1)
-        source = np.broadcast_to(np.arange(length), (len(numbers), length))
-        if not same_stamp:
-            past = (window.ts_ms[:, :-1] < window.ts_ms[:, -1:]) | (window.rows[:, :-1] < 0)  # (B, T) prefix
-            source = source - (length - past.sum(axis=1))[:, None]
-        return window.take(source)
+        stamps, newest = self._whole["ts"], self._previous(numbers)
+        own = stamps[numbers % self.capacity]  # (B,)
+        while not same_stamp:
+            level = (newest >= self.start) & (stamps[np.maximum(newest, 0) % self.capacity] >= own)
+            if not level.any():
+                break
+            newest = np.where(level, self._previous(newest), newest)
+        return self.ending_at(newest, length)
 
     def ending_at(self, numbers: Rows, length: int) -> Padded:
         """Each event with the `length` - 1 events of its user before it: (B, length), the event last."""
@@ -196,11 +198,15 @@ class EventLog:
         for column in range(length - 1, -1, -1):
             current = np.where(current >= self.start, current, -1)
             chain[:, column] = current
-            current = np.where(current >= 0, self._whole["previous"][np.maximum(current, 0) % self.capacity], -1)
+            current = self._previous(current)
         held, slots = chain >= 0, np.maximum(chain, 0) % self.capacity
         weights, goals = (self._real[name][slots] * held.astype(np.float32) for name in ("weight", "goal"))
         rows = np.where(held, self._whole["row"][slots], -1)
         return Padded(rows, weights, self._whole["ts"][slots] * held, goals)
+
+    def _previous(self, numbers: Rows) -> Rows:
+        """(B,) the event of the same user before each, held or not; -1 for none."""
+        return np.where(numbers >= self.start, self._whole["previous"][np.maximum(numbers, 0) % self.capacity], -1)
 
     def consumed_mask(self, users: Rows, columns: Rows, num_candidates: int) -> NDArray[np.bool_]:
         """(B, C) what each user has consumed and must not be recommended; columns (N,) are -1 for no candidate."""

@@ -282,8 +282,8 @@ def test_log_histories_equal_a_list_a_user(
         before = log.before(numbers, length, same_stamp)
         for line, number in enumerate(numbers):
             past = [(i, *e) for i, e in enumerate(events[:number]) if e[0] == events[number][0]]
-            past = [e for e in past[-length:] if e[0] >= oldest]
-            kept = [e for e in past if same_stamp or stamps[e[0]] < stamps[number]]
+            past = [e for e in past if e[0] >= oldest]
+            kept = [e for e in past if same_stamp or stamps[e[0]] < stamps[number]][-length:]
             pad = length - len(kept)
             assert before.rows[line].tolist() == [-1] * pad + [e[2] for e in kept]
             assert before.weights[line].tolist() == [0.0] * pad + [e[3] for e in kept]
