@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 PERSONAL = 3  # parts that depend on the user; the others are columns of the items, the same for everyone
@@ -10,6 +10,7 @@ PARTS = ("tower", "covisitation", "text", "popular_now", "popular_lately", "popu
 BUCKETS = (1, 5, 20)  # edges of the history-length buckets 0 / 1-4 / 5-19 / 20+
 PAUSES = (60_000, 86_400_000)  # ms, edges of the buckets of time since the user's last event: page, day, longer
 RECENCY = 5.0  # events; a click counts exp(-position / 5) in the co-visitation and text parts
+SHAPES = ("text_dim", "tower_dim", "covisitation_rank", "projected_text_dim", "heads", "hidden")  # of saved arrays
 SITUATIONS = (len(BUCKETS) + 1) * (len(PAUSES) + 1)
 
 PER_ITEM = (
@@ -74,6 +75,10 @@ class ModelConfig:
     def dim(self) -> int:
         """D: tower + its bias, co-visitation, text, and the columns that are the same for everyone."""
         return self.tower_dim + 1 + self.covisitation_rank + self.projected_text_dim + len(PARTS) - PERSONAL
+
+    def shaped_like(self, other: ModelConfig) -> ModelConfig:
+        """These settings, with the shapes of another's arrays: how a learner goes on from its model."""
+        return replace(self, **{name: getattr(other, name) for name in SHAPES})
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

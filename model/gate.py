@@ -20,6 +20,7 @@ Rows = NDArray[np.int64]
 Floats = NDArray[np.float32]
 SHOWN = 20  # of the list for a stranger; what the worker sends by default
 MUCH = 0.02  # share of the slice's clicks from which an item is looked at, shown or not
+MIN_COMPARED = 10  # events; fewer are no evidence, and a slice without any lets everything through
 DEEPEST = 200  # ranks beyond it are equally bad: the mix is taught among the best 200, what comes after is noise
 # Share of an item's users who have consumed something else too, relative to that share over all items. Lowest among
 # the twenty most popular items, half-lives of 300 to 20,000 events, at eleven places each of online-retail, ml-100k,
@@ -53,7 +54,9 @@ def hold_out(learner: Learner, events: Events) -> Slice:
     histories, consumed = [], []
     columns = (events.users, events.items, events.weights.tolist(), events.ts_ms.tolist())
     for user, item, weight, ts_ms in zip(*columns, strict=True):
-        past, taken = pasts.setdefault(user, learner.log.past(user, learner.config.history))
+        if user not in pasts:
+            pasts[user] = learner.log.past(user, learner.config.history)
+        past, taken = pasts[user]
         rows, weights, stamps = zip(*past[-learner.config.history :], strict=True) if past else ((), (), ())
         histories.append(History(np.array(rows, np.int64), np.array(weights, np.float32), np.array(stamps, np.int64)))
         consumed.append(np.array(sorted(taken), np.int64))
@@ -71,9 +74,9 @@ def judge(candidate: Model, serving: Model | None, held_out: Slice, text: Floats
 
     Both rank the candidate's whole catalogue minus the consumed items; an event on one of those tells nothing. An
     item that the serving model does not know is scored by its text (N, E), as the fresh segment would serve it, and
-    is missing in its histories. Refused whatever the ranks: a weight or score that is not finite, and an item, shown
-    to strangers or much clicked, that only strangers click. Without a serving model, or without an event to compare,
-    finite weights suffice.
+    stands in its histories by that. Refused whatever the ranks: a weight or score that is not finite, and an item,
+    shown to strangers or much clicked, that only strangers click; and a slice with fewer than MIN_COMPARED events to
+    compare. Without a serving model finite weights and scores suffice.
     """
     if not candidate.finite() or not np.isfinite(items := candidate.item_vectors()).all():
         return Verdict(False, "a weight of the candidate is not finite")
@@ -83,16 +86,18 @@ def judge(candidate: Model, serving: Model | None, held_out: Slice, text: Floats
     new = np.array([row not in taken for row, taken in zip(targets, held_out.consumed, strict=True)], np.bool_)
     chosen = np.flatnonzero(positive & new)
     metrics = {"events": float(len(chosen))}
-    if not len(chosen):
-        return Verdict(True, "no event of the slice can be compared", metrics)
     own = _ranks(candidate, items, held_out.histories, held_out, targets, chosen)
     if own is None:
         return Verdict(False, "a score of the candidate is not finite", metrics)
-    metrics |= {"candidate_ndcg@10": _ndcg(own), "candidate_mean_rank": _mean_rank(own)}
+    if len(chosen):
+        metrics |= {"candidate_ndcg@10": _ndcg(own), "candidate_mean_rank": _mean_rank(own)}
     if serving is None:
         return Verdict(True, "first model", metrics)
     if pushed := _pushed(candidate, items, held_out, targets[positive]):
         return Verdict(False, pushed, metrics)
+    if len(chosen) < MIN_COMPARED:
+        reason = f"only {len(chosen)} of the {len(held_out.events)} newest events can be compared"
+        return Verdict(False, f"{reason}, {MIN_COMPARED} are needed", metrics)
     other = _ranks(*_covering(serving, candidate, held_out.histories, text), held_out, targets, chosen)
     if other is None:
         return Verdict(True, "a score of the serving model is not finite", metrics)
@@ -142,7 +147,7 @@ def _ranks(
         for line, index in enumerate(part):
             allowed[line, held_out.consumed[index]] = False
         ranks.append(expected_ranks(scores, targets[part], allowed))
-    return np.concatenate(ranks)
+    return np.concatenate([*ranks, np.zeros(0)])
 
 
 def _covering(

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence, Set
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ __all__ = [
 ]
 
 NUM_WALKS, NUM_PROBES = 256, 64
+CACHED = 3  # copies of fetched generations kept: what serves, the one before it, the next
 
 
 def build_generation(
@@ -152,7 +154,8 @@ def publish(folder: Path, url: str) -> str:
 
 
 def fetch(url: str, cache_dir: Path, manifest_sha256: str, *, verified: bool = True) -> Path:
-    """The folder of a verified generation: in place where `url` is local, else a copy under `cache_dir`.
+    """The folder of a verified generation: in place where `url` is local, else a copy under `cache_dir`, where older
+    copies are deleted.
 
     verified=False leaves the one in place to a caller that verifies it anyway. Raises DamagedGeneration on anything
     but what was announced, OSError where the store is out of reach.
@@ -178,6 +181,8 @@ def fetch(url: str, cache_dir: Path, manifest_sha256: str, *, verified: bool = T
     except BaseException:
         shutil.rmtree(copy, ignore_errors=True)
         raise
+    with suppress(OSError):  # another role on this machine may be deleting the same one
+        prune(str(cache_dir), CACHED, {folder.name})
     return folder
 
 

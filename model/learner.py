@@ -73,6 +73,7 @@ class Learner:
         self._tower.table.values = model.arrays["tower.ids"].to(self.device).clone()
         self._mix.restore(model.arrays["mix"].cpu().numpy())
         self._warmup_left = 0
+        self._renew_items()
 
     @property
     def ids(self) -> list[str]:
@@ -136,6 +137,7 @@ class Learner:
             rows, numbers = self._append(part)
             self._count(numbers, rows, part.weights)
         self._refresh(len(events) > 0)
+        self._renew_items()
 
     def forget(self, users: Collection[Hashable]) -> None:
         """Takes these users' events out of the window. Counts of items and weights stay: they name nobody."""
@@ -256,8 +258,11 @@ class Learner:
 
     def model(self) -> Model:
         """A frozen model with everything learned so far; copies, so later learning leaves it alone."""
-        self._items = self._vectors(torch.arange(len(self._counts), device=self.device))
+        self._renew_items()
         return self._view().frozen()
+
+    def _renew_items(self) -> None:
+        self._items = self._vectors(torch.arange(len(self._counts), device=self.device))
 
     def recounted(self, model: Model) -> Model:
         """A model of this learner, its popularity, newness and mix brought up to now."""

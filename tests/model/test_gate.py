@@ -131,12 +131,28 @@ def test_an_item_for_strangers_needs_users_who_do_something_else() -> None:
     assert judge(model, blank, replace(slice_, users=few, busy_users=none), TEXT).accepted
 
 
-def test_a_slice_without_a_known_positive_event_compares_nothing() -> None:
-    slice_ = held_out()
+def test_a_slice_with_little_to_compare_is_no_evidence() -> None:
+    slice_, blank = held_out(), learner().model()
     dislikes = replace(slice_, events=replace(slice_.events, weights=-ONES[:15]))
     strangers = replace(slice_, events=replace(slice_.events, items=["unheard of"] * 15))
     for empty in (dislikes, strangers):
-        assert judge(good(), good(), empty, TEXT).metrics == {"events": 0.0}
+        verdict = judge(good(), blank, empty, TEXT)
+        assert not verdict.accepted and verdict.metrics == {"events": 0.0}
+        assert "only 0 of the 15 newest events can be compared" in verdict.reason
+        assert judge(good(), None, empty, TEXT).accepted
+    nine, ten = (
+        replace(slice_, consumed=[np.append(rows, rows[0] + 1) if line >= n else rows for line, rows in taken])
+        for n, taken in ((n, enumerate(slice_.consumed)) for n in (9, 10))
+    )
+    assert (judge(good(), blank, nine, TEXT).accepted, judge(good(), blank, ten, TEXT).accepted) == (False, True)
+
+
+def test_made_up_clicks_are_found_where_there_is_nothing_to_compare() -> None:
+    """One user who repeats clicks fills the slice just before a round."""
+    slice_, fakes = held_out(), np.zeros(30, np.int64)
+    repeats = replace(slice_, consumed=[np.arange(30)] * 15, busy_users=fakes + np.arange(30))
+    verdict = judge(good(), learner().model(), repeats, TEXT)
+    assert verdict.metrics == {"events": 0.0} and "look made up" in verdict.reason
 
 
 def test_a_serving_model_with_fewer_items_is_scored_as_the_fresh_segment_would_serve_it() -> None:

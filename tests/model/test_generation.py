@@ -310,6 +310,17 @@ def test_published_and_fetched(built: Path, store: str, tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+def test_a_cache_keeps_the_newest_copies_and_the_one_just_asked_for(folder: Path, store: str, tmp_path: Path) -> None:
+    cache, there = tmp_path / "cache", list[tuple[str, str]]()
+    for number in range(6):
+        rewrite(folder, version=f"v{number}", created_ms=number)
+        there.append((publish(folder, store), manifest_sha256(folder)))
+        fetch(there[-1][0], cache, there[-1][1])
+    assert sorted(copy.name[:2] for copy in cache.iterdir()) == ["v3", "v4", "v5"]
+    fetch(there[0][0], cache, there[0][1])  # rolled back to
+    assert sorted(copy.name[:2] for copy in cache.iterdir()) == ["v0", "v3", "v4", "v5"]
+
+
 def test_a_local_generation_is_used_where_it_lies(built: Path, tmp_path: Path) -> None:
     assert fetch(publish(built, str(built.parent)), tmp_path, manifest_sha256(built)) == built
     url = publish(built, f"file://{tmp_path}/elsewhere")

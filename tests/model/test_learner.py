@@ -238,6 +238,21 @@ def test_from_model_goes_on_with_its_weights_and_counts_from_the_window(trained:
         torch.testing.assert_close(new.tower.state_dict()[name], weight)
 
 
+def test_what_is_resumed_scores_its_first_events_by_the_vectors_it_had(trained: Learner) -> None:
+    again, renewed = (Learner.from_model(trained.model(), TEXT) for _ in range(2))
+    for learner in (again, renewed):
+        learner.absorb(chain(300, 0.2))
+    renewed.model()  # brings the item vectors up to date
+    for learner in (again, renewed):
+        learner.learn(chain(60, 0.2))
+    assert torch.equal(again.model().arrays["mix"], renewed.model().arrays["mix"])
+
+
+def test_a_config_takes_the_shapes_of_a_saved_model_and_nothing_else() -> None:
+    saved = ModelConfig(text_dim=8, heads=2, learning_rate=0.5, window_events=70)
+    assert ModelConfig(window_events=500).shaped_like(saved) == ModelConfig(text_dim=8, heads=2, window_events=500)
+
+
 @pytest.mark.parametrize("field", [{"tower_dim": 0}, {"replay": -1}, {"dropout": 1.0}, {"window_events": 64}])
 def test_config_refuses_nonsense(field: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(field))):
