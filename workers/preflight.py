@@ -1,6 +1,7 @@
 """Does Kafka let us in? Asked once before a role starts, because both client libraries retry for ever in silence.
 
-A broker that is away is not a reason to stop: the roles wait for it. One that answers and refuses us is.
+A broker that is away is no bad configuration: the role goes on, ends by itself and is restarted. One that answers and
+refuses us would refuse it each time.
 """
 
 import asyncio
