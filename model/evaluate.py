@@ -84,6 +84,7 @@ def replayed(arm: Arm, events: Events, items: Sequence[str], mode: Mode, length:
     "line": a user's history holds every event above it in the stream. "strict": events that share a stamp
     are all scored before any is learned from or enters a history. `length`: events a history holds at most.
     Cold items are ranked among all of `items` that are as cold, those that nobody has touched included.
+    Raises FloatingPointError when a score is NaN or +inf, ValueError when no event was positive.
     """
     row_of = {item: row for row, item in enumerate(items)}
     rows = np.array([row_of[item] for item in events.items], np.int64)
@@ -156,6 +157,8 @@ class _Replay:
     ) -> None:
         users, targets = np.array([self._users[p] for p in chosen], np.int64), self._rows[chosen]
         scores = self._arm.score(users, histories, self._events.ts_ms[chosen].tolist())  # (B, N)
+        if not (scores < np.inf).all():  # nor NaN, which would rank before the first; -inf rules an item out
+            raise FloatingPointError(f"a score is NaN or infinite at event {chosen[0]}")
         allowed = self._first[None, :] < self._order[chosen][:, None]  # (B, N)
         open_ranks = expected_ranks(scores, targets, allowed)
         for line, consumed in enumerate(barred):
@@ -179,7 +182,6 @@ class _Replay:
         )
 
     def outcome(self) -> Outcome:
-        """Raises ValueError when no event was positive."""
         if not self._found:
             raise ValueError("no event has a positive weight: nothing to predict")
         return Outcome(*(np.concatenate(column) for column in zip(*self._found, strict=True)))

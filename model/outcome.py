@@ -76,8 +76,10 @@ def bootstrap(
 ) -> tuple[float, float]:
     """95 % interval of mean(values) over resampled users; give differences (n,) for a paired comparison.
 
-    Of sum(values) / sum(under) where `under` (n,) is given.
+    Of sum(values) / sum(under) where `under` (n,) is given. (0, 0) without events.
     """
+    if not len(users):
+        return 0.0, 0.0
     _, user = np.unique(users, return_inverse=True)
     sums, counts = np.bincount(user, values), np.bincount(user, under)  # (U,)
     draw, even = np.random.default_rng(seed), np.full(len(sums), 1 / len(sums))

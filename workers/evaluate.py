@@ -148,7 +148,10 @@ def _run(options: Options, setting: Setting, events: Events, name: str, bar: Pro
     made = make_arm(name, setting)
     arm = _Watched(made, bar, len(events), f"{setting.mode:6} {name}")
     length = len(events) if isinstance(made, Delayed) else HISTORY  # who drops the newest events needs older ones
-    outcome = replayed(arm, events, setting.items, setting.mode, length)
+    try:
+        outcome = replayed(arm, events, setting.items, setting.mode, length)
+    except FloatingPointError as error:
+        raise ValueError(f"{setting.mode} {name}: {error}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = {field.name: getattr(outcome, field.name) for field in fields(outcome)}
     with (scratch := path.with_suffix(".part")).open("wb") as file:
@@ -165,7 +168,7 @@ def _read(path: Path, key: str) -> tuple[Outcome, NDArray[np.float64]] | None:
 
 
 def main(stream: str, arms: str, mode: str, limit: int | None, seed: int, out: Path | None, columns: str | None) -> int:
-    """The command: prints one line an arm; 2 for a stream, an arm or a mode that does not exist."""
+    """The command: prints one line an arm; 2 for what does not exist (stream, arm, mode) and an arm that diverges."""
     modes: dict[str, tuple[Mode, ...]] = {"strict": ("strict",), "line": ("line",), "both": ("strict", "line")}
     names = tuple(arms.split(",")) if arms else CHEAP
     try:

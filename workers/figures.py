@@ -35,7 +35,8 @@ def _paired(one: Outcome, other: Outcome) -> Figures:
     """Mean difference of the same events and its 95 % interval over users."""
     ours, theirs = one.gains(), other.gains()
     differences = {name: ours[name] - theirs[name] for name in ("hr@10", "ndcg@10")}
-    return {name: [float(value.mean()), *bootstrap(value, one.users)] for name, value in differences.items()}
+    count = max(len(one.users), 1)  # a test part may hold repeats alone
+    return {name: [float(value.sum()) / count, *bootstrap(value, one.users)] for name, value in differences.items()}
 
 
 def _arm_figures(test: Outcome, seconds: NDArray[np.float64], touched: NDArray[np.int64]) -> Figures:

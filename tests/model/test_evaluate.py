@@ -49,6 +49,12 @@ def test_bootstrap_resamples_users_with_all_their_events() -> None:
     assert high - low == pytest.approx(2 * spread, rel=0.15) and low < by_user.mean() < high
 
 
+def test_without_events_every_figure_is_0() -> None:
+    nobody = np.zeros(0, np.int64)
+    ranks = Ranks(np.zeros(0), nobody, nobody, nobody)
+    assert set(ranks.metrics().values()) == {0.0} and ranks.interval("hr@10") == (0.0, 0.0)
+
+
 class Spy:
     """Scores by what it has learned and writes down what it was shown."""
 
@@ -163,6 +169,31 @@ def test_a_cold_item_is_ranked_among_items_as_cold() -> None:
 def test_what_is_shown_leaves_out_what_was_consumed() -> None:
     outcome = replayed(PopularityArm(12), stream([0, 1, 2, 3], [1, 2, 1, 1]), ITEMS, "line")
     assert [sorted(top[top >= 0]) for top in outcome.top] == [[], [0], [1], [1]]
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_an_arm_that_diverges_is_stopped(wrong: float) -> None:
+    """NaN ties with nothing: counted as a rank, it would be half a place before the first."""
+
+    class Diverges(PopularityArm):
+        def score(
+            self, users: NDArray[np.int64], histories: Sequence[History], now_ms: Sequence[int]
+        ) -> NDArray[np.float64]:
+            return np.where(np.array(now_ms)[:, None] == 2000, wrong, super().score(users, histories, now_ms))
+
+    with pytest.raises(FloatingPointError, match="at event 2"):
+        replayed(Diverges(12), stream([0, 1, 2, 3], [1, 2, 1, 2]), ITEMS, "line")
+
+
+def test_an_arm_may_rule_an_item_out() -> None:
+    class Rules(PopularityArm):
+        def score(
+            self, users: NDArray[np.int64], histories: Sequence[History], now_ms: Sequence[int]
+        ) -> NDArray[np.float64]:
+            return np.where(np.arange(12) == 0, -np.inf, super().score(users, histories, now_ms))
+
+    outcome = replayed(Rules(12), stream([0, 1, 1], [1, 2, 3]), ITEMS, "line")
+    assert outcome.ranks[2] == 1.0 and outcome.top[2].tolist() == [1] + [-1] * 9
 
 
 def test_spread_of_what_is_shown() -> None:

@@ -13,7 +13,7 @@ from model.arms.counts import PopularityArm
 from model.arms.variants import Delayed
 from model.evaluate import Arm, Mode
 from model.outcome import Outcome
-from model.sampling import History
+from model.sampling import Events, History
 from stream.csv_events import load_csv, parse_columns
 from workers import evaluate
 from workers.cli import app
@@ -91,6 +91,26 @@ def test_unseen_items_are_told_apart_by_the_length_of_the_history() -> None:
     found = {name: (part["events"], round(part["auc"], 6)) for name, part in cold.items()}
     histories = {"0": (1, 0.5), "1-4": (2, 0.7), "5-19": (1, 0.9), "20+": (1, 0.3)}
     assert found == {"0": (5, 0.62), "1-4": (1, 0.0)} | {f"0, history {k}": v for k, v in histories.items()}
+
+
+def test_a_test_part_of_repeats_alone_has_figures_of_0() -> None:
+    rows, ranks = np.arange(4), np.full(4, np.inf)
+    repeats = Outcome(ranks, rows, rows, rows, ranks, np.ones(4, np.bool_), rows, ranks, np.full((4, 10), -1))
+    found = mode_figures(dict.fromkeys(("upwell", "a"), (repeats, np.ones((1, 2)))), 0, np.ones(4, np.int64))
+    assert found["arms"]["a"]["events"] == found["arms"]["a"]["ndcg@10"] == 0
+    assert found["upwell_minus"]["a"] == {"hr@10": [0.0, 0.0, 0.0], "ndcg@10": [0.0, 0.0, 0.0]}
+
+
+def test_an_arm_that_diverges_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Diverges(PopularityArm):
+        def learn(self, events: Events, rows: NDArray[np.int64]) -> None:
+            raise FloatingPointError("at event 3")
+
+    monkeypatch.setattr(evaluate, "make_arm", lambda name, setting: Diverges(len(setting.items)))
+    code, said = upwell(
+        str(write_csv(tmp_path / "shop.csv")), "--columns", COLUMNS, "--arms", "bpr", "--out", str(tmp_path)
+    )
+    assert code == 2 and "strict bpr: at event 3" in said and "Traceback" not in said
 
 
 def test_what_is_finished_is_kept_and_what_was_asked_otherwise_is_not(
