@@ -1,6 +1,10 @@
 """One real broker for the whole suite, and fresh topics for each test."""
 
 import os
+
+# As in the roles, and before torch is imported: on a busy machine two threads spin for one another, 300 s for 60.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import secrets
 from collections.abc import Iterator
 
@@ -13,8 +17,6 @@ from stream.topics import Topics, ensure
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # As in the roles, and before torch is imported: on a busy machine two threads spin for one another, 300 s for 60.
-    os.environ["OMP_NUM_THREADS"] = "1"
     hypothesis.settings.register_profile("upwell", deadline=None)  # a busy machine is no finding
     hypothesis.settings.load_profile("upwell")
     # kafka-python leaves its socket to the garbage collector when a connection is refused: a broker's restart.

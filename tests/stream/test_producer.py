@@ -87,14 +87,12 @@ def test_an_event_the_broker_refuses_is_told_once(connection: Connection) -> Non
 
 def test_an_outage_is_told_and_then_made_good(broker: LocalBroker, connection: Connection, topics: Topics) -> None:
     with ClickProducer(connection, topics, delivery_s=1.0) as producer:
-        producer.send(click(1))
-        producer.flush()
+        producer.send(click(1)).result(20)  # delivery_s is for the outage alone
         with frozen(broker):
             producer.send(click(2))
             with pytest.raises(DeliveryError, match=r"not acknowledged in 1\.0 s"):
                 producer.flush()
-        producer.send(click(3))
-        producer.flush()
+        producer.send(click(3)).result(20)
     arrived = [decode_click(r.value).event_id for r in records(connection, topics.clicks)]
     assert arrived == ["e1", "e2", "e3"]
 
@@ -114,7 +112,7 @@ def test_a_full_buffer_is_told_and_drains(broker: LocalBroker, connection: Conne
 
 
 def test_a_sent_event_says_where_it_lies(broker: LocalBroker, connection: Connection, topics: Topics) -> None:
-    with ClickProducer(connection, topics, delivery_s=1.0) as producer:
+    with ClickProducer(connection, topics) as producer:
         places = {f"e{n}": producer.send(click(n, f"user-{n % 7}")) for n in range(100)}
         item = producer.send_item(Item(item_id="a", title="A"))
         producer.flush()
