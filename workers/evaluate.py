@@ -4,6 +4,7 @@ DIR/MODE/ARM.npz    what one arm did, event by event; kept, so that a run that w
 DIR/results.json    the figures          DIR/report.html, DIR/*.png    the same for the eye
 """
 
+import hashlib
 import json
 import sys
 import time
@@ -92,6 +93,7 @@ def evaluate(options: Options) -> Figures:
     items = list(titles | dict.fromkeys((click.item_id for click in dataset.events), ""))
     text = _texts([titles.get(item, "") for item in items], options.cache)
     events = _events(dataset)
+    digest = _digest(events, titles)
     warmup = int(WARMUP * len(events))
     bits: Figures = {
         "stream": dataset.name, "events": len(events), "users": len(set(events.users)), "items": len(items),
@@ -104,11 +106,11 @@ def evaluate(options: Options) -> Figures:
         for mode in options.modes:
             setting = Setting(items, text, mode, len(events), warmup, options.seed)
             for name in options.arms:
-                _run(options, setting, events, name, bar)
+                _run(options, setting, events, digest, name, bar)
     touched = np.bincount(_rows(events, items), minlength=len(items))
     for mode in ("strict", "line"):
         kept = {path.stem: path for path in sorted((options.out / mode).glob("*.npz"))}
-        found = {name: _read(path, _key(options, events, mode, name)) for name, path in kept.items()}
+        found = {name: _read(path, _key(options, digest, mode, name)) for name, path in kept.items()}
         current = {name: pair for name, pair in found.items() if pair is not None}
         if current:
             bits["modes"][mode] = mode_figures(current, warmup, touched)
@@ -135,14 +137,21 @@ def _rows(events: Events, items: list[str]) -> NDArray[np.int64]:
     return np.array([row_of[item] for item in events.items], np.int64)
 
 
-def _key(options: Options, events: Events, mode: str, name: str) -> str:
+def _digest(events: Events, titles: dict[str, str]) -> str:
+    """Of every event and of what the items say."""
+    made = hashlib.blake2b(events.weights.tobytes() + events.ts_ms.tobytes(), digest_size=16)
+    made.update(json.dumps([list(events.users), list(events.items), titles]).encode())
+    return made.hexdigest()
+
+
+def _key(options: Options, digest: str, mode: str, name: str) -> str:
     """What a kept result must have been made from to count as this run's; the learner's code is not in it."""
     config = ModelConfig().as_dict() if name.startswith(PRODUCT) else {}
-    return json.dumps([options.stream, len(events), int(events.ts_ms.sum()), mode, name, options.seed, config])
+    return json.dumps([options.stream, digest, mode, name, options.seed, config])
 
 
-def _run(options: Options, setting: Setting, events: Events, name: str, bar: Progress) -> None:
-    path, key = options.out / setting.mode / f"{name}.npz", _key(options, events, setting.mode, name)
+def _run(options: Options, setting: Setting, events: Events, digest: str, name: str, bar: Progress) -> None:
+    path, key = options.out / setting.mode / f"{name}.npz", _key(options, digest, setting.mode, name)
     if path.exists() and _read(path, key) is not None:
         return
     made = make_arm(name, setting)

@@ -133,6 +133,13 @@ def test_what_is_finished_is_kept_and_what_was_asked_otherwise_is_not(
     run("bpr", seed=1)
     assert run("bpr", limit=40)["modes"]["line"]["arms"].keys() == {"bpr"}  # the others are of another run
     assert made == ["popularity", "bpr", "markov", "bpr", "bpr"]
+    for column, other in enumerate(("9", "another item", "1700000001", "view")):
+        lines = write_csv(path).read_text(encoding="utf-8").splitlines()
+        cells = lines[1].split(",")  # of one event
+        cells[column] = other
+        path.write_text("\n".join([lines[0], ",".join(cells), *lines[2:]]) + "\n", encoding="utf-8")
+        run("popularity")
+    assert made[5:] == ["popularity"] * 4
 
 
 def test_state_of_yesterday_is_whole_whatever_today_has_brought(
