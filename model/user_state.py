@@ -60,6 +60,7 @@ class UserState(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class Limits(msgspec.Struct, frozen=True):
     history: int = 50  # MODEL.md: the tower reads the last 50
     event_ids: int = 1024  # an event sent again within a user's last 1,024 is dropped; 8 KiB at most a user
+    seen: int = 20_000  # items kept out of the lists, newest first seen; 160 KB at most a user, in each of its records
 
 
 EMPTY = UserState()
@@ -119,7 +120,7 @@ class Fold:
         self.applied += 1
         self.event_ids = (self.event_ids + event)[-DIGEST_BYTES * self.limits.event_ids :]
         if not holds(self.seen, item):
-            self.seen += item
+            self.seen = (self.seen + item)[-DIGEST_BYTES * self.limits.seen :]
         self.history = _inserted(self.history, Entry(click.item_id, weight, click.ts_ms), self.limits.history)
         return True
 

@@ -115,7 +115,7 @@ class UserOut(Struct, kw_only=True):
 
     user_id: str
     clicks: Annotated[int, Meta(description="events applied")]
-    seen: Annotated[int, Meta(description="different items")]
+    seen: Annotated[int, Meta(description="different items that are remembered, worker.seen at most")]
     history: list[Past]
     as_of: AsOf
     arm: str

@@ -18,7 +18,7 @@ def fold_offline(events: Sequence[Click], settings: Settings) -> dict[str, bytes
         partition = partition_of(click.user_id, settings.kafka.partitions)
         clicks[click.user_id].append(Applied(click, settings.weight(click), offsets[partition]))
         offsets[partition] += 1
-    limits = Limits(settings.worker.history, settings.worker.event_ids)
+    limits = Limits(settings.worker.history, settings.worker.event_ids, settings.worker.seen)
     return {user_id: encode_state(apply_clicks(EMPTY, own, limits)) for user_id, own in clicks.items()}
 
 

@@ -31,7 +31,7 @@ class Before(NamedTuple):
 
     click: Click
     history: Sequence[Entry] | None
-    seen: bytes  # packed digests of the user's items
+    seen: bytes  # packed digests of the user's items, where it is to be scored
     sent: Sent | None  # the list of that moment, where it is known
 
 

@@ -11,6 +11,7 @@ from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
@@ -21,6 +22,8 @@ from stream.topics import Topics
 
 PREFIX = "UPWELL_"
 CONFIG_VARIABLE = "UPWELL_CONFIG"
+ENTRY_BYTES = 1046  # of a user's history at most: an item id of 256 characters of 4 bytes, weight, time
+MAX_STATE_BYTES = 890_000  # workers/sender.py takes records of 899,000
 SCORED_K = 10  # places of a list that the live hit rate looks at
 
 Weights = dict[EventType, Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)]]
@@ -95,12 +98,28 @@ class Worker(Section):
     scored_clicks: int = Field(64, ge=0, le=10_000, description="clicks of a micro-batch scored for the live hit rate")
     history: int = Field(50, ge=1, le=1000, description="entries kept in a user's history")
     event_ids: int = Field(1024, ge=1, le=100_000, description="event ids remembered a user")
+    seen: int = Field(
+        20_000,
+        ge=1,
+        le=100_000,
+        description="newest items a user has seen that stay out of lists: 8 bytes each in every record of the state",
+    )
     dead_letter_ratio: float = Field(0.5, gt=0, le=1, description="bad share of the last 1,000 at which to stop")
     metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus exporter; 0: a free port")
 
+    @model_validator(mode="after")
+    def _storable(self) -> Self:
+        """Over that a worker would fail at the same user's click for ever."""
+        most = ENTRY_BYTES * self.history + 8 * (self.seen + self.event_ids)
+        if most > MAX_STATE_BYTES:
+            raise ValueError(
+                f"history, seen and event_ids allow {most} bytes of a user's state, {MAX_STATE_BYTES} fit into a record"
+            )
+        return self
+
 
 class Trainer(Section):
-    round_s: float = Field(10.0, ge=0, description="from the start of a round to the start of the next, at least")
+    round_s: float = Field(10.0, ge=0, description="from the end of a round to the start of the next, at least")
     min_events: int = Field(300, ge=10, description="fewest new clicks worth a round")
     holdout: int = Field(400, ge=5, description="newest clicks kept from training to judge the candidate on")
     window_days: float = Field(30.0, gt=0, description="how far back the window reaches at start, by Kafka's clock")
@@ -208,6 +227,11 @@ class Settings(BaseSettings):
         return self.kafka.connection
 
     @property
+    def store(self) -> str:
+        """This installation's own folder of the artifact store: old generations and models are deleted there."""
+        return f"{self.artifacts}/{self.kafka.prefix}"
+
+    @property
     def topics(self) -> Topics:
         return Topics(self.kafka.prefix, self.kafka.partitions, self.trainer.window_days)
 
@@ -245,6 +269,8 @@ def load_settings() -> Settings:
         return Settings()
     except ValidationError as error:
         raise ConfigError("\n".join(_line(e["loc"], e["msg"]) for e in error.errors())) from error
+    except SettingsError as error:
+        raise ConfigError(_not_json(error)) from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{os.environ.get(CONFIG_VARIABLE, 'upwell.toml')}: {error}") from error
 
@@ -252,6 +278,13 @@ def load_settings() -> Settings:
 def _line(place: tuple[int | str, ...], message: str) -> str:
     key = ".".join(str(part) for part in place if part != "[key]")
     return f"{key} ({PREFIX}{key.replace('.', '__').upper()}): {message}"
+
+
+def _not_json(error: SettingsError) -> str:
+    """pydantic-settings names the section alone: the variable is the one that holds the text it could not read."""
+    text = getattr(error.__cause__, "doc", None)
+    names = [name for name, value in sorted(os.environ.items()) if name.startswith(PREFIX) and value == text]
+    return f"{', '.join(names)}: lists and tables are given as JSON: {error.__cause__}"
 
 
 def _unknown_variables() -> Iterator[str]:

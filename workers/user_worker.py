@@ -42,7 +42,7 @@ class UserWorker:
     def __init__(self, settings: Settings, live: Live, owned: OwnedStates, sender: BatchSender) -> None:
         self._settings, self._owned, self._sender = settings, owned, sender
         self._topics = settings.topics
-        self._limits = Limits(settings.worker.history, settings.worker.event_ids)
+        self._limits = Limits(settings.worker.history, settings.worker.event_ids, settings.worker.seen)
         self._letters = DeadLetters(settings, sender)
         self._recommender = Recommender(settings, live)
         self._lists = Batcher(self._recommender.recommend, "recommend")
@@ -85,7 +85,7 @@ class UserWorker:
         metrics.hop_s.labels("send").observe(time.perf_counter() - recommended_at)
         if self._spans:
             self._spans.end(partition, traced, began, folded_at, recommended_at)
-        self._check_ratio(len(reads), len(dead))
+        self._check_ratio(records, dead)
         return erased.keys()
 
     def _decode(self, records: Sequence[Any]) -> tuple[list[Read], dict[str, int], list[DeadLetter]]:
@@ -119,10 +119,10 @@ class UserWorker:
                 fold = folds[user_id] = Fold(states.get(user_id, EMPTY), self._limits)
             weighed = Applied(click, self._settings.weight(click), read.offset)
             history = fold.history if to_score > 0 and not fold.has_seen(click.item_id) else None
-            before = Before(click, history, fold.seen, sent)
+            seen = b"" if history is None else fold.seen  # large: kept only where it is read
             if fold.apply(weighed):
                 to_score -= history is not None
-                applied.append(before)
+                applied.append(Before(click, history, seen, sent))
             else:
                 num_duplicate += 1
             newest[user_id] = read
@@ -185,9 +185,10 @@ class UserWorker:
             record = (back.name.encode(), encode(back))
             await self._sender.send(self._topics.generations.name, 0, [record])
 
-    def _check_ratio(self, good: int, bad: int) -> None:
-        metrics.clicks.labels("bad").inc(bad)
-        self._bad.extend([False] * good + [True] * bad)
+    def _check_ratio(self, records: Sequence[Any], dead: Sequence[DeadLetter]) -> None:
+        metrics.clicks.labels("bad").inc(len(dead))
+        bad = {letter.offset for letter in dead}
+        self._bad.extend(record.offset in bad for record in records)
         ratio, limit = sum(self._bad) / max(1, len(self._bad)), self._settings.worker.dead_letter_ratio
         if len(self._bad) >= RATIO_MIN and ratio > limit:
             raise TooManyBadEvents(

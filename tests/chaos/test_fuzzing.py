@@ -23,8 +23,8 @@ from workers.states import Owned
 from workers.user_worker import UserWorker
 
 SEED, SHORT, LONG, FUZZ_S = 18, 200, 10_000, 600
-LIMITS = Limits(history=4, event_ids=3)  # few, so that a redelivery reaches back behind what is remembered
-SETTINGS = Settings(worker=Worker(history=LIMITS.history, event_ids=LIMITS.event_ids))
+LIMITS = Limits(history=4, event_ids=3, seen=3)  # few, so that a redelivery reaches back behind what is remembered
+SETTINGS = Settings(worker=Worker(history=LIMITS.history, event_ids=LIMITS.event_ids, seen=LIMITS.seen))
 ROOT = Path(__file__).parents[2]
 
 events = st.builds(
@@ -65,19 +65,20 @@ def slow_twin(log: Log) -> dict[str, bytes]:
     for user in sorted({event.user_id for event in log if event}):
         ids: list[str] = []
         history: list[Click] = []
-        seen: dict[str, None] = {}
+        seen: list[str] = []
         offset = -1
         for at, event in enumerate(log):
             if event is None or event.user_id != user:
                 continue
             offset = at
             if isinstance(event, Erasure):
-                ids, history, seen = [], [], {}
+                ids, history, seen = [], [], []
                 continue
             if event.event_id in ids[-LIMITS.event_ids :]:
                 continue
             ids.append(event.event_id)
-            seen[event.item_id] = None
+            if event.item_id not in seen:
+                seen = [*seen, event.item_id][-LIMITS.seen :]
             history = sorted([*history, event], key=lambda one: one.ts_ms)[-LIMITS.history :]
         entries = tuple(Entry(one.item_id, SETTINGS.weight(one), one.ts_ms) for one in history)
         packed = (b"".join(map(digest, seen)), b"".join(map(digest, ids[-LIMITS.event_ids :])))

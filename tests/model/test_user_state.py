@@ -24,7 +24,7 @@ from model.user_state import (
     unpack,
 )
 
-LIMITS = Limits(history=4, event_ids=6)
+LIMITS = Limits(history=4, event_ids=6, seen=5)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,10 @@ def slow_twin(events: Sequence[C]) -> UserState:
     history: list[C] = []
     for event in kept:  # the late ones of a full history fall out at once
         history = sorted([*history, event], key=lambda other: other.ts_ms)[-LIMITS.history :]
-    seen = dict.fromkeys(event.item_id for event in kept)
+    seen: list[str] = []
+    for event in kept:
+        if event.item_id not in seen:
+            seen = [*seen, event.item_id][-LIMITS.seen :]
     return UserState(
         history=tuple(Entry(e.item_id, 1.0, e.ts_ms) for e in history),
         seen=b"".join(map(digest, seen)),
@@ -109,6 +112,13 @@ def test_late_events_take_their_place_in_time() -> None:
     late = [C("a", "x", 30), C("b", "y", 10), C("c", "z", 30)]
     state = apply_clicks(EMPTY, numbered(late), LIMITS)
     assert [entry.item_id for entry in state.history] == ["y", "x", "z"]
+
+
+def test_a_state_kept_under_a_higher_bound_is_cut_with_the_next_new_item() -> None:
+    wide = apply_clicks(EMPTY, numbered([C(f"e{n}", f"i{n}", n) for n in range(9)]), Limits())
+    old, new = (apply_clicks(wide, [Applied(C("e", item, 9), 1.0, 9)], LIMITS) for item in ("i0", "i9"))
+    assert old.seen == wide.seen
+    assert new.seen == b"".join(digest(f"i{n}") for n in range(5, 10))
 
 
 def test_bytes_that_are_no_state_are_refused_by_one_error() -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from stream.events import Click
-from workers.settings import ConfigError, Settings, load_settings
+from model.user_state import Entry, UserState, encode_state
+from stream.events import MAX_ID, Click
+from workers.sender import MAX_RECORD_BYTES
+from workers.settings import ConfigError, Settings, Worker, load_settings
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +49,9 @@ def test_environment_wins_over_the_file(monkeypatch: pytest.MonkeyPatch, tmp_pat
         ("UPWELL_LOG_LEVEL", "LOUD", "log_level"),
         ("UPWELL_CONFIG", "/nowhere.toml", "UPWELL_CONFIG: no file /nowhere.toml"),
         ("UPWELL_KAFKA__USERNAME", "me", "kafka"),
+        ("UPWELL_WORKER__EVENT_IDS", "100000", "worker .*history, seen and event_ids allow 1012300 bytes"),
+        ("UPWELL_SERVE__CORS_ORIGINS", "https://shop.example", "UPWELL_SERVE__CORS_ORIGINS: .*JSON"),
+        ("UPWELL_ARMS", "{", "UPWELL_ARMS: .*JSON"),
     ],
 )
 def test_bad_variables_are_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, cause: str) -> None:
@@ -73,6 +78,17 @@ def test_bad_files_are_named(tmp_path: Path, text: str, cause: str) -> None:
     (tmp_path / "upwell.toml").write_text(text)
     with pytest.raises(ConfigError, match=cause):
         load_settings()
+
+
+def test_the_largest_state_that_the_settings_allow_fits_into_a_record() -> None:
+    """Longest ids, in four bytes a character; over that a worker would fail at the same click for ever."""
+    with pytest.raises(ValueError, match="of a user's state"):
+        Worker(history=691)
+    worker = Worker(history=690)
+    full = Entry("𝒌" * MAX_ID, -1 / 3, 2**53 - 1)
+    seen, event_ids = (b"x" * 8 * count for count in (worker.seen, worker.event_ids))
+    state = UserState((full,) * worker.history, seen, event_ids, 2**63 - 1, 2**63 - 1)
+    assert len(encode_state(state)) <= MAX_RECORD_BYTES
 
 
 def test_settings_are_frozen_and_hide_the_password() -> None:

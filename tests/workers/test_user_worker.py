@@ -1,0 +1,52 @@
+"""What a micro-batch keeps, and what stops the worker, without Kafka."""
+
+from typing import Any, NamedTuple, cast
+
+import pytest
+
+from model.user_state import digest
+from stream.events import Click, encode
+from workers.settings import Settings, Worker
+from workers.states import Owned
+from workers.user_worker import RATIO_MIN, RATIO_WINDOW, TooManyBadEvents, UserWorker
+
+
+class Record(NamedTuple):
+    key: bytes
+    value: bytes
+    offset: int
+    topic: str = "clicks"
+    partition: int = 0
+    timestamp: int = 0
+
+
+def records(good: list[bool]) -> list[Record]:
+    clicks = (Click(event_id=f"e{at}", user_id="u", item_id=f"i{at}", ts_ms=0) for at in range(len(good)))
+    pairs = zip(clicks, good, strict=True)
+    return [Record(b"u", encode(click) if fine else b"{", at) for at, (click, fine) in enumerate(pairs)]
+
+
+def made(**worker: Any) -> UserWorker:
+    return UserWorker(Settings(worker=Worker(**worker)), *(cast(Any, None),) * 3)
+
+
+def test_what_a_user_had_seen_is_kept_of_scored_clicks_alone() -> None:
+    """A copy of it with each click would be the square of a micro-batch."""
+    worker = made(scored_clicks=2, seen=1)
+    reads, erased, _ = worker._decode(records([True] * 4))
+    applied = worker._fold(Owned(cast(Any, {}), cast(Any, None), {}), reads, erased).applied
+    assert [before.history is None for before in applied] == [False, False, True, True]
+    assert [before.seen for before in applied] == [b"", digest("i0"), b"", b""]
+
+
+@pytest.mark.parametrize("batch", [RATIO_MIN, RATIO_WINDOW, 3 * RATIO_WINDOW])
+def test_the_share_of_bad_messages_is_of_the_newest_in_their_order_whatever_the_batch(batch: int) -> None:
+    def work_off(good: list[bool]) -> None:
+        for at in range(0, len(good), batch):
+            part = records(good)[at : at + batch]
+            worker._check_ratio(part, worker._decode(part)[2])
+
+    worker = made(dead_letter_ratio=0.5)
+    work_off([at % 3 > 0 for at in range(3 * RATIO_WINDOW)])
+    with pytest.raises(TooManyBadEvents, match="of the last 1000 messages"):
+        work_off([False] * 3 * RATIO_WINDOW)
