@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import time
 from collections import deque
 from functools import partial
 from types import SimpleNamespace
@@ -12,9 +13,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from workers.bench import data, harness, probe, search
+from stream.events import decode_click
+from workers.bench import data, harness, probe, scale, search, swap
 from workers.bench.ingest import micro_batches
+from workers.bench.stage import Keyed
 from workers.settings import Settings, Worker
+from workers.states import States
 
 EXPECTED = {
     "ingest": ("fold_path / a", "fold_path / b", "whole_job / c"),
@@ -43,6 +47,9 @@ def test_figures(name: str) -> None:
         assert found["values"]["lowest_cosine upwell"] > 0.99
     if name == "swap":
         assert found["values"]["swaps"] == 1
+    if name == "learn":  # both of the same stretch of the stream
+        floor, took = found["values"]["floor_ms"], found["values"]["learn_ms past half the events"]
+        assert found["ratios"]["matrix products / learning"] == pytest.approx(floor / took, rel=2e-3)
 
 
 def test_contenders_take_turns() -> None:
@@ -68,6 +75,36 @@ def test_clicks_are_what_they_are_said_to_be() -> None:
     touched = sum(len(batch) for batch in batches)
     assert 300 < touched < 2_000  # a query a touched user, not a click
     assert sum(len(query.history) for batch in batches for query in batch) > 2 * 2_000  # states are carried on
+
+
+def test_no_click_is_folded_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A known event id takes the short way out of the fold."""
+    folded, fold = list[str](), scale.fold
+
+    def noted(states: States, clicks: Keyed, first: int) -> None:
+        folded.extend(decode_click(raw).event_id for _, raw in clicks)
+        fold(states, clicks, first)
+
+    monkeypatch.setattr(scale, "fold", noted)
+    turn, _ = scale.with_users(20, harness.Options(size=1_000))
+    assert turn() > 0 and turn() > 0
+    assert len(folded) == len(set(folded)) == 20 * scale.HELD + 2 * 1_000
+
+
+def test_the_steady_wait_is_of_a_window_as_long_as_a_swap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The longest of many waits grows with their number."""
+    windows, during = list[float](), swap.Traffic.during
+
+    def watched(traffic: swap.Traffic, *arguments: Any) -> float:
+        began = time.perf_counter()
+        longest = during(traffic, *arguments)
+        windows.append(time.perf_counter() - began)
+        return longest
+
+    monkeypatch.setattr(swap.Traffic, "during", watched)
+    monkeypatch.setattr(swap, "seconds", lambda load: load() or 2.5)
+    swap.run(harness.Options(quick=True, rounds=1, size=1_000))
+    assert len(windows) == 3 and windows[2] >= 2.5  # warm, a swap, none
 
 
 def test_lifted_vectors_rank_by_inner_product() -> None:

@@ -1,11 +1,12 @@
-"""Milliseconds an event of a full fine-tune of 100,000 events, and the share of it that the matrix products alone would
-take. The first events cost more: the young stream is replayed (`ModelConfig.warmup_steps`).
+"""Milliseconds an event of a full fine-tune of 100,000 events; past half of them, the share that the matrix products
+alone would take. The first events cost more: the young stream is replayed (`ModelConfig.warmup_steps`).
 
-The floor: the floating point operations that torch counts in the tower's steps, at the rate that one large product of
-two matrices reaches on this core in the same run.
+The floor: the floating point operations that torch counts in learning an event there (tower and mix), at the rate that
+one large product of two matrices reaches on this core in the same run.
 """
 
 import cProfile
+import itertools
 import pstats
 import time
 from collections.abc import Callable, Sequence
@@ -86,15 +87,23 @@ def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
     with FlopCounterMode(display=False) as counter:
         learner.learn(sample)
     gflop = counter.get_total_flops() / len(sample) / 1e9
-    contenders = {"learn_ms": learn_ms, "floor_ms": lambda: 1000 * gflop / gflops_per_s()}
+    ahead, size = count // 2 + len(sample), min(1_920, count // 8)  # whole micro-batches
+    starts = itertools.cycle(range(ahead, count - size + 1, size))
+
+    def learn_more() -> None:
+        start = next(starts)
+        learner.learn(events.slice(start, start + size))
+
+    contenders = {
+        "learn_ms": learn_ms,
+        "learn_ms past half the events": lambda: 1000 * seconds(learn_more) / size,
+        "floor_ms": lambda: 1000 * gflop / gflops_per_s(),
+    }
     runs = alternate(contenders, options.rounds)
     values = medians(runs) | {"gflop_an_event": gflop, "events": float(count), "steps": float(steps[0])}
     values |= {"steps_per_s": steps[0] / count * 1000 / float(medians(runs)["learn_ms"]), "tower_loss": losses[0]}
-    first, more = count // 2 + len(sample), min(2_000, count // 8)
-    timed, profiled = events.slice(first, first + more), events.slice(first + more, first + 2 * more)
-    values["learn_ms past half the events"] = 1000 * seconds(lambda: learner.learn(timed)) / more
-    values |= shares(lambda: learner.learn(profiled))
-    return {"matrix products / learning": ratio(runs, "floor_ms", "learn_ms")}, values
+    values |= shares(learn_more)
+    return {"matrix products / learning": ratio(runs, "floor_ms", "learn_ms past half the events")}, values
 
 
 run = measured("learn", work)

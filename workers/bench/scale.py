@@ -5,6 +5,7 @@ search process. Partitions and workers: the fold path on Kafka; workers share tw
 that is compared, not wall time.
 """
 
+import itertools
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -49,8 +50,14 @@ def with_users(count: int, options: Options, held: int = HELD) -> tuple[Callable
             batch = data.clicks(min(10_000, count - start), 0, 50_000, seed=turn, first_user=start)
             fold(states, batch, turn * count + start)
     user_bytes = (psutil.Process().memory_info().rss - before) / len(states)
-    clicks, turns = data.clicks(options.scaled(20_000, 2_000), count, 50_000, seed=held), iter(range(1, 1_000))
-    return rate(len(clicks), lambda: fold(states, clicks, next(turns) * 10_000_000)), user_bytes
+    turns = itertools.count(held)
+
+    def run() -> float:
+        turn = next(turns)  # its clicks are new: a known event id is not folded
+        clicks = data.clicks(options.scaled(20_000, 2_000), count, 50_000, seed=turn)
+        return rate(len(clicks), lambda: fold(states, clicks, turn * 10_000_000))()
+
+    return run, user_bytes
 
 
 def record_bytes(count: int) -> float:
