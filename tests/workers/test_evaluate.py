@@ -79,7 +79,7 @@ def test_the_command_writes_results_report_and_plots(tmp_path: Path) -> None:
         assert results["modes"][mode]["upwell_minus"].keys() == {"popularity", "markov"}
     page = (out / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == len(list(out.glob("*.png"))) == 8
-    assert "strict: events of one stamp" in page and "line by line" in page and "src=http" not in page
+    assert "strict: events of one stamp" in page and "line by line" in page and 'src="http' not in page
 
 
 def test_unseen_items_are_told_apart_by_the_length_of_the_history() -> None:

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Timer
+from threading import Thread
 
 import msgspec
 import pytest
@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from stream.answers import EventIn, Update
 from stream.client import Client
 from tests.workers.console_fake import Fake, fake_api
+from tests.workers.service import until
 from workers.cli import app
 from workers.watch import table
 
@@ -26,7 +27,12 @@ def fake() -> Iterator[tuple[Fake, str]]:
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_click_is_seen(fake: tuple[Fake, str], as_json: bool) -> None:
     with Client(fake[1]) as sender:
-        clicking = Timer(0.5, lambda: sender.send(EventIn(user_id="u", item_id="i3", event_id="e-1")))
+
+        def click() -> None:
+            until(lambda: bool(fake[0].last_ids), "the stream is open")  # it pushes no click from before
+            sender.send(EventIn(user_id="u", item_id="i3", event_id="e-1"))
+
+        clicking = Thread(target=click)
         clicking.start()
         options = ["--url", fake[1], "--updates", "1", *(["--json"] if as_json else [])]
         done = CliRunner().invoke(app, ["watch", "u", *options], env={"COLUMNS": "140"})
