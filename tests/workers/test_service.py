@@ -355,7 +355,7 @@ def test_too_many_bad_messages_stop_the_worker_for_good(broker: LocalBroker, tmp
 
 def test_partitions_move_to_a_second_worker_and_back(service: Service) -> None:
     """While clicks flow, a worker joins the group and leaves it: every click is applied once."""
-    port, flow, sent = free_port(), iter(clicks(6000, first=400_000)), list[Click]()
+    port, flow, sent = free_port(), iter(clicks(20_000, first=400_000)), list[Click]()
     second = subprocess.Popen(
         [sys.executable, "-m", "workers.cli", "worker"],
         env=os.environ | {"UPWELL_WORKER__METRICS_PORT": str(port)},
@@ -372,10 +372,11 @@ def test_partitions_move_to_a_second_worker_and_back(service: Service) -> None:
     def by_second() -> float:
         return scrape(f"http://127.0.0.1:{port}/metrics").get("upwell_clicks_total{applied}", 0)
 
+    deadline = time.monotonic() + 110  # 50 clicks each 0.3 s at most: the flow lasts longer
     try:
         while by_second() < 50:
             send(50)
-            assert len(sent) < 5000, "the second worker owned no partition in time"
+            assert time.monotonic() < deadline, "the second worker owned no partition in time"
         second.terminate()
         send(300)
         assert second.wait(30) == 0
