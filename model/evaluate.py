@@ -7,17 +7,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from model.learner import Learner
-from model.outcome import COLD, Outcome, auc, best
-from model.outcome import Ranks as Ranks
-from model.outcome import bootstrap as bootstrap
-from model.outcome import expected_ranks as expected_ranks
+from model.outcome import COLD, Outcome, auc, best, expected_ranks
 from model.sampling import Events, History
 
 Rows = NDArray[np.int64]
@@ -38,6 +35,19 @@ class Arm(Protocol):
         """Events just predicted, their users by number; rows (n,) are their items' rows."""
 
 
+@dataclass(frozen=True)
+class _Question:
+    """A positive event, and what is known before it."""
+
+    position: int
+    user: int
+    row: int
+    history: History
+    consumed: Rows  # by the user
+    cold: NDArray[np.bool_] | None  # (N,) the items as cold as its own; None when that is not cold
+    earlier: int  # positive events of the item
+
+
 @dataclass
 class _State:
     """What the evaluation itself knows: exact histories, consumed items, events of every item."""
@@ -48,10 +58,12 @@ class _State:
     stamps: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     consumed: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
 
-    def history(self, user: int, length: int) -> History:
-        columns = (self.rows[user][-length:], self.weights[user][-length:], self.stamps[user][-length:])
-        rows, weights, stamps = columns
-        return History(np.array(rows, np.int64), np.array(weights, np.float32), np.array(stamps, np.int64))
+    def question(self, position: int, user: int, row: int, length: int) -> _Question:
+        """About the event at `position`; of the user's history its newest `length` events."""
+        rows, weights, stamps = (column[user][-length:] for column in (self.rows, self.weights, self.stamps))
+        history = History(np.array(rows, np.int64), np.array(weights, np.float32), np.array(stamps, np.int64))
+        consumed = np.fromiter(self.consumed[user], np.int64, len(self.consumed[user]))
+        return _Question(position, user, row, history, consumed, self._as_cold(row), int(self.touched[row]))
 
     def add(self, user: int, row: int, weight: float, ts_ms: int) -> None:
         self.rows[user].append(row)
@@ -61,21 +73,11 @@ class _State:
             self.consumed[user].add(row)
             self.touched[row] += 1
 
-    def as_cold(self, row: int) -> NDArray[np.bool_] | None:
-        """(N,) the items as cold as this one; None when it is not cold."""
+    def _as_cold(self, row: int) -> NDArray[np.bool_] | None:
         if self.touched[row] >= COLD:
             return None
         touched = self.touched
         return touched == 0 if touched[row] == 0 else (touched > 0) & (touched < COLD)
-
-
-def prequential(
-    arm: Arm, events: Events, items: Sequence[str], mode: Mode, exclude_seen: bool = True, length: int = HISTORY
-) -> Ranks:
-    """Ranks of `replayed`: with `exclude_seen` a user's consumed items are no candidates and events on them are
-    not counted."""
-    outcome = replayed(arm, events, items, mode, length)
-    return outcome.new() if exclude_seen else outcome.open()
 
 
 def replayed(arm: Arm, events: Events, items: Sequence[str], mode: Mode, length: int = HISTORY) -> Outcome:
@@ -116,27 +118,22 @@ class _Replay:
         positive = events.weights > 0
         self._first = np.full(num_items, np.iinfo(np.int64).max)  # (N,) when each item was first seen
         np.minimum.at(self._first, rows[positive], order[positive])
-        self._found: list[tuple[NDArray[np.generic], ...]] = []
+        self._found: list[Outcome] = []
 
     def score(self, start: int, stop: int) -> None:
         """Ranks of a span's positive events; the state then holds its events too."""
-        positions, histories, barred, colds, earlier = [], [], [], [], []
-        waiting, state, events = start, self._state, self._events  # from `waiting` on, the state knows nothing
+        asked, waiting = list[_Question](), start  # from `waiting` on, the state knows nothing
         for position in range(start, stop):
             while self._order[waiting] < self._order[position]:
                 self._admit(waiting)
                 waiting += 1
-            if events.weights[position] > 0:
+            if self._events.weights[position] > 0:
                 user, row = int(self._users[position]), int(self._rows[position])
-                positions.append(position)
-                histories.append(state.history(user, self._length))
-                barred.append(np.fromiter(state.consumed[user], np.int64, len(state.consumed[user])))
-                colds.append(state.as_cold(row))
-                earlier.append(int(state.touched[row]))
+                asked.append(self._state.question(position, user, row, self._length))
         for position in range(waiting, stop):
             self._admit(position)
-        if positions:
-            self._rank(np.array(positions, np.int64), histories, barred, colds, earlier)
+        if asked:
+            self._found.append(self._ranked(asked))
 
     @property
     def _users(self) -> Sequence[int]:
@@ -147,49 +144,43 @@ class _Replay:
         at = (int(self._rows[position]), float(events.weights[position]), int(events.ts_ms[position]))
         self._state.add(self._users[position], *at)
 
-    def _rank(
-        self,
-        chosen: Rows,
-        histories: list[History],
-        barred: list[Rows],
-        colds: list[NDArray[np.bool_] | None],
-        earlier: list[int],
-    ) -> None:
-        users, targets = np.array([self._users[p] for p in chosen], np.int64), self._rows[chosen]
-        scores = self._arm.score(users, histories, self._events.ts_ms[chosen].tolist())  # (B, N)
+    def _ranked(self, asked: list[_Question]) -> Outcome:
+        users, chosen, targets, lengths, earlier = np.array(
+            [(one.user, one.position, one.row, len(one.history.rows), one.earlier) for one in asked], np.int64
+        ).T
+        scores = self._arm.score(users, [one.history for one in asked], self._events.ts_ms[chosen].tolist())  # (B, N)
         if not (scores < np.inf).all():  # nor NaN, which would rank before the first; -inf rules an item out
             raise FloatingPointError(f"a score is NaN or infinite at event {chosen[0]}")
         allowed = self._first[None, :] < self._order[chosen][:, None]  # (B, N)
         open_ranks = expected_ranks(scores, targets, allowed)
-        for line, consumed in enumerate(barred):
-            allowed[line, consumed] = False
+        for line, one in enumerate(asked):
+            allowed[line, one.consumed] = False
         aucs = [
-            float("nan") if cold is None else auc(scores[line], int(targets[line]), cold)
-            for line, cold in enumerate(colds)
+            float("nan") if one.cold is None else auc(own, one.row, one.cold)
+            for own, one in zip(scores, asked, strict=True)
         ]
-        self._found.append(
-            (
-                expected_ranks(scores, targets, allowed),
-                users,
-                chosen,
-                np.array([len(history.rows) for history in histories], np.int64),
-                open_ranks,
-                np.array([row in consumed for row, consumed in zip(targets, barred, strict=True)], np.bool_),
-                np.array(earlier, np.int64),
-                np.array(aucs, np.float64),
-                best(scores, allowed),
-            )
+        return Outcome(
+            ranks=expected_ranks(scores, targets, allowed),
+            users=users,
+            position=chosen,
+            histories=lengths,
+            open_ranks=open_ranks,
+            repeat=np.array([one.row in one.consumed for one in asked], np.bool_),
+            earlier=earlier,
+            auc=np.array(aucs),
+            top=best(scores, allowed),
         )
 
     def outcome(self) -> Outcome:
         if not self._found:
             raise ValueError("no event has a positive weight: nothing to predict")
-        return Outcome(*(np.concatenate(column) for column in zip(*self._found, strict=True)))
+        names = [field.name for field in fields(Outcome)]
+        return Outcome(**{name: np.concatenate([getattr(part, name) for part in self._found]) for name in names})
 
 
 class LearnerArm:
-    """The learner, scoring by inner products: counts and mix every `batch` events (or stamp), where its rivals learn
-    after every one; towers and factors every micro-batch."""
+    """The learner, scoring by inner products: counts and mix every `batch` events (or stamp), where the counting
+    rivals learn after every one; towers and factors every micro-batch."""
 
     batch = 16  # popularity of half-life 125 loses 4 % of its NDCG@10 on beauty at 64, 1 % at 16, none at 8
 

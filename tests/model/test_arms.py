@@ -16,7 +16,7 @@ from model.arms.neural import RetrainedArm
 from model.arms.text import TextArm
 from model.arms.variants import NEVER, Delayed
 from model.covisitation import Covisitation
-from model.evaluate import Arm, Mode, prequential, replayed
+from model.evaluate import Arm, Mode, replayed
 from model.popularity import Popularity
 from model.sampling import Events, History, pad
 
@@ -48,7 +48,9 @@ def log(users: Sequence[int], rows: Sequence[int], stamps: Sequence[int] | None 
 
 
 def hit_rate(arm: Arm, events: Events, exclude_seen: bool = False, mode: Mode = "line") -> float:
-    return prequential(arm, events, ITEMS, mode, exclude_seen).after(2 * len(events) // 3).metrics()["hr@10"]
+    outcome = replayed(arm, events, ITEMS, mode)
+    ranks = outcome.new() if exclude_seen else outcome.open()
+    return ranks.after(2 * len(events) // 3).metrics()["hr@10"]
 
 
 def sequential() -> dict[str, Arm]:
@@ -175,7 +177,7 @@ def test_strict_mode_does_not_leak_within_a_basket(name: str) -> None:
     for mode in ("line", "strict"):
         short = RetrainedArm("gru4rec", N, 125, mode == "line", steps=220, length=8)
         arm = short if name == "gru4rec" else make_arm(name, setting(500, mode))
-        late = prequential(arm, baskets(250), ITEMS, mode).after(350)
+        late = replayed(arm, baskets(250), ITEMS, mode).new().after(350)
         found[mode] = float((late.ranks[late.position % 2 == 1] == 1).mean())
     assert found["line"] > 0.8 and found["strict"] < 0.25
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from model.config import ModelConfig
-from model.evaluate import LearnerArm, Ranks, prequential
+from model.evaluate import LearnerArm, replayed
 from model.learner import Learner
 from model.model import Model
+from model.outcome import Ranks
 from model.sampling import EventLog, Events, History, Padded, shuffle_ties
 
 CONFIG = ModelConfig(
@@ -45,7 +46,7 @@ def learner(config: ModelConfig = CONFIG, seed: int = 0) -> Learner:
 def late(config: ModelConfig, noise: float) -> Ranks:
     repeats = replace(config, exclude_seen=False)
     arm = LearnerArm(learner(repeats))
-    return prequential(arm, chain(2500, noise), ITEMS, "line", exclude_seen=False, length=8).after(1500)
+    return replayed(arm, chain(2500, noise), ITEMS, "line", length=8).open().after(1500)
 
 
 @pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, full_softmax_items=10, sampled_items=15)])
