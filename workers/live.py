@@ -47,7 +47,7 @@ class Live:
         self._refused: set[str] = set()  # SHA-256 of manifests that could not be served
         self._moved = False  # there has been an announcement since the last swap
         self._not_before = 0.0  # monotonic time of the next try, after the store was out of reach
-        self._restart = False  # the search process has died
+        self._dead: SearchProcess | None = None  # has died of itself
         self._stale = False  # the fresh items or the hidden ones have changed since the snapshot
         self._stop, self.caught_up = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._follow, name="live", daemon=True)
@@ -80,7 +80,7 @@ class Live:
                 if time.monotonic() > deadline:
                     raise NotReady(f"search of {snapshot.name}: {error}") from error
                 if self.snapshot is snapshot:
-                    self._restart = True
+                    self._dead = snapshot.search
                     time.sleep(0.05)
         raise NotReady("no generation serves yet")
 
@@ -96,8 +96,7 @@ class Live:
         for records in tail(self._settings.connection, names, self._stop, self._caught_up):
             for record in records:
                 self._take(record)
-            due = self._restart or (self._moved and time.monotonic() > self._not_before)
-            if self.caught_up.is_set() and due:
+            if self.caught_up.is_set() and self.due:
                 self._serve_wanted()
             if self._stale and self.snapshot and time.monotonic() - refreshed > FRESH_INTERVAL_S:
                 self._stale, refreshed = False, time.monotonic()
@@ -124,17 +123,25 @@ class Live:
 
     def _serve_wanted(self) -> None:
         """Swap to the first of the wanted generations that can be served: none that was refused, none twice."""
-        restart, self._moved, self._restart = self._restart, False, False
+        self._moved = False
         for announced in self._announcements.wanted():
-            serving = self.snapshot is not None and self.snapshot.announced == announced
-            if serving and not restart:
+            if self.snapshot is not None and self.snapshot.announced == announced and not self._search_died:
                 return
             if announced.manifest_sha256 not in self._refused and self._swap(announced):
                 return
 
+    @property
+    def due(self) -> bool:
+        """Whether another generation may be wanted, or the one that serves has to be loaded anew."""
+        return (self._search_died or self._moved) and time.monotonic() > self._not_before
+
+    @property
+    def _search_died(self) -> bool:
+        return self.snapshot is not None and self.snapshot.search is self._dead
+
     def _swap(self, announced: Artifact) -> bool:
         """Verify and load beside the serving generation, then move one reference; a bad one changes nothing."""
-        began = time.monotonic()
+        began, old = time.monotonic(), self.snapshot
         try:
             new = self._load(announced)
         except OSError as error:  # the store is out of reach: nothing is said about the generation
@@ -146,20 +153,25 @@ class Live:
             metrics.swaps.labels("refused").inc()
             log.warning("generation refused", generation=announced.name, reason=str(error))
             return False
-        self.previous, self.snapshot, self._stale = self.snapshot, new, False
+        self.snapshot, self._stale = new, False
+        if old is not None and old.search is self._dead:
+            old.search.close()  # its successor is on trial against the same one as before
+        else:
+            self.previous = old
         metrics.swaps.labels("served").inc()
         metrics.swap_s.observe(time.monotonic() - began)
         self._gauge(new)
         log.info("generation serves", generation=announced.name, items=new.num_indexed, fresh=len(new.fresh))
-        if not self._keep_previous:
-            self.release_previous()
+        if not self._keep_previous or (old is not None and announced.created_ms < old.announced.created_ms):
+            self.release_previous()  # what is rolled back to is not on trial: it would bring the other one back
         return True
 
     def _load(self, announced: Artifact) -> Snapshot:
         cache, sha256 = self._settings.cache / "generations", announced.manifest_sha256
         # The search process verifies all of it, too: twice only where a damaged one would end a trial.
         folder = fetch(announced.url, cache, sha256, verified=self.previous is not None)
-        self.release_previous()  # two are in memory at most
+        if not self._search_died:
+            self.release_previous()  # two are in memory at most
         search = SearchProcess(folder, sha256)
         try:
             snapshot = Snapshot.of(announced, search, Model.load(folder / "model"), self.catalogue)

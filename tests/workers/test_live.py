@@ -1,0 +1,90 @@
+"""Which generation serves and which is kept beside it, whatever is announced and whatever dies."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from stream.events import Artifact
+from workers.live import Live
+from workers.search import SearchProcessDied
+from workers.settings import Settings
+
+
+def generation(number: int) -> Artifact:
+    return Artifact(name=f"g{number}", url="u", manifest_sha256=f"of g{number}", created_ms=number, encoder="e")
+
+
+class Loaded(SimpleNamespace):
+    """A snapshot whose search process is closed or dead, or not."""
+
+    def __init__(self, announced: Artifact) -> None:
+        search = SimpleNamespace(closed=False, num_bytes=1)
+        search.close = lambda: setattr(search, "closed", True)
+        super().__init__(announced=announced, name=announced.name, search=search, num_indexed=1, fresh=())
+
+
+@pytest.fixture
+def live(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Keeps the generation before, as the worker does; loading is left out."""
+    live: Any = Live(Settings(), keep_previous=True)
+    live.loads, live._moved = [], False
+
+    def load(announced: Artifact) -> Loaded:
+        live.loads.append(announced.name)
+        return Loaded(announced)
+
+    monkeypatch.setattr(live, "_load", load)
+    return live
+
+
+def announce(live: Any, *numbers: int) -> None:
+    for number in numbers:
+        live._announcements.generations.pop(f"g{number}", None)
+        live._announcements.generations[f"g{number}"] = generation(number)
+        live._serve_wanted()
+
+
+def names(live: Any) -> tuple[str | None, ...]:
+    return tuple(one and one.name for one in (live.snapshot, live.previous))
+
+
+def test_one_dead_search_process_is_replaced_once_and_keeps_the_trial(live: Any) -> None:
+    announce(live, 1, 2)
+    assert names(live) == ("g2", "g1")
+    dead, asked = live.snapshot, threading.Semaphore(0)
+
+    def ask(snapshot: Loaded) -> str:
+        if snapshot is dead:
+            asked.release()
+            raise SearchProcessDied("dead")
+        return str(snapshot.name)
+
+    def slow_load(announced: Artifact) -> Any:
+        for _ in range(3):  # the caller finds it dead again and again meanwhile
+            assert asked.acquire(timeout=20)
+        return load(announced)
+
+    load, live._load = live._load, slow_load
+    with ThreadPoolExecutor(1) as caller:
+        answer = caller.submit(live.use, ask)
+        assert asked.acquire(timeout=20)
+        while not live.due:
+            time.sleep(0.01)
+        live._serve_wanted()
+        assert answer.result(timeout=20)[1] == "g2"
+    assert live.loads == ["g1", "g2", "g2"] and dead.search.closed and not live.due
+    assert names(live) == ("g2", "g1") and not live.previous.search.closed
+
+
+def test_what_is_rolled_back_to_is_not_on_trial(live: Any) -> None:
+    """Against the one that was taken back it would lose, perhaps, and bring it back."""
+    announce(live, 1, 2)
+    taken_back = live.snapshot
+    announce(live, 1)
+    assert names(live) == ("g1", None) and taken_back.search.closed
+    announce(live, 3)
+    assert names(live) == ("g3", "g1")
