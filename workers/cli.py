@@ -14,6 +14,7 @@ from workers import cli_arms, cli_ops, tracing
 from workers.cli_bench import bench
 from workers.cli_erase import erase
 from workers.cli_keys import keys
+from workers.failing import failing
 from workers.logs import configure
 from workers.settings import ConfigError, Settings, load_settings
 from workers.watch import watch
@@ -166,12 +167,8 @@ def demo(
     from workers.demo import DemoOptions, run_demo
 
     options = DemoOptions(check, stream, events or (30_000 if check else None), rate, port, broker, kafka_home())
-    try:
-        with refusing():
-            raise typer.Exit(run_demo(options))
-    except (BrokerError, NoDataset) as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from error
+    with refusing(), failing(BrokerError, NoDataset):
+        raise typer.Exit(run_demo(options))
 
 
 @app.command()
@@ -185,16 +182,17 @@ def replay(
 
     from rich.progress import track
 
-    from stream.datasets import load_dataset
+    from stream.datasets import NoDataset, load_dataset
     from stream.producer import ClickProducer
     from stream.replay import replay as send
     from stream.replay import shifted
     from workers.processes import stop_on_signal
 
     settings, stop = settings_for("replay"), stop_on_signal()
-    dataset = load_dataset(stream)
+    with failing(NoDataset):
+        dataset = load_dataset(stream)
     events = shifted(dataset.events, int(time.time() * 1000))[:limit]
-    with ClickProducer(settings.connection, settings.topics) as producer:
+    with ClickProducer(settings.connection, settings.topics, settings.privacy.pseudonyms) as producer:
         for item in dataset.items:
             producer.send_item(item)
         sent = sum(1 for _ in track(send(producer, events, rate, stop), dataset.name, total=len(events)))
@@ -269,7 +267,7 @@ def list_refused() -> None:
     settings = settings_for("generations")
     from model.checkpoint import verdicts
 
-    for name, reason in verdicts(f"{settings.artifacts}/refused").items():
+    for name, reason in verdicts(f"{settings.store}/refused").items():
         typer.echo(f"{name}  {reason}")
 
 
@@ -282,11 +280,8 @@ def show_generation(name: str) -> None:
     from model.manifest import DamagedGeneration
     from workers.generations import UnknownGeneration, find, manifest
 
-    try:
+    with failing(UnknownGeneration, DamagedGeneration):
         shown = manifest(settings, find(settings, name))
-    except (UnknownGeneration, DamagedGeneration) as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from error
     typer.echo(msgspec.json.format(msgspec.json.encode(shown)).decode())
 
 
@@ -298,11 +293,8 @@ def rollback_generation(
     settings = settings_for("generations")
     from workers.generations import UnknownGeneration, roll_back
 
-    try:
+    with failing(UnknownGeneration):
         typer.echo(f"{roll_back(settings, name).name} is announced again")
-    except UnknownGeneration as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from error
 
 
 @generations.command("pin")
@@ -313,11 +305,8 @@ def pin_generation(
     settings = settings_for("generations")
     from workers.generations import UnknownGeneration, pin
 
-    try:
+    with failing(UnknownGeneration):
         pin(settings, name)
-    except UnknownGeneration as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from error
     typer.echo(f"{name} is pinned" if name else "nothing is pinned")
 
 

@@ -8,6 +8,8 @@ from typing import Annotated
 import msgspec
 import typer
 
+from workers.failing import failing
+
 POLL_S = 0.5
 
 
@@ -16,24 +18,32 @@ def erase(
     wait: Annotated[bool, typer.Option(help="Until state, lists and dead letters are gone.")] = False,
     status: Annotated[list[str] | None, typer.Option(help="Of an earlier erasure, by its receipt.")] = None,
 ) -> None:
-    """Forget users: one JSON receipt a line, which says where each erasure stands."""
+    """Forget users: one JSON receipt a line as soon as there is one; with --wait another when the erasure is done."""
+    import kafka
+
+    from stream.answers import Erased
     from stream.events import BadEvent
-    from stream.producer import ClickProducer
+    from stream.producer import BufferFull, ClickProducer, DeliveryError
     from workers import erasure
     from workers.cli import settings_for
 
     settings = settings_for("erase")
-    wanted = [line.strip() for line in sys.stdin] if users == ["-"] else users or []
-    try:
-        receipts = [erasure.status(settings, receipt) for receipt in status or []]
+    wanted = [line.strip() for line in sys.stdin if line.strip()] if users == ["-"] else users or []
+    pending: list[str] = []
+
+    def say(erased: Erased) -> None:
+        typer.echo(msgspec.json.encode(erased).decode())
+        if not erased.cleared:
+            pending.append(erased.receipt)
+
+    with failing(BadEvent, erasure.UnknownReceipt, DeliveryError, BufferFull, kafka.errors.KafkaError):
+        for receipt in status or []:
+            say(erasure.status(settings, receipt))
         longest_ms = cache(partial(erasure.longest_ms, settings))
         with ClickProducer(settings.connection, settings.topics, settings.privacy.pseudonyms) as producer:
-            receipts += [erasure.ask(producer, user_id, longest_ms) for user_id in wanted]
-    except (BadEvent, erasure.UnknownReceipt) as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from error
-    for receipt in receipts:
-        while wait and not receipt.cleared:
-            time.sleep(POLL_S)
-            receipt = erasure.status(settings, receipt.receipt)
-        typer.echo(msgspec.json.encode(receipt).decode())
+            for user_id in wanted:
+                say(erasure.ask(producer, user_id, longest_ms))
+        for receipt in pending if wait else []:
+            while not (erased := erasure.status(settings, receipt)).cleared:
+                time.sleep(POLL_S)
+            typer.echo(msgspec.json.encode(erased).decode())

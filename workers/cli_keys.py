@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from workers.failing import failing
 from workers.keys import SCOPES, new_key
 
 keys = typer.Typer(no_args_is_help=True, help="API keys.")
@@ -20,9 +21,6 @@ def new(
     name: Annotated[str, typer.Option(help="Whose it is; letters, digits, dots, dashes.")] = "key",
 ) -> None:
     """Print a new key, once, and the line for serve.keys_file, which holds only its hash."""
-    try:
+    with failing(ValueError, code=2):
         key, line = new_key(name, scope)
-    except ValueError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from error
     typer.echo(f"{key}\nfor serve.keys_file:\n{line}")

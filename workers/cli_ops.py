@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from workers.failing import failing
+
 topics = typer.Typer(help="The topics on the cluster; without a command: create the missing ones.")
 
 
@@ -82,14 +84,11 @@ def import_(path: Annotated[Path, typer.Argument(help="What `upwell export` has 
     from workers.cli import refusing, settings_for
 
     settings = settings_for("import")
-    try:
+    with failing(BadBackup, OSError):
         backup = read_backup(path)
         with refusing():
             ensure(settings.topics, settings.connection)
         announced = restore(settings, backup)
-    except (BadBackup, OSError) as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from error
     typer.echo(f"{len(backup.items)} items and {len(backup.users)} users sent")
     typer.echo(f"{', '.join(announced) or 'nothing'} announced")
     for artifact in backup.announced.values():

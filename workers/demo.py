@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from msgspec.structs import replace
 from rich.console import Console
 from rich.live import Live as Screen
 from rich.table import Table
@@ -80,16 +81,18 @@ def run_demo(options: DemoOptions) -> int:
 
 
 def _settings(bootstrap: str, port: int) -> Settings:
-    """The settings of the demo, which its roles inherit by environment; what the caller has set wins."""
-    wanted = {
+    """The settings of the demo, which its roles inherit by environment. Whatever would reach into an installation that
+    the caller's variables mean (its topics, group, store) or collide with it on this machine is the demo's own.
+    """
+    name = f"demo-{int(time.time())}"
+    os.environ |= {
         "UPWELL_KAFKA__BOOTSTRAP": bootstrap,
-        "UPWELL_KAFKA__PREFIX": f"demo-{int(time.time())}",
+        "UPWELL_KAFKA__PREFIX": name,
+        "UPWELL_WORKER__GROUP": name,
         "UPWELL_ARTIFACTS": str(FOLDER / "artifacts"),
         "UPWELL_SERVE__PORT": str(port or free_port()),
-        "UPWELL_WORKER__METRICS_PORT": str(free_port()),
+        **{f"UPWELL_{role}__METRICS_PORT": str(free_port()) for role in ("WORKER", "TRAINER", "INDEXER")},
     }
-    for name, value in wanted.items():
-        os.environ.setdefault(name, value)
     settings = load_settings()
     configure(settings.log_level, "demo")
     return settings
@@ -114,7 +117,10 @@ class Demo:
     ) -> None:
         self.settings, self.observer, self.stop, self.rate = settings, observer, stop, options.rate
         self.title = f"Upwell · {dataset.name} · {observer.url}"
-        self.events = shifted(dataset.events, time.time_ns() // 1_000_000)[: options.events]
+        events = shifted(dataset.events, time.time_ns() // 1_000_000)[: options.events]
+        hide = settings.privacy.pseudonyms
+        # Under the ids that stand in the topics: the run is judged by them.
+        self.events = [replace(event, user_id=hide.of(event.user_id)) for event in events] if hide else events
         self.sent = 0
 
     def run(self, console: Console) -> None:

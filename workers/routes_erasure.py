@@ -39,14 +39,13 @@ async def erase_user(service: Served, user_id: UserId) -> Erased:
 
 @get(
     "/v1/erasures/{receipt:str}",
-    sync_to_thread=True,
     summary="Where an erasure stands",
     tags=["users"],
     **route("admin", 404),
 )
-def erasure(service: Served, receipt: ReceiptId) -> Erased:
+async def erasure(service: Served, receipt: ReceiptId) -> Erased:
     try:
-        return status(service.settings, receipt)
+        return await asyncio.get_running_loop().run_in_executor(service.sending, status, service.settings, receipt)
     except UnknownReceipt as error:
         raise HTTPException(status_code=404, detail=str(error)) from error
     except kafka.errors.KafkaError as error:

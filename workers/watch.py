@@ -1,6 +1,7 @@
 """`upwell watch`: one user's list in the terminal, as it moves."""
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from rich.text import Text
 
 from stream.answers import Answer, Status, Update
 from stream.client import ApiError, Client
+from workers.failing import failing
 
 
 def watch(
@@ -25,14 +27,8 @@ def watch(
 ) -> None:
     """One user's recommendations in the terminal, as they move; until Ctrl-C."""
     key = key_file.read_text(encoding="utf-8").strip() if key_file else None
-    try:
-        with Client(url, key) as client:
-            (_print if json else _draw)(client, user_id, k, updates)
-    except ApiError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt:
-        return
+    with suppress(KeyboardInterrupt), failing(ApiError), Client(url, key) as client:
+        (_print if json else _draw)(client, user_id, k, updates)
 
 
 def _print(client: Client, user_id: str, _: int, updates: int | None) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -209,6 +210,20 @@ def test_a_receipt_says_where_the_erasure_stands(settings: Settings, click: Call
     for unknown in (f"{partition}-{offset}", f"{partition}-{offset + 5}", "77-0", "x", "0-1-2", ""):
         with pytest.raises(UnknownReceipt):
             status(settings, unknown)
+
+
+def test_receipts_asked_for_while_kafka_is_away_hold_up_no_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waits up to a minute and a half in its thread: not in one of those that all other answers come from."""
+    threads = []
+
+    def unknown(_: Settings, receipt: str) -> None:
+        threads.append(threading.current_thread().name)
+        raise UnknownReceipt(receipt)
+
+    monkeypatch.setattr("workers.routes_erasure.status", unknown)
+    with TestClient(build_app(Still(Settings()), OPEN)) as api:
+        assert api.get("/v1/erasures/0-1").status_code == 404
+    assert [name.partition("_")[0] for name in threads] == ["sending"]
 
 
 def test_a_click_with_a_field_too_few_is_no_erasure(settings: Settings) -> None:

@@ -1,0 +1,126 @@
+"""What commands print, and how they end, in this process: without logging, which they set up for good."""
+
+import json
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import kafka
+import pytest
+from typer.testing import CliRunner, Result
+
+from stream.broker import LocalBroker
+from stream.consumer import read_window
+from stream.datasets import Dataset
+from stream.events import Erasure, decode
+from stream.producer import BufferFull, ClickProducer, DeliveryError
+from stream.replay import replay
+from stream.topics import Topics
+from tests.workers.service import clicks
+from workers import demo, erasure
+from workers.check import fold_offline
+from workers.cli import app
+from workers.settings import Kafka, Privacy, Settings, Worker
+
+Upwell = Callable[..., Result]
+
+
+@pytest.fixture
+def settings(broker: LocalBroker, topics: Topics, tmp_path: Path) -> Settings:
+    (tmp_path / "key").write_text("k" * 32)
+    return Settings(
+        kafka=Kafka(bootstrap=broker.bootstrap, prefix=topics.prefix, partitions=3),
+        worker=Worker(group=topics.prefix),
+        privacy=Privacy(key_file=tmp_path / "key"),
+    )
+
+
+@pytest.fixture
+def upwell(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Upwell:
+    monkeypatch.setattr("workers.cli.settings_for", lambda role: settings)
+    return lambda *arguments, **more: CliRunner().invoke(app, arguments, **more)
+
+
+def said(settings: Settings) -> list[tuple[bytes | None, bytes | None]]:
+    """Key and value of what stands in the clicks topic."""
+    batches = read_window(settings.connection, settings.topics.clicks.name)
+    return [(record.key, record.value) for batch in batches for record in batch]
+
+
+def test_each_line_is_a_user_and_a_blank_one_is_none(upwell: Upwell, settings: Settings) -> None:
+    done = upwell("erase", "-", input="u\n\n  \n v \n")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert len({json.loads(line)["receipt"] for line in done.stdout.splitlines()}) == 2
+    assert settings.privacy.pseudonyms
+    hidden = {settings.privacy.pseudonyms.of(user) for user in "uv"}
+    assert {decode(value, Erasure).user_id for _, value in said(settings)} == hidden
+
+
+@pytest.mark.parametrize("error", [DeliveryError, BufferFull, kafka.errors.KafkaConnectionError])
+def test_no_receipt_is_lost_with_the_wish_that_fails(
+    upwell: Upwell, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    asked: Any = erasure.ask
+
+    def ask(producer: Any, user_id: str, longest_ms: Any) -> Any:
+        if user_id == "v":
+            raise error("Kafka is away")
+        return asked(producer, user_id, longest_ms)
+
+    monkeypatch.setattr(erasure, "ask", ask)
+    done = upwell("erase", "u", "v")
+    (receipt,) = done.stdout.splitlines()
+    assert json.loads(receipt)["cleared"] is False
+    assert done.exit_code == 1 and "Kafka is away" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_replay_shows_no_user_id(upwell: Upwell, settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "items.jsonl").write_text('{"item_id":"i","title":"t"}\n')
+    (tmp_path / "events.jsonl").write_text('{"user_id":"someone","item_id":"i","event_type":"click","ts":1}\n')
+    done = upwell("replay", str(tmp_path))
+    assert done.exit_code == 0, done.output
+    ((key, value),) = said(settings)
+    assert settings.privacy.pseudonyms and key == settings.privacy.pseudonyms.of("someone").encode()
+    assert b"someone" not in (value or b"someone")
+
+
+def test_a_replay_of_nothing_says_so(upwell: Upwell) -> None:
+    done = upwell("replay", "nowhere")
+    assert done.exit_code == 1 and "nowhere: no items.jsonl" in done.stderr
+
+
+def test_a_demo_stands_beside_the_installation_that_the_environment_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "configure", lambda *_: None)
+    for name in [name for name in os.environ if name.startswith("UPWELL_")]:
+        monkeypatch.delenv(name)
+    real = {
+        "UPWELL_KAFKA__BOOTSTRAP": "real:9092",
+        "UPWELL_KAFKA__PREFIX": "real",
+        "UPWELL_ARTIFACTS": "s3://real",
+        "UPWELL_WORKER__GROUP": "real",
+        "UPWELL_SERVE__PORT": "80",
+        "UPWELL_WORKER__METRICS_PORT": "9100",
+        "UPWELL_TRAINER__METRICS_PORT": "9100",
+        "UPWELL_INDEXER__METRICS_PORT": "9100",
+    }
+    for name, value in (real | {"UPWELL_WORKER__K": "30"}).items():
+        monkeypatch.setenv(name, value)
+    made = demo._settings("own:9092", 8081)
+    assert (made.kafka.bootstrap, made.serve.port, made.worker.k) == ("own:9092", 8081, 30)
+    assert {name: os.environ[name] for name in real}.items().isdisjoint(real.items())
+    assert "real" not in (made.artifacts, made.kafka.prefix, made.worker.group)
+
+
+def test_a_demo_sends_and_is_judged_by_what_stands_in_the_topics(settings: Settings) -> None:
+    sent = clicks(20, users=3)
+    options = demo.DemoOptions(True, "x", 10, 1e6, 0, None, None)
+    observer: Any = SimpleNamespace(url="", ask_for=lambda _: None)
+    made = demo.Demo(settings, Dataset("x", [], sent), options, observer, threading.Event())
+    with ClickProducer(settings.connection, settings.topics) as producer:
+        assert len(list(replay(producer, made.events, 1e6, made.stop))) == 10
+    assert settings.privacy.pseudonyms
+    hidden = {settings.privacy.pseudonyms.of(click.user_id) for click in sent}
+    assert {key.decode() for key, _ in said(settings) if key} == fold_offline(made.events, settings).keys() == hidden
