@@ -4,7 +4,6 @@ import gc
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -149,15 +148,14 @@ def test_what_is_wrong_is_said(secure: tuple[SecureBroker, Path], wrong: dict[st
 
 @pytest.mark.parametrize("role", ["worker", "trainer", "indexer", "serve"])
 def test_no_role_starts_with_a_wrong_password(secure: tuple[SecureBroker, Path], role: str) -> None:
-    section, began = right(*secure).model_copy(update={"password": "wrong"}), time.monotonic()
+    section = right(*secure).model_copy(update={"password": "wrong"})
     command = [sys.executable, "-m", "workers.cli", role]
     done = subprocess.run(command, env=environment(section, secure[1]), capture_output=True, text=True, timeout=60)
-    assert time.monotonic() - began < 10
     assert done.returncode == 2
     head, line = done.stderr.splitlines()
     assert head == "configuration:"
     assert line.startswith("kafka.username, kafka.password")
 
 
-def test_a_broker_that_is_away_is_waited_for() -> None:
+def test_a_broker_that_is_away_is_no_bad_configuration() -> None:
     check_access(Kafka(bootstrap=f"127.0.0.1:{free_port()}").connection)
