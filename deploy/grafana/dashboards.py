@@ -109,7 +109,7 @@ PANELS = {
         LAG,
         panel(
             "Micro-batches",
-            "Clicks in one; at 256 the worker is saturated.",
+            "Clicks in one, at most worker.batch_clicks (1,024); shown as 1,000, the worker is saturated.",
             "short",
             *quantiles("upwell_batch_clicks"),
         ),
