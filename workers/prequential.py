@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict, deque
 from collections.abc import Sequence
+from itertools import compress
 
 import numpy as np
 
@@ -17,6 +18,7 @@ TRIAL_CLICKS = 2000  # after a swap, scored by both generations
 TRIAL_MIN = 200
 WORSE_Z = 3.0  # one false alarm in 700 looks, were all looks independent
 HALF_LIFE_EVENTS = 10_000  # MODEL.md: the best of 1,000 to 20,000 on MovieLens
+FORGOTTEN = 2.0**-20  # of a click; dropped every 20 half-lives: some 400,000 items are kept at most
 
 
 class DecayedPopularity:
@@ -30,7 +32,7 @@ class DecayedPopularity:
     def place(self, item_id: str, seen: bytes) -> int | None:
         """Place from 0 of the item among those the user has not seen (packed digests); ties count against it.
 
-        None: nobody has clicked on it yet.
+        None: nobody has clicked on it yet, or not for so long that it is forgotten.
         """
         row = self._rows.get(digest(item_id))
         if row is None:
@@ -45,9 +47,15 @@ class DecayedPopularity:
             self._scores = np.concatenate([self._scores, np.zeros(row)])
         self._scores[row] += self._weight
         self._weight *= 2 ** (1 / HALF_LIFE_EVENTS)
-        if self._weight > 1e100:
-            self._scores /= self._weight
-            self._weight = 1.0
+        if self._weight > 1 / FORGOTTEN:
+            self._rescale()
+
+    def _rescale(self) -> None:
+        """Without it the weight would overflow, and an id clicked once would be compared for ever."""
+        scores = self._scores[: len(self._rows)] / self._weight
+        kept = scores >= FORGOTTEN
+        self._rows = {key: row for row, key in enumerate(compress(self._rows, kept))}
+        self._scores, self._weight = scores[kept], 1.0
 
 
 class Recent:

@@ -37,6 +37,17 @@ def test_weights_are_rescaled_before_they_overflow() -> None:
     assert popularity.place("a", b"") == 1
 
 
+def test_what_has_decayed_to_nothing_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids that are clicked once, of strangers' making too, must not add up; the others keep their places."""
+    monkeypatch.setattr(prequential, "HALF_LIFE_EVENTS", 10)
+    popularity = DecayedPopularity()
+    for number in range(3000):
+        popularity.learn(f"once {number}" if number % 3 else f"often {number % 2}")
+        assert len(popularity._rows) <= 400 and len(popularity._scores) <= 1024
+    assert [popularity.place(item, b"") for item in ("often 1", "often 0", "once 2999", "once 2")] == [0, 1, 2, None]
+    assert popularity.place("once 2990", b"".join(map(digest, ("often 1", "once 2999")))) == 6
+
+
 def test_the_gauges_are_of_the_newest_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prequential, "WINDOW", 4)
     score = LiveScore()
