@@ -1,6 +1,5 @@
 """`upwell bench NAME`: what this machine does, each figure a ratio to a floor or a peer of the same run."""
 
-import importlib
 import os
 from typing import Annotated, Literal
 
@@ -22,11 +21,11 @@ def bench(
     os.environ["OMP_NUM_THREADS"] = "1"  # a core, as in the roles; two threads of a busy machine spin for one another
     import msgspec
 
-    from workers.bench.harness import Options
+    from workers.bench.harness import Options, measure
     from workers.logs import configure
 
     configure("WARNING", "bench")
-    result = importlib.import_module(f"workers.bench.{name}").run(Options(quick, rounds, size))
+    result = measure(name, Options(quick, rounds, size))
     for title, figures in (("ratio", result.ratios), ("value", result.values)):
         for key, figure in figures.items():
             typer.echo(f"{title}  {key:44} {figure}")

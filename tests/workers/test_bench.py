@@ -1,6 +1,5 @@
 """`upwell bench`, in its quick forms: the figures are there and the work was done. No speed is asserted."""
 
-import importlib
 import json
 import math
 import time
@@ -35,7 +34,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_figures(name: str) -> None:
-    result = importlib.import_module(f"workers.bench.{name}").run(harness.Options(quick=True, rounds=1))
+    result = harness.measure(name, harness.Options(quick=True, rounds=1))
     found = json.loads(msgspec.json.encode(result))
     assert found["name"] == name
     assert set(EXPECTED[name]) <= found["ratios"].keys()
@@ -103,7 +102,7 @@ def test_the_steady_wait_is_of_a_window_as_long_as_a_swap(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(swap.Traffic, "during", watched)
     monkeypatch.setattr(swap, "seconds", lambda load: load() or 2.5)
-    swap.run(harness.Options(quick=True, rounds=1, size=1_000))
+    swap.work(harness.Options(quick=True, rounds=1, size=1_000))
     assert len(windows) == 3 and windows[2] >= 2.5  # warm, a swap, none
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoTokenizer
 from model.encoder import MINILM_PACKAGE, Encoder
 from model.queries import Vectors, unit
 from stream.datasets import load_dataset
-from workers.bench.harness import Options, alternate, measured, medians, ratio, seconds
+from workers.bench.harness import Options, alternate, medians, ratio, seconds
 
 NAIVE_BATCH, MAX_TOKENS = 32, 256
 
@@ -85,6 +85,3 @@ def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
 def device_name(device: torch.device) -> str:
     """The card's name, or CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, 1 thread: no GPU figure exists"
-
-
-run = measured("encode", work)

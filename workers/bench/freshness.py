@@ -16,7 +16,7 @@ import numpy as np
 from model.config import ModelConfig
 from stream.events import Click
 from workers.bench import data
-from workers.bench.harness import Options, alternate, measured
+from workers.bench.harness import Options, alternate
 from workers.bench.probe import Seen, drive
 from workers.bench.stage import announce, await_worker, said, stage, worker_metrics
 from workers.settings import Settings
@@ -139,6 +139,3 @@ def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
         for share in SHARES[:1] if options.quick else SHARES:
             table.measure(share * most, f"{share:.0%} of capacity", ["ours"])
     return table.ratios, table.values | {"items": float(num_items)}
-
-
-run = measured("freshness", work)

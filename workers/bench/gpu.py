@@ -10,7 +10,7 @@ from model.model import Model
 from model.sampling import History
 from workers.bench import data
 from workers.bench.encode import device_name
-from workers.bench.harness import Options, alternate, measured, medians, ratio, seconds
+from workers.bench.harness import Options, alternate, medians, ratio, seconds
 
 SIZES = (1, 16, 64, 256, 1024, 4096)
 
@@ -51,6 +51,3 @@ def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
         values |= {f"users_per_s {name}, {size} users": size / float(s) for name, s in medians(runs).items()}
         ratios |= {f"one by one / {name}, {size} users": ratio(runs, "one by one", name) for name in devices}
     return ratios, values
-
-
-run = measured("gpu", work)

@@ -1,5 +1,6 @@
 """What the benchmarks share: alternating runs, medians of ratios, the machine's load, CPU and memory of a process."""
 
+import importlib
 import os
 import statistics
 import sys
@@ -37,19 +38,14 @@ class Result(msgspec.Struct, frozen=True):
     cores: int = os.cpu_count() or 1
 
 
-def measured(
-    name: str, work: Callable[[Options], tuple[dict[str, float], dict[str, float | str]]]
-) -> Callable[[Options], Result]:
-    """A benchmark of ratios and values -> one that notes the load around it and rounds to 4 digits."""
-
-    def run(options: Options) -> Result:
-        before = os.getloadavg()[0]
-        ratios, values = work(options)
-        after = os.getloadavg()[0]
-        short = {key: value if isinstance(value, str) else _round(value) for key, value in values.items()}
-        return Result(name, {key: _round(value) for key, value in ratios.items()}, short, (before, after))
-
-    return run
+def measure(name: str, options: Options) -> Result:
+    """The benchmark's `work`, the load noted around it, its ratios and values rounded to 4 digits."""
+    work = importlib.import_module(f"workers.bench.{name}").work
+    before = os.getloadavg()[0]
+    ratios, values = work(options)
+    after = os.getloadavg()[0]
+    short = {key: value if isinstance(value, str) else _round(value) for key, value in values.items()}
+    return Result(name, {key: _round(value) for key, value in ratios.items()}, short, (before, after))
 
 
 def alternate(contenders: Mapping[str, Callable[[], float]], rounds: int) -> Runs:

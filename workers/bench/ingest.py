@@ -14,7 +14,7 @@ from model.user_state import EMPTY, Applied, Fold, Limits, UserState
 from stream.events import Artifact, Item, decode_click
 from stream.producer import partition_of
 from workers.bench import data
-from workers.bench.harness import Options, alternate, await_true, cpu_s, measured, medians, rate, ratio
+from workers.bench.harness import Options, alternate, await_true, cpu_s, medians, rate, ratio
 from workers.bench.stage import (
     Keyed,
     Stage,
@@ -130,6 +130,3 @@ def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
         "click_bytes": float(len(folding[0][1])),
         "items": float(num_items),
     }
-
-
-run = measured("ingest", work)

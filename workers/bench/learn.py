@@ -19,7 +19,7 @@ from model.learner import LearnReport
 from stream.datasets import load_dataset
 from stream.events import Click
 from workers.bench import data
-from workers.bench.harness import Options, alternate, measured, medians, ratio, seconds, tell
+from workers.bench.harness import Options, alternate, medians, ratio, seconds, tell
 from workers.progress import seldom
 
 AT_ONCE = 6_400  # events between two words on how far it is: whole micro-batches, so that nothing else is learned
@@ -104,6 +104,3 @@ def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
     values |= {"steps_per_s": steps[0] / count * 1000 / float(medians(runs)["learn_ms"]), "tower_loss": losses[0]}
     values |= shares(learn_more)
     return {"matrix products / learning": ratio(runs, "floor_ms", "learn_ms past half the events")}, values
-
-
-run = measured("learn", work)

@@ -19,7 +19,7 @@ from model.user_state import EMPTY, Applied, Fold, Limits, encode_state
 from stream.datasets import Dataset
 from stream.events import decode_click
 from workers.bench import data
-from workers.bench.harness import Options, alternate, await_true, cpu_s, measured, medians, rate, ratio, rss_mib
+from workers.bench.harness import Options, alternate, await_true, cpu_s, medians, rate, ratio, rss_mib
 from workers.bench.stage import Keyed, Stage, await_worker, stage, write_clicks
 from workers.observe import num_committed
 from workers.processes import free_port
@@ -132,6 +132,3 @@ def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
         shared = {count: partial(on_kafka, set_up, clicks, 8, count) for count in (1, 2, 4)}
         compare("clicks, workers", shared, options.rounds)
     return ratios, values
-
-
-run = measured("scale", work)

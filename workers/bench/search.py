@@ -26,7 +26,7 @@ from model.model import Model
 from model.probes import EF_SEARCH, GOOD_RECALL
 from model.queries import Rows, Vectors
 from workers.bench import data
-from workers.bench.harness import Options, Runs, alternate, cpu_s, measured, medians, ratio, seconds
+from workers.bench.harness import Options, Runs, alternate, cpu_s, medians, ratio, seconds
 from workers.search import SearchProcess
 
 K, M, EF_CONSTRUCTION = 20, 16, 200
@@ -158,6 +158,3 @@ def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
     ratios |= {f"ours / {peer}": ratio(runs, "ours", peer) for peer in runs if peer != "ours"}
     values |= {f"queries_per_s {name}": figure for name, figure in medians(runs).items()}
     return ratios, values | {"items": float(count), "dim": float(index.dim), "ef ours": float(index.ef)}
-
-
-run = measured("search", work)

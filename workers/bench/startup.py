@@ -11,7 +11,7 @@ import urllib.request
 from functools import partial
 
 from workers.bench import data
-from workers.bench.harness import Options, alternate, await_true, measured, medians, ratio, rss_mib, seconds
+from workers.bench.harness import Options, alternate, await_true, medians, ratio, rss_mib, seconds
 from workers.bench.stage import Stage, announce, stage
 from workers.observe import scrape
 from workers.settings import Settings
@@ -55,6 +55,3 @@ def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
     values = {f"ready_s {name}": figure for name, figure in medians(runs).items()}
     values |= {f"memory_mib {role}": mib for role, mib in memory_mib.items()}
     return {f"{role} / import torch": ratio(runs, role, "import torch") for role in roles}, values
-
-
-run = measured("startup", work)

@@ -15,7 +15,7 @@ from model.manifest import verify
 from model.model import Model
 from model.queries import Vectors
 from workers.bench import data
-from workers.bench.harness import Options, alternate, measured, medians, ratio, rss_mib, seconds
+from workers.bench.harness import Options, alternate, medians, ratio, rss_mib, seconds
 from workers.search import SearchProcess, SearchProcessDied
 
 BATCH = 16
@@ -101,6 +101,3 @@ def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
     values |= {"build_s": build_s, "load_s": statistics.median(loads_s), "search_process_mib": alone_mib}
     values |= {"recall@20": manifest.metrics["recall@20"], "ef": float(manifest.ef_search), "dim": float(manifest.dim)}
     return ratios, values | {"files_mib": files_mib, "items": float(count), "swaps": float(len(loads_s))}
-
-
-run = measured("swap", work)
