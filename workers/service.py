@@ -192,7 +192,7 @@ def _unknown(snapshot: Snapshot, query: Query, nothing: str) -> str | None:
     """Why a list cannot be more than what is popular."""
     if not query.history:
         return nothing
-    return None if len(snapshot.history(query.history).rows) else f"generation {snapshot.name} knows none of the items"
+    return None if snapshot.knows(query.history) else f"generation {snapshot.name} knows none of the items"
 
 
 def _num_seen(state: UserState) -> int:
