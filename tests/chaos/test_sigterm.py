@@ -29,7 +29,8 @@ def test_ends_in_order(connection: Connection, generation: Artifact, tmp_path: P
     """Nothing is read twice after a clean end: what is applied is committed."""
     times = 50 if long else 2
     draw, began = random.Random(SEED), time.monotonic()
-    clicks = make_clicks(draw, 40 * RATE * times, users=40 * times)  # far more than are sent: a start takes 1 to 20 s
+    longest_s = 40 if long else 130  # of a start and a stop: many have their mean, a few what `until` and `stop` allow
+    clicks = make_clicks(draw, longest_s * RATE * times, users=40 * times)
     seconds, codes, uneven = [], [], 0
     with Fleet(connection, tmp_path, generation, partitions=PARTITIONS) as fleet:
         with Load(fleet.settings, clicks, RATE) as load:
@@ -60,4 +61,5 @@ def test_ends_in_order(connection: Connection, generation: Artifact, tmp_path: P
         verdict, {"lost": 0, "applied_twice": 0, "users_not_identical": 0, "dead_letters": 0, "redelivered": 0}
     )
     assert holds(verdict, {"exit_codes": ["0"], "committed_is_not_applied": 0})
-    assert max(seconds) < 10
+    if long:
+        assert max(seconds) < 10

@@ -122,7 +122,9 @@ def test_only_what_needs_the_encoder_waits(
     assert holds(verdict)
     assert holds(verdict, {"rebalances": 0, "exits": 0, "alive": True, "text_after": 200})
     assert set(verdict["texts"]) == {"200", "503"}
-    assert verdict["slowest_text_s"] < STALL_S + 5
     assert set(verdict["lists"]) == {"200"}
-    assert verdict["slowest_list_s"] < 1
-    assert STALL_S <= verdict["item_encoded_s"] < STALL_S + 10
+    assert verdict["slowest_list_s"] < STALL_S / 2  # one that waits for the encoder takes all of it
+    assert verdict["item_encoded_s"] >= STALL_S
+    if long:  # elsewhere these say more of the machine
+        assert verdict["slowest_text_s"] < STALL_S + 5
+        assert verdict["item_encoded_s"] < STALL_S + 10
