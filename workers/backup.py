@@ -135,13 +135,22 @@ def restore(settings: Settings, backup: Backup) -> list[str]:
         for user_id, state in backup.users.items():
             value = encode_state(msgspec.structs.replace(state, offset=NOWHERE))
             producer.send_raw(users, user_id.encode(), value)
-        store, root = fsspec.core.url_to_fs(settings.artifacts)
-        there = {kind: a for kind, a in backup.announced.items() if store.exists(f"{root}/{kind}s/{a.name}")}
-        for kind, artifact in there.items():
-            url = f"{settings.artifacts}/{kind}s/{artifact.name}"
-            raw = encode(msgspec.structs.replace(artifact, url=url, offsets={}))
+        found = []
+        for kind, artifact in backup.announced.items():
+            if (place := _place(settings, artifact)) is None:
+                continue
+            found.append(artifact.name)
+            raw = encode(msgspec.structs.replace(artifact, url=f"{settings.artifacts}/{place}", offsets={}))
             if kind == "model":
                 producer.send_raw(settings.topics.models.name, b"model", raw)
             else:
                 producer.send_raw(settings.topics.generations.name, artifact.name.encode(), raw)
-    return [artifact.name for artifact in there.values()]
+    return found
+
+
+def _place(settings: Settings, artifact: Artifact) -> str | None:
+    """Where an artifact lies in the store, as it lay in the one that was exported: PREFIX/KIND/NAME, once KIND/NAME."""
+    store, root = fsspec.core.url_to_fs(settings.artifacts)
+    parts = artifact.url.split("/")
+    places = ("/".join(parts[-3:]), "/".join(parts[-2:]))
+    return next((place for place in places if store.exists(f"{root}/{place}")), None)

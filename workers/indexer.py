@@ -7,9 +7,10 @@ upwell.models + vectors -> build_generation -> artifact store -> upwell.generati
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import structlog
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from model.checkpoint import fetch_model
 from model.config import ModelConfig
 from model.encoder import Encoder
-from model.generation import RecallTooLow, build_generation, prune, publish
+from model.generation import RecallTooLow, build_generation, fetch, prune, publish
 from model.learner import Learner
 from model.manifest import DamagedGeneration, manifest_sha256
 from model.model import Model
@@ -40,6 +41,16 @@ PROGRESS_S = 30.0
 ENCODE_AT_ONCE = 256  # texts between two looks at the topics: 2 s on two cores
 
 
+class Base(NamedTuple):
+    """A model, and what a generation made of it says of its origin."""
+
+    model: Model
+    parent: str | None  # name of the model as it was announced; None: untrained
+    offsets: Mapping[int, int]  # up to which it was trained
+    metrics: Mapping[str, float]
+    generation: str | None  # that holds it; None: not yet
+
+
 class Indexer:
     """One thread: reads topics, encodes what is new, builds when a build is due."""
 
@@ -52,9 +63,9 @@ class Indexer:
         self._vectors: dict[str, NDArray[np.float32]] = {}
         self._hashes: dict[str, str] = {}
         self._announced: Artifact | None = None  # the newest model
-        self._model: Model | None = None
-        self._indexed: set[str] = set()
-        self._built_model: str | None = None  # name of the model in the newest generation
+        self._unbuilt = False  # no generation holds it yet
+        self._base: Base | None = None  # the newest generation's, as far as this process knows
+        self._indexed: set[str] = set()  # its items
         self._not_before = 0.0  # monotonic time of the next build, after one that failed
 
     def run(self, stop: threading.Event) -> None:
@@ -65,8 +76,8 @@ class Indexer:
                 self._take(record)
             if caught_up.is_set():
                 self._encode(stop)
-                if self._due():
-                    self._build()
+                if self._vectors and time.monotonic() >= self._not_before:
+                    self._build_if_due()
         self._producer.close()
 
     def _take(self, record: Any) -> None:
@@ -85,7 +96,7 @@ class Indexer:
 
     def _take_model(self, announced: Artifact) -> None:
         if announced.encoder == self._encoder.name:
-            self._announced = announced
+            self._announced, self._unbuilt = announced, True
         else:
             log.warning("model of another encoder passed over", model=announced.name, encoder=announced.encoder)
 
@@ -124,34 +135,65 @@ class Indexer:
             if stop.is_set():
                 return
 
-    def _due(self) -> bool:
-        """A model that no generation holds, or as many new items as `indexer.fresh_items`, or a first generation."""
-        if not self._vectors or time.monotonic() < self._not_before:
-            return False
-        fresh = len(self._vectors.keys() - self._indexed)
-        first = not self._indexed
-        new_model = self._announced is not None and self._announced.name != self._built_model
-        return first or new_model or fresh >= self._settings.indexer.fresh_items
-
-    def _build(self) -> None:
+    def _build_if_due(self) -> None:
         """Build, check, publish, announce. A model or an index that fails its checks changes nothing."""
-        began, announced = time.monotonic(), self._announced
         try:
-            if announced is not None and announced.name != self._built_model:
-                self._model = fetch_model(announced.url, announced.manifest_sha256)
-            model = self._covering(self._model or self._untrained())
-            artifact = self._publish(model, announced)
+            if self._base is None:
+                self._resume()
+            elif self._due(self._base):
+                self._build()
         except OSError as error:  # the store is full or out of reach: nothing is said about the model
             log.error("generation not stored", reason=str(error), retry_s=RETRY_S)
             self._not_before = time.monotonic() + RETRY_S
-            return
         except (DamagedGeneration, RecallTooLow, ValueError) as error:
-            log.error("generation not built", model=announced.name if announced else None, reason=str(error))
-            self._built_model = announced.name if announced else None
+            log.error("generation not built", model=self._announced and self._announced.name, reason=str(error))
+            self._unbuilt = False
             self._not_before = time.monotonic() + RETRY_S
-            return
-        self._built_model = announced.name if announced else None
-        self._indexed = set(model.ids)
+
+    def _resume(self) -> None:
+        """After a start: the newest model has had its turn where a generation holds it, or is younger than it."""
+        self._base = self._newest()
+        self._indexed = set(self._base.model.ids) if self._base.generation else set()
+        if (model := self._announced) is not None:
+            generations = read_announcements(self._settings).generations.values()
+            self._unbuilt = all(g.parent != model.name and g.created_ms < model.created_ms for g in generations)
+
+    def _due(self, base: Base) -> bool:
+        """A model that no generation holds, or as many new items as `indexer.fresh_items`, or a first generation."""
+        fresh = len(self._vectors.keys() - self._indexed)
+        return base.generation is None or self._unbuilt or fresh >= self._settings.indexer.fresh_items
+
+    def _newest(self) -> Base:
+        """Of the generation announced last, which may be one that was rolled back to: what that held back stays back.
+
+        Where none is whole, of the newest model; where that is not either, of the texts alone. Raises ValueError for a
+        generation of another release, which may well serve.
+        """
+        for announced in reversed(read_announcements(self._settings).generations.values()):
+            if self._base is not None and announced.name == self._base.generation:
+                return self._base
+            if announced.encoder != self._encoder.name:
+                continue
+            try:
+                folder = fetch(announced.url, self._settings.cache / "generations", announced.manifest_sha256)
+            except DamagedGeneration as error:
+                log.warning("generation passed over", generation=announced.name, reason=str(error))
+                continue
+            model = Model.load(folder / "model")
+            return Base(model, announced.parent, announced.offsets, announced.metrics, announced.name)
+        try:
+            return _trained(self._announced) if self._announced else Base(self._untrained(), None, {}, {}, None)
+        except (DamagedGeneration, ValueError) as error:
+            log.error("text alone serves", reason=str(error))
+            return Base(self._untrained(), None, {}, {}, None)
+
+    def _build(self) -> None:
+        began = time.monotonic()
+        base = _trained(self._announced) if self._announced and self._unbuilt else self._newest()
+        base = base._replace(model=self._covering(base.model))
+        artifact = self._publish(base)
+        self._base, self._unbuilt = base._replace(generation=artifact.name), False
+        self._indexed = set(base.model.ids)
         self._producer.send_raw(self._topics.generations.name, artifact.name.encode(), encode(artifact))
         serving = {wanted.name for wanted in read_announcements(self._settings).wanted()[:1]}
         for pruned in self._prune(serving):
@@ -159,11 +201,11 @@ class Indexer:
         self._producer.flush()
         metrics.build_s.observe(time.monotonic() - began)
         metrics.index_recall.set(artifact.metrics["recall@20"])
-        log.info("generation published", generation=artifact.name, items=len(model.ids), **artifact.metrics)
+        log.info("generation published", generation=artifact.name, items=len(base.model.ids), **artifact.metrics)
 
     def _prune(self, serving: set[str]) -> list[str]:
         try:
-            return prune(f"{self._settings.artifacts}/generations", self._settings.indexer.keep, serving)
+            return prune(f"{self._settings.store}/generations", self._settings.indexer.keep, serving)
         except OSError as error:
             log.error("old generations not deleted", reason=str(error))
             return []
@@ -180,20 +222,20 @@ class Indexer:
         learner.add_items(ids, np.stack([self._vectors[item_id] for item_id in ids]))
         return learner.model()
 
-    def _publish(self, model: Model, announced: Artifact | None) -> Artifact:
+    def _publish(self, base: Base) -> Artifact:
         created_ms = time.time_ns() // 1_000_000
         name = time.strftime("g%Y%m%dT%H%M%S", time.gmtime(created_ms / 1000)) + f"-{created_ms % 1000:03d}"
-        root = f"{self._settings.artifacts}/generations"
+        root = f"{self._settings.store}/generations"
         with tempfile.TemporaryDirectory(prefix="upwell-build-") as scratch:
             folder = Path(scratch) / name
             manifest = build_generation(
                 folder,
-                model,
+                base.model,
                 version=name,
                 encoder=self._encoder.name,
-                offsets=announced.offsets if announced else {},
-                parent=announced.name if announced else None,
-                metrics=announced.metrics if announced else {},
+                offsets=base.offsets,
+                parent=base.parent,
+                metrics=base.metrics,
                 threads=self._settings.indexer.threads,
                 progress=seldom(lambda done, of: log.info("index being built", done=done, of=of), PROGRESS_S),
             )
@@ -209,6 +251,12 @@ class Indexer:
             offsets=manifest.offsets,
             parent=manifest.parent,
         )
+
+
+def _trained(announced: Artifact) -> Base:
+    """Raises as fetch_model."""
+    model = fetch_model(announced.url, announced.manifest_sha256)
+    return Base(model, announced.name, announced.offsets, announced.metrics, None)
 
 
 def run_indexer(settings: Settings) -> int:

@@ -92,7 +92,7 @@ rounds = Counter(
 )
 training_s = Histogram(
     "upwell_training_seconds",
-    "Time of a round's training. Above trainer.round_s: rounds follow each other without a pause, lists grow older.",
+    "Time of a round's training. Far above trainer.round_s: what it learns is as old as that.",
     buckets=WORK_S,
 )
 training_loss = Gauge(

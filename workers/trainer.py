@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from model.checkpoint import fetch_model, prune_models, publish_model
 from model.config import ModelConfig
 from model.drift import drift
-from model.gate import Verdict, hold_out, judge
+from model.gate import Slice, Verdict, hold_out, judge
 from model.generation import fetch
 from model.learner import Learner
 from model.manifest import DamagedGeneration
@@ -56,12 +56,12 @@ class Trainer:
     def run(self) -> None:
         self._texts.start()
         pending = self._resume()
-        began = float("-inf")  # the first round waits for events only
+        ended = float("-inf")  # the first round waits for events only
         while not self._stop.wait(POLL_S):
             pending = self._read(pending)
-            if len(pending) >= self._config.min_events and time.monotonic() - began > self._config.round_s:
+            if len(pending) >= self._config.min_events and time.monotonic() - ended > self._config.round_s:
                 pending = self._round(pending)
-                began = time.monotonic()
+                ended = time.monotonic()
         self._producer.close()
 
     def _read(self, pending: list[Read]) -> list[Read]:
@@ -85,12 +85,12 @@ class Trainer:
         except (DamagedGeneration, ValueError, OSError) as error:
             log.error("training starts anew", model=announced.name, reason=str(error))
             return reads
-        self._take_texts()
-        self._parent = announced.name
-        empty = np.zeros(model.config.text_dim, np.float32)
-        text = np.stack([self._text.get(item_id, empty) for item_id in model.ids])  # (N, E)
-        self._learner = self._make(model.config, self._config.seed)
+        texts, empty = self._take_texts(), np.zeros(model.config.text_dim, np.float32)
+        text = np.stack([texts.pop(item_id, empty) for item_id in model.ids])  # (N, E)
+        config = ModelConfig(window_events=self._config.window_events).shaped_like(model.config)
+        self._parent, self._learner = announced.name, self._make(config, self._config.seed)
         self._learner.resume(model, text)
+        _add(self._learner, texts)  # of the items that have come since
         known = [read for read in reads if read.offset < announced.offsets.get(read.partition, 0)]
         self._learner.absorb(self._events(known))
         log.info("resumed", model=announced.name, known=len(known), new=len(reads) - len(known))
@@ -109,8 +109,7 @@ class Trainer:
         with metrics.training_s.time():
             report = learner.learn(self._events(reads[:cut]))
         candidate = learner.model()
-        held_out = hold_out(learner, self._events(reads[cut:]))
-        verdict = judge(candidate, self._serving(), held_out, learner.text())
+        verdict = self._judged(candidate, hold_out(learner, self._events(reads[cut:])))
         metrics.training_loss.set(report.tower_loss)
         trained_to = dict(self._window.offsets)
         for read in reversed(reads[cut:]):
@@ -120,14 +119,27 @@ class Trainer:
         self._conclude(candidate, verdict, trained_to)
         return reads[cut:]
 
+    def _judged(self, candidate: Model, held_out: Slice) -> Verdict:
+        assert self._learner is not None
+        try:
+            serving = self._serving()
+        except (ValueError, OSError) as error:
+            return Verdict(False, f"the serving generation cannot be read: {error}")
+        return judge(candidate, serving, held_out, self._learner.text())
+
     def _serving(self) -> Model | None:
-        """The model of the generation that is to serve now, a rollback or a pin heeded; None if it cannot be read."""
-        for announced in read_announcements(self._settings).wanted()[:1]:
+        """The model of the generation that is to serve now, a rollback or a pin heeded: the first that is whole, as the
+        workers take it. None where there is none of this encoder.
+
+        Raises ValueError where it is of another release, OSError where the store is out of reach: it may well serve.
+        """
+        for announced in read_announcements(self._settings).wanted():
             try:
                 folder = fetch(announced.url, self._settings.cache / "generations", announced.manifest_sha256)
-                return Model.load(folder / "model") if announced.encoder == self._encoder else None
-            except (DamagedGeneration, ValueError, OSError) as error:
-                log.warning("serving generation cannot be read", generation=announced.name, reason=str(error))
+            except DamagedGeneration as error:
+                log.warning("generation passed over", generation=announced.name, reason=str(error))
+                continue
+            return Model.load(folder / "model") if announced.encoder == self._encoder else None
         return None
 
     def _grown(self) -> Learner | None:
@@ -139,8 +151,7 @@ class Trainer:
             width = len(next(iter(self._text.values())))
             config = ModelConfig(text_dim=width, window_events=self._config.window_events)
             self._learner, new = self._make(config, self._config.seed), self._text
-        if new:
-            self._learner.add_items(list(new), np.stack(list(new.values())))
+        _add(self._learner, new)
         return self._learner
 
     def _take_texts(self) -> dict[str, NDArray[np.float32]]:
@@ -175,7 +186,7 @@ class Trainer:
         name, place = f"m{created_ms}", "models" if verdict.accepted else "refused"
         for model in ("candidate", "serving"):
             metrics.gate_ndcg.labels(model).set(verdict.metrics.get(f"{model}_ndcg@10", float("nan")))
-        root = f"{self._settings.artifacts}/{place}"
+        root = f"{self._settings.store}/{place}"
         try:
             digest = publish_model(candidate, f"{root}/{name}", verdict.reason)
             prune_models(root, KEEP_MODELS)
@@ -199,6 +210,11 @@ class Trainer:
             self._producer.send_raw(self._settings.topics.models.name, b"model", encode(artifact))
             self._producer.flush()
             self._parent = name
+
+
+def _add(learner: Learner, texts: Mapping[str, NDArray[np.float32]]) -> None:
+    if texts:
+        learner.add_items(list(texts), np.stack(list(texts.values())))
 
 
 def run_trainer(settings: Settings) -> int:

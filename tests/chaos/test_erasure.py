@@ -63,7 +63,7 @@ def test_erased_users_are_gone_from_everything(
                 untold = set(doomed) - set(tombstoned_lists(settings))
                 letters = [letter for _, letter in read(settings) if mark.encode() in said(encode(letter))]
                 others_before = {user for user in raw_states(settings) if user.startswith(bystander)}
-                until(lambda: any(Path(settings.artifacts).glob("*/*")), "the trainer has made a model of the window")
+                until(lambda: any(Path(settings.store).glob("*/*")), "the trainer has made a model of the window")
                 if not long:
                     let_pass(settings, window_s)
                 until(lambda: not stores_with(mark, settings, broker, tmp_path), "gone from every store", window_s + 60)
@@ -71,7 +71,7 @@ def test_erased_users_are_gone_from_everything(
                 gone = [status(settings, one).gone for one in newest.values()]
                 load.stop()
             intact = stores_with(bystander, settings, broker, tmp_path)
-            num_models = len(list(Path(settings.artifacts).glob("*/*")))
+            num_models = len(list(Path(settings.store).glob("*/*")))
         finally:
             for process in others:
                 process.kill()

@@ -1,37 +1,132 @@
-"""What becomes of a candidate, on a real Kafka."""
+"""What the trainer takes up, what it judges against, and what becomes of a candidate, on a real Kafka."""
 
+import shutil
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from model.checkpoint import publish_model
 from model.config import ModelConfig
-from model.gate import Verdict
+from model.gate import Verdict, hold_out
+from model.generation import build_generation, manifest_sha256, publish
 from model.learner import Learner
+from model.model import Model
+from model.sampling import Events
 from stream.broker import LocalBroker
 from stream.consumer import end_offsets
+from stream.events import Artifact, ItemVector, encode
+from stream.producer import Producer
 from stream.topics import Topics
 from tests.workers.service import upwell
 from workers.announcements import newest_model
 from workers.settings import Kafka, Settings
+from workers.settings import Trainer as TrainerSettings
 from workers.trainer import Trainer
+
+ITEMS, TEXT = [f"i{row}" for row in range(24)], np.eye(24, 8, dtype=np.float32) + 1  # (24, 8)
+CONFIG = ModelConfig(text_dim=8, projected_text_dim=4, covisitation_rank=4)
+
+
+@pytest.fixture
+def settings(broker: LocalBroker, topics: Topics, tmp_path: Path) -> Settings:
+    return Settings(
+        kafka=Kafka(bootstrap=broker.bootstrap, prefix=topics.prefix, partitions=3),
+        trainer=TrainerSettings(window_events=5_000),
+        artifacts=str(tmp_path),
+        cache=tmp_path / "cache",
+    )
+
+
+def model(items: int = 20) -> Model:
+    learner = Learner(CONFIG)
+    learner.add_items(ITEMS[:items], TEXT[:items])
+    return learner.model()
+
+
+def send(settings: Settings, topic: str, key: str, value: bytes) -> None:
+    producer = Producer(settings.connection)
+    producer.send_raw(topic, key.encode(), value)
+    producer.close()
+
+
+def announce_generation(settings: Settings, name: str, folder: Path) -> Path:
+    """Built, stored and announced; where it lies."""
+    build_generation(folder / name, model(), version=name, encoder="e", offsets={})
+    url = publish(folder / name, f"{settings.artifacts}/store")
+    digest = manifest_sha256(folder / name)
+    artifact = Artifact(name=name, url=url, manifest_sha256=digest, created_ms=1, encoder="e")
+    send(settings, settings.topics.generations.name, name, encode(artifact))
+    return Path(url.removeprefix("file://"))
+
+
+def judged(settings: Settings) -> Verdict:
+    """Of a learner's own model, which is worse than nothing that serves: there is no event to compare."""
+    trainer = Trainer(settings, threading.Event())
+    trainer._encoder, trainer._learner = "e", Learner(CONFIG)
+    trainer._learner.add_items(ITEMS, TEXT)
+    nothing = Events([], [], np.zeros(0, np.float32), np.zeros(0, np.int64))
+    return trainer._judged(trainer._learner.model(), hold_out(trainer._learner, nothing))
 
 
 def test_a_refused_candidate_is_kept_and_named_and_not_announced(
-    broker: LocalBroker, topics: Topics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kafka = Kafka(bootstrap=broker.bootstrap, prefix=topics.prefix, partitions=3)
-    settings = Settings(kafka=kafka, artifacts=str(tmp_path))
-    learner = Learner(ModelConfig(text_dim=4, projected_text_dim=4))
-    learner.add_items(["a", "b"], np.eye(2, 4, dtype=np.float32))
     trainer = Trainer(settings, threading.Event())
-    trainer._conclude(learner.model(), Verdict(False, "because"), {0: 7})
-    (kept,) = (tmp_path / "refused").glob("*/weights.safetensors")
+    trainer._conclude(model(), Verdict(False, "because"), {0: 7})
+    (kept,) = (tmp_path / settings.kafka.prefix / "refused").glob("*/weights.safetensors")
     monkeypatch.setenv("UPWELL_ARTIFACTS", str(tmp_path))
+    monkeypatch.setenv("UPWELL_KAFKA__PREFIX", settings.kafka.prefix)
     assert upwell("generations", "refused").stdout == f"{kept.parent.name}  because\n"
-    assert end_offsets(settings.connection, topics.models.name) == {0: 0}
-    trainer._conclude(learner.model(), Verdict(True, "better"), {0: 7})
+    assert end_offsets(settings.connection, settings.topics.models.name) == {0: 0}
+    trainer._conclude(model(), Verdict(True, "better"), {0: 7})
     announced = newest_model(settings)
     assert announced is not None and announced.offsets == {0: 7}
-    assert (tmp_path / "models" / announced.name / "weights.safetensors").exists()
+    assert (tmp_path / settings.kafka.prefix / "models" / announced.name / "weights.safetensors").exists()
+
+
+def test_what_cannot_be_read_is_not_taken_for_nothing(settings: Settings, tmp_path: Path) -> None:
+    """A candidate is let through without a rival only where no generation is announced, or none is whole."""
+    assert judged(settings).reason == "first model"
+    first = announce_generation(settings, "g1", tmp_path)
+    second = announce_generation(settings, "g2", tmp_path)
+    assert "can be compared" in judged(settings).reason
+    (second / "items.npy").write_bytes(b"")  # the workers serve the one before it
+    assert "can be compared" in judged(settings).reason
+    (first / "model").rename(first / "away")
+    assert judged(settings).reason == "first model"
+    for folder in (first, second):
+        shutil.rmtree(folder)
+    assert judged(settings).reason == "first model"
+
+
+@pytest.mark.parametrize("trouble", [OSError("out of reach"), ValueError("a setting of a later release")])
+def test_what_may_be_served_elsewhere_is_no_reason_to_accept(
+    trouble: Exception, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(self: Trainer) -> Model | None:
+        raise trouble
+
+    monkeypatch.setattr(Trainer, "_serving", unreadable)
+    verdict = judged(settings)
+    assert not verdict.accepted and str(trouble) in verdict.reason
+
+
+def test_a_restarted_trainer_knows_the_texts_that_have_come_since(settings: Settings, tmp_path: Path) -> None:
+    """And takes its window from the settings, not from the model."""
+    digest = publish_model(model(20), f"{tmp_path}/m", "better")
+    artifact = Artifact(name="m", url=f"{tmp_path}/m", manifest_sha256=digest, created_ms=1, encoder="e")
+    send(settings, settings.topics.models.name, "model", encode(artifact))
+    for item_id, vector in zip(ITEMS, TEXT.astype("<f2"), strict=True):
+        event = ItemVector(item_id=item_id, encoder="e", text_hash="h", vector=vector.tobytes())
+        send(settings, settings.topics.vectors.name, item_id, encode(event))
+    stop = threading.Event()
+    trainer = Trainer(settings, stop)
+    trainer._texts.start()
+    trainer._resume()
+    stop.set()
+    learner = trainer._grown()
+    assert learner is not None
+    assert dict(zip(learner.ids, learner.text().tolist(), strict=True)) == dict(zip(ITEMS, TEXT.tolist(), strict=True))
+    assert learner.config == ModelConfig(window_events=5_000).shaped_like(CONFIG)

@@ -1,0 +1,175 @@
+"""What a generation is made of, whatever is announced, damaged or rolled back: on a real Kafka, without an encoder."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from model.checkpoint import publish_model
+from model.config import ModelConfig
+from model.learner import Learner
+from model.model import Model
+from model.sampling import Events
+from stream.broker import LocalBroker
+from stream.events import Artifact, encode
+from stream.topics import Topics
+from workers import indexer
+from workers.announcements import read_announcements
+from workers.indexer import Indexer
+from workers.settings import Indexer as IndexerSettings
+from workers.settings import Kafka, Settings
+
+ITEMS = [f"i{row}" for row in range(30)]
+TEXT = np.random.default_rng(5).normal(size=(30, 64)).astype(np.float32)
+CONFIG = ModelConfig(text_dim=64, warmup_steps=0, replay=2)
+
+
+@pytest.fixture
+def settings(broker: LocalBroker, topics: Topics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    monkeypatch.setattr(indexer, "Encoder", lambda *_, **__: SimpleNamespace(name="e", dim=64, device="cpu"))
+    return Settings(
+        kafka=Kafka(bootstrap=broker.bootstrap, prefix=topics.prefix, partitions=3),
+        indexer=IndexerSettings(fresh_items=5),
+        artifacts=str(tmp_path),
+        cache=tmp_path / "cache",
+    )
+
+
+def started(settings: Settings, items: int = 20, *models: Artifact) -> Indexer:
+    """It knows so many items and these announcements of models; what was due after its start is done."""
+    one = Indexer(settings)
+    for model in models:
+        announce(settings, one, model)
+    one._vectors = dict(zip(ITEMS[:items], TEXT, strict=False))
+    for _ in range(3):
+        one._not_before = 0.0
+        one._build_if_due()
+    return one
+
+
+def more(one: Indexer, items: int) -> None:
+    one._vectors = dict(zip(ITEMS[:items], TEXT, strict=False))
+    one._not_before = 0.0
+    one._build_if_due()
+
+
+def trained(settings: Settings, name: str, created_ms: int) -> Artifact:
+    learner = Learner(CONFIG, seed=created_ms)
+    learner.add_items(ITEMS[:20], TEXT[:20])
+    learner.learn(Events(["u"] * 20, ITEMS[:20], np.ones(20, np.float32), np.arange(20)))
+    url = f"{settings.store}/models/{name}"
+    digest = publish_model(learner.model(), url, "better")
+    figures = {"candidate_ndcg@10": created_ms / 100}
+    return Artifact(
+        name=name, url=url, manifest_sha256=digest, created_ms=created_ms, encoder="e", metrics=figures, offsets={0: 7}
+    )
+
+
+def announce(settings: Settings, one: Indexer, model: Artifact) -> None:
+    one._take(SimpleNamespace(topic=settings.topics.models.name, key=b"model", value=encode(model), offset=0))
+
+
+def published(settings: Settings) -> list[Artifact]:
+    return list(read_announcements(settings).generations.values())
+
+
+def ids(artifact: Artifact) -> tuple[str | None, int]:
+    """The model that it says it holds, and how many items."""
+    return artifact.parent, len(Model.load(Path(artifact.url.removeprefix("file://")) / "model").ids)
+
+
+def weights(artifact: Artifact) -> np.ndarray:
+    model = Model.load(Path(artifact.url.removeprefix("file://")) / "model")
+    return np.asarray(model.arrays["tower.ids"].numpy()[:20])
+
+
+def test_texts_then_a_model_then_new_items(settings: Settings) -> None:
+    one, model = started(settings), trained(settings, "m1", 10**14)
+    assert [ids(generation) for generation in published(settings)] == [(None, 20)]
+    announce(settings, one, model)
+    more(one, 22)
+    more(one, 26)  # four more than are indexed: not yet
+    more(one, 27)
+    assert [ids(generation) for generation in published(settings)] == [(None, 20), ("m1", 22), ("m1", 27)]
+    _, second, third = published(settings)
+    assert (
+        second.metrics["candidate_ndcg@10"] == third.metrics["candidate_ndcg@10"] == model.metrics["candidate_ndcg@10"]
+    )
+    assert third.offsets == {0: 7} and np.array_equal(weights(second), weights(third)) and weights(third).any()
+
+
+def test_a_restart_makes_nothing_that_is_there_already(settings: Settings) -> None:
+    model = trained(settings, "m1", 10**14)
+    started(settings, 20, model)
+    again = started(settings, 20, model)
+    assert [ids(generation) for generation in published(settings)] == [("m1", 20)]
+    more(again, 25)
+    first, second = published(settings)
+    assert ids(second) == ("m1", 25) and np.array_equal(weights(first), weights(second))
+
+
+@pytest.mark.parametrize("restarted", [True, False])
+def test_what_was_rolled_back_does_not_come_back_with_new_items(settings: Settings, restarted: bool) -> None:
+    m1, m2 = trained(settings, "m1", 1), trained(settings, "m2", 2)
+    one = started(settings, 20, m1)
+    announce(settings, one, m2)
+    more(one, 20)
+    good, bad = published(settings)
+    one._producer.send_raw(settings.topics.generations.name, good.name.encode(), encode(good))  # a rollback
+    one._producer.flush()
+    if restarted:
+        one = started(settings, 20, m2)
+        assert [generation.name for generation in published(settings)] == [bad.name, good.name]
+    more(one, 25)
+    newest = published(settings)[-1]
+    assert ids(newest) == ("m1", 25) and np.array_equal(weights(newest), weights(good))
+
+
+@pytest.mark.parametrize("restarted", [True, False])
+def test_a_model_that_cannot_be_loaded_changes_nothing(settings: Settings, restarted: bool) -> None:
+    """Nor does its name stand on what is built next: on the model before it, and never on none."""
+    m1, m2 = trained(settings, "m1", 1), trained(settings, "m2", 10**14)
+    Path(m2.url, "weights.safetensors").write_bytes(b"damaged")
+    one = started(settings, 20, m1)
+    (first,) = published(settings)
+    if restarted:
+        one = started(settings, 20, m2)
+    else:
+        announce(settings, one, m2)
+        more(one, 20)
+    assert [generation.name for generation in published(settings)] == [first.name]
+    more(one, 25)
+    newest = published(settings)[-1]
+    assert ids(newest) == ("m1", 25) and newest.metrics.items() >= m1.metrics.items()
+    assert np.array_equal(weights(newest), weights(first))
+
+
+def test_a_damaged_generation_is_passed_over_for_the_one_before_it(settings: Settings) -> None:
+    one = started(settings, 20, trained(settings, "m1", 1))
+    announce(settings, one, trained(settings, "m2", 2))
+    more(one, 20)
+    first, damaged = published(settings)
+    (Path(damaged.url.removeprefix("file://")) / "items.npy").write_bytes(b"")
+    more(started(settings, 20), 25)
+    newest = published(settings)[-1]
+    assert ids(newest) == ("m1", 25) and np.array_equal(weights(newest), weights(first))
+
+
+def test_where_nothing_is_whole_texts_serve_under_no_model_s_name(settings: Settings) -> None:
+    model = trained(settings, "m1", 1)
+    Path(model.url, "weights.safetensors").write_bytes(b"damaged")
+    started(settings, 20, model)
+    (only,) = published(settings)
+    assert ids(only) == (None, 20) and "candidate_ndcg@10" not in only.metrics
+
+
+def test_another_installation_s_generations_are_not_deleted(settings: Settings, tmp_path: Path) -> None:
+    other = tmp_path / "other" / "generations" / "g1"
+    other.mkdir(parents=True)
+    one = started(settings, 5)
+    for items in (10, 15, 20, 25, 30):
+        more(one, items)
+    names = {generation.name for generation in published(settings)}
+    assert len(names) == settings.indexer.keep == len(list(Path(settings.store, "generations").iterdir()))
+    assert other.exists() and str(Path(settings.store).parent) == settings.artifacts
