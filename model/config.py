@@ -74,7 +74,12 @@ class ModelConfig:
     @property
     def dim(self) -> int:
         """D: tower + its bias, co-visitation, text, and the columns that are the same for everyone."""
-        return self.tower_dim + 1 + self.covisitation_rank + self.projected_text_dim + len(PARTS) - PERSONAL
+        return self.tower_dim + 1 + self.covisitation_rank + self.text_part + len(PARTS) - PERSONAL
+
+    @property
+    def text_part(self) -> int:
+        """P, the width of the vector's text part: the texts' own where that is less."""
+        return min(self.projected_text_dim, self.text_dim)
 
     def shaped_like(self, other: ModelConfig) -> ModelConfig:
         """These settings, with the shapes of another's arrays: how a learner goes on from its model."""
@@ -86,7 +91,7 @@ class ModelConfig:
 
 def array_shapes(config: ModelConfig, num_items: int) -> dict[str, tuple[int, ...]]:
     """Name and shape of every array beside the user tower's; all float32."""
-    n, d, rank, text = num_items, config.tower_dim, config.covisitation_rank, config.projected_text_dim
+    n, d, rank, text = num_items, config.tower_dim, config.covisitation_rank, config.text_part
     return {
         "tower.items": (n, d),
         "tower.ids": (n, d + 1),  # id embedding and bias, before the gate

@@ -80,7 +80,7 @@ class Catalogue:
         if len(present) >= max(_PCA_ITEMS, 2 * self._projected_at):
             self._projected_at = len(present)
             spread = torch.linalg.eigh(self.unit.T @ self.unit)[1].flip(1)  # principal directions first
-            self.projection = spread[:, : self._config.projected_text_dim].contiguous()
+            self.projection = spread[:, : self._config.text_part].contiguous()
         self.projected = self._project(self.unit)
 
     def _project(self, unit: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class Catalogue:
     def _random_directions(self) -> Tensor:
         width = self._config.text_dim
         random = torch.randn(width, width, generator=torch.Generator().manual_seed(self._seed))
-        directions: Tensor = torch.linalg.qr(random)[0][:, : self._config.projected_text_dim].contiguous()
+        directions: Tensor = torch.linalg.qr(random)[0][:, : self._config.text_part].contiguous()
         return directions.to(self._device)
 
     def _reserve(self, size: int) -> None:

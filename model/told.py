@@ -15,5 +15,5 @@ def text_query(model: Model, text: Floats) -> Floats:
     unit = centred(torch.as_tensor(text, dtype=torch.float32, device=model.device)[None], arrays["text.mean"])
     first = config.tower_dim + 1 + config.covisitation_rank
     query = np.zeros((1, config.dim), np.float32)
-    query[:, first : first + config.projected_text_dim] = (unit @ arrays["text.projection"]).cpu().numpy()
+    query[:, first : first + config.text_part] = (unit @ arrays["text.projection"]).cpu().numpy()
     return query

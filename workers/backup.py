@@ -16,7 +16,7 @@ import msgspec
 
 from model.user_state import UserState, decode_state, encode_state
 from stream.consumer import end_offsets, read_window
-from stream.events import Artifact, BadEvent, Item, decode, encode
+from stream.events import Artifact, BadEvent, Item, decode_item, encode
 from stream.producer import ClickProducer
 from workers.announcements import newest_model, read_announcements
 from workers.settings import Settings
@@ -55,11 +55,12 @@ def write_backup(settings: Settings, path: Path) -> Counts:
     for records in read_window(settings.connection, settings.topics.items.name):
         for record in records:
             items.pop(record.key or b"", None)
-            if record.value is not None:
-                try:
-                    items[record.key or b""] = decode(record.value, Item)
-                except BadEvent:
-                    continue  # no reader could use it
+            try:
+                _, item = decode_item(record.value, record.key, Item)
+            except BadEvent:
+                continue  # no reader could use it
+            if item is not None:
+                items[record.key or b""] = item
     states, serving = raw_states(settings), read_announcements(settings).wanted()
     part = path.with_name(path.name + ".part")
     opened = os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")

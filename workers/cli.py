@@ -65,7 +65,7 @@ def refusing() -> Iterator[None]:
 def settings_for(role: str, reach_kafka: bool = True) -> Settings:
     """Settings, with logs configured; bad configuration ends the process with one line a key.
 
-    So does a Kafka that answers and does not let us in; one that does not answer is waited for.
+    So does a Kafka that answers and does not let us in; one that does not answer is no matter of configuration.
     """
     with refusing():
         settings = load_settings()

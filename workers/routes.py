@@ -78,5 +78,10 @@ def not_ready(_: Request[Any, Any, Any], error: NotReady) -> Response[Problem]:
     return Response(Problem(503, str(error)), status_code=503, headers={"Retry-After": "1"})
 
 
+def nested(_: Request[Any, Any, Any], error: RecursionError) -> Response[Problem]:
+    """What msgspec raises for a body of a thousand levels."""
+    return Response(Problem(400, "body: nested too deeply"), status_code=400)
+
+
 def other_encoder(_: Request[Any, Any, Any], error: OtherEncoder) -> Response[Problem]:
     return Response(Problem(503, str(error)), status_code=503, headers={"Retry-After": "60"})

@@ -26,7 +26,7 @@ from workers.lag import LagFollower
 from workers.limits import Gate, measured
 from workers.live import NotReady
 from workers.processes import end_with_threads, settle, share_heaps
-from workers.routes import invalid, known, not_ready, other_encoder
+from workers.routes import invalid, known, nested, not_ready, other_encoder
 from workers.service import Service
 from workers.settings import Settings
 from workers.threads import compute_in_one_thread
@@ -94,7 +94,12 @@ def build_app(service: Service, keys: Keys) -> Litestar:
         before_request=known,
         before_send=[harden],
         after_exception=[tell],
-        exception_handlers={ValidationException: invalid, NotReady: not_ready, OtherEncoder: other_encoder},
+        exception_handlers={
+            ValidationException: invalid,
+            NotReady: not_ready,
+            OtherEncoder: other_encoder,
+            RecursionError: nested,
+        },
         request_max_body_size=serve.max_body_bytes,
         cors_config=CORSConfig(allow_origins=serve.cors_origins) if serve.cors_origins else None,
         openapi_config=OpenAPIConfig(

@@ -17,6 +17,7 @@ from model.learner import Learner
 from model.model import Model
 from model.outcome import Ranks
 from model.sampling import EventLog, Events, History, Padded, shuffle_ties
+from model.told import text_query
 
 CONFIG = ModelConfig(
     text_dim=16, tower_dim=16, covisitation_rank=8, projected_text_dim=8, history=8, warmup_steps=100, replay=12
@@ -219,6 +220,17 @@ def test_load_refuses_a_torn_or_missing_file(trained: Learner, tmp_path: Path, n
     (tmp_path / name).unlink()
     with pytest.raises(ValueError, match="not a model"):
         Model.load(tmp_path)
+
+
+def test_texts_may_be_narrower_than_their_part_of_the_vector(tmp_path: Path) -> None:
+    learner = Learner(ModelConfig(text_dim=8))
+    learner.add_items(
+        [str(row) for row in range(100)], np.random.default_rng(0).normal(size=(100, 8)).astype(np.float32)
+    )
+    learner.model().save(tmp_path)
+    model = Model.load(tmp_path)
+    assert model.item_vectors().shape == (100, model.config.dim) == (100, ModelConfig().dim - 56)
+    assert text_query(model, np.ones(8, np.float32)).shape == (1, model.config.dim)
 
 
 def test_load_refuses_ids_that_repeat(trained: Learner, tmp_path: Path) -> None:

@@ -234,7 +234,7 @@ def test_bodies_batches_and_streams_are_bounded() -> None:
         assert (stream.status_code, stream.json()["detail"]) == (503, "0 streams are open")
 
 
-@pytest.mark.parametrize("path", ["/v1/events", "/v1/items"])
+@pytest.mark.parametrize("path", ["/v1/events", "/v1/items", "/v1/recommendations"])
 def test_a_body_nested_too_deeply_is_refused_as_any_bad_one(path: str) -> None:
     nested = b"[" * 2000 + b"]" * 2000
     with client(OPEN) as api:
