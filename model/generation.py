@@ -30,23 +30,10 @@ from model.manifest import (
     decode_manifest,
     file_entry,
     file_names,
-    manifest_sha256,
     model_sha256,
     verify,
 )
-from model.probes import EF_SEARCH, PROBE_K, SHAPES, ModelLike, RecallTooLow, Shape, best_index, walk
-
-__all__ = [
-    "DamagedGeneration",
-    "Manifest",
-    "RecallTooLow",
-    "build_generation",
-    "fetch",
-    "manifest_sha256",
-    "prune",
-    "publish",
-    "verify",
-]
+from model.probes import EF_SEARCH, PROBE_K, SHAPES, ModelLike, Shape, best_index, walk
 
 NUM_WALKS, NUM_PROBES = 256, 64
 CACHED = 3  # copies of fetched generations kept: what serves, the one before it, the next

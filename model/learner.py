@@ -57,15 +57,8 @@ class Learner:
         self._factors = Factors(*(np.zeros((0, config.covisitation_rank), np.float32) for _ in range(2)))
         self._warmup_left, self._next_refresh = config.warmup_steps, 0
 
-    @staticmethod
-    def from_model(model: Model, text: Floats, seed: int = 0, device: str = "cpu") -> Learner:
-        """Goes on from a saved model; text (N, E) of its items. Give it its window with `absorb`."""
-        learner = Learner(model.config, seed, device)
-        learner.resume(model, text)
-        return learner
-
     def resume(self, model: Model, text: Floats) -> None:
-        """Of a new learner: as from_model."""
+        """A new learner goes on from a saved model; text (N, E) of its items. Give it its window with `absorb`."""
         self.add_items(model.ids, text)
         self._tower.user.load_state_dict(model.tower.state_dict())
         with torch.no_grad():

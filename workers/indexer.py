@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from model.checkpoint import fetch_model
 from model.config import ModelConfig
 from model.encoder import Encoder
-from model.generation import RecallTooLow, build_generation, fetch, prune, publish
+from model.generation import build_generation, fetch, prune, publish
 from model.learner import Learner
 from model.manifest import DamagedGeneration, manifest_sha256
 from model.model import Model
+from model.probes import RecallTooLow
 from stream.consumer import tail
 from stream.events import Artifact, BadEvent, Item, ItemVector, decode, decode_item, encode
 from stream.producer import Producer

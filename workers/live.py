@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 import structlog
 
-from model.generation import DamagedGeneration, fetch
+from model.generation import fetch
+from model.manifest import DamagedGeneration
 from model.model import Model
 from stream.consumer import tail
 from stream.events import Artifact, BadEvent, Item, ItemVector, Ranked, decode_item

@@ -4,7 +4,6 @@ import base64
 import html
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -12,7 +11,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-Figures = dict[str, Any]
+from workers.figures import Figures
+
 MODES = {"strict": "strict: events of one stamp do not see each other", "line": "line by line: leaks within a stamp"}
 COLUMNS = ("events", "hr@10", "hr@20", "ndcg@10", "mrr", "coverage", "gini", "novelty", "us_per_event")
 STYLE = (

@@ -8,11 +8,11 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError, NodeNotReadyError
 
 from stream.connection import Connection
+from stream.tracing import Header
 
 MAX_BATCH_BYTES = 900_000  # under the topics' limit, before compression
 MAX_RECORD_BYTES = MAX_BATCH_BYTES - 1_000  # key and framing on top
 
-Header = tuple[str, bytes]
 Keyed = tuple[bytes | None, bytes | None, *tuple[Header, ...]]
 
 

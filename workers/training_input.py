@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from model.user_state import digest
 from stream.consumer import Record, read_window, tail
 from stream.events import BadEvent, Click, Erasure, ItemVector, decode, decode_record
+from stream.topics import DAY_MS
 from workers.settings import Settings
 
 log = structlog.get_logger()
 
 REMEMBERED_IDS = 1_000_000
-DAY_MS = 24 * 60 * 60 * 1000
 
 
 class Read(NamedTuple):

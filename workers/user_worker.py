@@ -14,13 +14,14 @@ import structlog
 
 from model.user_state import EMPTY, Applied, Fold, Limits
 from stream.events import BadEvent, DeadLetter, Erasure, Recommendations, decode_record, encode
+from stream.tracing import Header
 from workers import metrics
 from workers.arms import arm_of
 from workers.batcher import Batcher
 from workers.dead_letters import DeadLetters, dead_letter, place
 from workers.live import Live
 from workers.recommender import Before, Folded, Read, Recommended, Recommender
-from workers.sender import BatchSender, Header, Keyed
+from workers.sender import BatchSender, Keyed
 from workers.settings import Settings
 from workers.state_writer import Acknowledge, Tombstone, state_record
 from workers.states import Owned, OwnedStates

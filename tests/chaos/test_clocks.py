@@ -24,11 +24,11 @@ from stream.consumer import read_window
 from stream.datasets import load_dataset
 from stream.events import Click, encode
 from stream.producer import Producer
-from stream.topics import Topics
+from stream.topics import DAY_MS, Topics
 from tests.model.test_bad_candidates import CONFIG, words
 from workers.settings import Kafka, Settings
 from workers.states import Owned, PackedStates
-from workers.training_input import DAY_MS, Window
+from workers.training_input import Window
 from workers.user_worker import UserWorker
 
 SEED, SHARE, HOUR_MS = 13, 0.01, 60 * 60 * 1000

@@ -98,7 +98,8 @@ def one_user(made: Round, _: Learner) -> tuple[Model, Verdict]:
     """A trainer that resumes from the serving model and reads one user's clicks alone."""
     clicks = made.past + made.window
     user = Counter(user for user, *_ in clicks).most_common(made.seed + 1)[-1][0]
-    learner = Learner.from_model(made.serving, made.learner.text(), made.seed)
+    learner = Learner(made.serving.config, made.seed)
+    learner.resume(made.serving, made.learner.text())
     learner.learn(events([click for click in clicks if click[0] == user]))
     candidate = learner.model()
     return candidate, made.judged(learner, candidate, made.slice)

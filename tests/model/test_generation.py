@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from model import probes
 from model.config import ModelConfig
-from model.generation import RecallTooLow, build_generation, fetch, prune, publish
+from model.generation import build_generation, fetch, prune, publish
 from model.index import ExactIndex
 from model.learner import Learner
 from model.manifest import (
@@ -27,7 +27,7 @@ from model.manifest import (
     verify,
 )
 from model.model import Model
-from model.probes import ModelLike
+from model.probes import ModelLike, RecallTooLow
 from model.sampling import History
 
 N, E = 2500, 24

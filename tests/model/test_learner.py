@@ -240,9 +240,15 @@ def test_load_refuses_ids_that_repeat(trained: Learner, tmp_path: Path) -> None:
         Model.load(tmp_path)
 
 
-def test_from_model_goes_on_with_its_weights_and_counts_from_the_window(trained: Learner) -> None:
+def resumed(model: Model) -> Learner:
+    learner = Learner(model.config)
+    learner.resume(model, TEXT)
+    return learner
+
+
+def test_what_is_resumed_goes_on_with_its_weights_and_counts_from_the_window(trained: Learner) -> None:
     model = trained.model()
-    again = Learner.from_model(model, TEXT)
+    again = resumed(model)
     again.absorb(chain(300, 0.2))
     new, old = again.model(), model
     for name in ("tower.items", "tower.bias", "tower.text", "popularity", "mix"):
@@ -252,7 +258,7 @@ def test_from_model_goes_on_with_its_weights_and_counts_from_the_window(trained:
 
 
 def test_what_is_resumed_scores_its_first_events_by_the_vectors_it_had(trained: Learner) -> None:
-    again, renewed = (Learner.from_model(trained.model(), TEXT) for _ in range(2))
+    again, renewed = (resumed(trained.model()) for _ in range(2))
     for learner in (again, renewed):
         learner.absorb(chain(300, 0.2))
     renewed.model()  # brings the item vectors up to date

@@ -116,7 +116,7 @@ async def test_what_never_waits_for_the_worker_is_committed_all_the_same(monkeyp
     sender, acknowledged = SlowSender(), list[str]()
     monkeypatch.setattr(state_writer, "BatchSender", lambda *_, **__: sender)
     monkeypatch.setattr(state_writer, "COMMIT_S", 0.1)
-    writer = StateWriter(Connection("nowhere:0"), "users", 1, pytest.fail)
+    writer = StateWriter(Connection("nowhere:0"), "users", 1, lambda error: pytest.fail(str(error)))
 
     async def acknowledge() -> None:
         acknowledged.append("one")

@@ -10,8 +10,9 @@ import pytest
 from model.checkpoint import publish_model
 from model.config import ModelConfig
 from model.gate import Verdict, hold_out
-from model.generation import build_generation, manifest_sha256, publish
+from model.generation import build_generation, publish
 from model.learner import Learner
+from model.manifest import manifest_sha256
 from model.model import Model
 from model.sampling import Events
 from stream.broker import LocalBroker
