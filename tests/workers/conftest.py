@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from stream.broker import LocalBroker
+from stream.connection import Connection
+from stream.producer import Producer
 from tests.workers.service import Collector, Service, collecting, running, until
 
 
@@ -14,6 +16,22 @@ def service(service_once: Service) -> Service:
     until(lambda: service_once.metric("upwell_swaps_total{served}") > 0, "the worker serves a generation")
     until(lambda: service_once.call("/readyz")[0] == 200, "the server is ready")
     return service_once
+
+
+@pytest.fixture
+def closed_producers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What trainers and indexers open that are made and never run."""
+    opened: list[Producer] = []
+
+    def open_(connection: Connection) -> Producer:
+        opened.append(Producer(connection))
+        return opened[-1]
+
+    for role in ("trainer", "indexer"):
+        monkeypatch.setattr(f"workers.{role}.Producer", open_)
+    yield
+    for producer in opened:
+        producer.close()
 
 
 @pytest.fixture(scope="session")

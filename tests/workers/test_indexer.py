@@ -26,7 +26,9 @@ CONFIG = ModelConfig(text_dim=64, warmup_steps=0, replay=2)
 
 
 @pytest.fixture
-def settings(broker: LocalBroker, topics: Topics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+def settings(
+    broker: LocalBroker, topics: Topics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed_producers: None
+) -> Settings:
     monkeypatch.setattr(indexer, "Encoder", lambda *_, **__: SimpleNamespace(name="e", dim=64, device="cpu"))
     return Settings(
         kafka=Kafka(bootstrap=broker.bootstrap, prefix=topics.prefix, partitions=3),

@@ -31,7 +31,7 @@ CONFIG = ModelConfig(text_dim=8, projected_text_dim=4, covisitation_rank=4)
 
 
 @pytest.fixture
-def settings(broker: LocalBroker, topics: Topics, tmp_path: Path) -> Settings:
+def settings(broker: LocalBroker, topics: Topics, tmp_path: Path, closed_producers: None) -> Settings:
     return Settings(
         kafka=Kafka(bootstrap=broker.bootstrap, prefix=topics.prefix, partitions=3),
         trainer=TrainerSettings(window_events=5_000),
@@ -127,6 +127,7 @@ def test_a_restarted_trainer_knows_the_texts_that_have_come_since(settings: Sett
     trainer._texts.start()
     trainer._resume()
     stop.set()
+    trainer._texts.join()
     learner = trainer._grown()
     assert learner is not None
     assert dict(zip(learner.ids, learner.text().tolist(), strict=True)) == dict(zip(ITEMS, TEXT.tolist(), strict=True))
