@@ -123,7 +123,8 @@ def up(broker: Broker = None) -> None:
     """All roles on this machine, until Ctrl-C. Without --broker: on a local Kafka under data/kafka."""
     if broker is not None:
         os.environ["UPWELL_KAFKA__BOOTSTRAP"] = broker
-    settings_for("up", reach_kafka=broker is not None)
+    with refusing():
+        _on_one_machine(settings_for("up", reach_kafka=broker is not None))
     from stream.broker import LocalBroker
     from stream.topics import ensure
     from workers.processes import stop_on_signal
@@ -144,6 +145,13 @@ def up(broker: Broker = None) -> None:
             if roles.failed:
                 typer.echo(f"{roles.failed} has ended for good: see its log", err=True)
                 raise typer.Exit(1)
+
+
+def _on_one_machine(settings: Settings) -> None:
+    """Raises ConfigError where roles would fight for a port, as with the image's: there each has its own machine."""
+    ports = [port for role in (settings.worker, settings.trainer, settings.indexer) if (port := role.metrics_port)]
+    if len(set(ports)) < len(ports):
+        raise ConfigError(f"worker, trainer and indexer share a metrics_port, {ports[0]}: 0 takes a free one")
 
 
 def kafka_home() -> Path | None:

@@ -23,7 +23,7 @@ from tests.workers.service import clicks
 from workers import demo, erasure
 from workers.check import fold_offline
 from workers.cli import app
-from workers.settings import Kafka, Privacy, Settings, Worker
+from workers.settings import Kafka, Privacy, Settings, Trainer, Worker
 
 Upwell = Callable[..., Result]
 
@@ -124,3 +124,14 @@ def test_a_demo_sends_and_is_judged_by_what_stands_in_the_topics(settings: Setti
     assert settings.privacy.pseudonyms
     hidden = {settings.privacy.pseudonyms.of(click.user_id) for click in sent}
     assert {key.decode() for key, _ in said(settings) if key} == fold_offline(made.events, settings).keys() == hidden
+
+
+def test_roles_of_one_machine_do_not_fight_for_a_port(
+    upwell: Upwell, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image sets 9100 for each."""
+    worker, trainer = (kind(metrics_port=9100) for kind in (Worker, Trainer))
+    shared = settings.model_copy(update={"worker": worker, "trainer": trainer})
+    monkeypatch.setattr("workers.cli.settings_for", lambda role, reach_kafka: shared)
+    done = upwell("up")
+    assert done.exit_code == 2 and "metrics_port, 9100" in done.stderr
