@@ -167,30 +167,32 @@ class Indexer:
     def _newest(self) -> Base:
         """Of the generation announced last, which may be one that was rolled back to: what that held back stays back.
 
-        Where none is whole, of the newest model; where that is not either, of the texts alone. Raises ValueError for a
-        generation of another release, which may well serve.
+        Where this release can read none, of the newest model; where not that either, of the texts alone.
         """
+        foreign = False
         for announced in reversed(read_announcements(self._settings).generations.values()):
             if self._base is not None and announced.name == self._base.generation:
                 return self._base
-            if announced.encoder != self._encoder.name:
-                continue
+            if foreign := foreign or announced.encoder != self._encoder.name:
+                continue  # what serves is of another encoder: one of this has to be built, whatever came before
             try:
                 folder = fetch(announced.url, self._settings.cache / "generations", announced.manifest_sha256)
-            except DamagedGeneration as error:
+                model = Model.load(folder / "model")
+            except (DamagedGeneration, ValueError) as error:
                 log.warning("generation passed over", generation=announced.name, reason=str(error))
                 continue
-            model = Model.load(folder / "model")
             return Base(model, announced.parent, announced.offsets, announced.metrics, announced.name)
         try:
-            return _trained(self._announced) if self._announced else Base(self._untrained(), None, {}, {}, None)
+            return _trained(self._announced) if self._announced else self._texts_alone()
         except (DamagedGeneration, ValueError) as error:
             log.error("text alone serves", reason=str(error))
-            return Base(self._untrained(), None, {}, {}, None)
+            return self._texts_alone()
 
     def _build(self) -> None:
         began = time.monotonic()
         base = _trained(self._announced) if self._announced and self._unbuilt else self._newest()
+        if base.parent is None:
+            base = self._texts_alone()  # anew: directions found in a few texts are not those of a catalogue
         base = base._replace(model=self._covering(base.model))
         artifact = self._publish(base)
         self._base, self._unbuilt = base._replace(generation=artifact.name), False
@@ -216,12 +218,12 @@ class Indexer:
         new = sorted(self._vectors.keys() - set(model.ids))
         return model.extended(new, np.stack([self._vectors[i] for i in new])) if new else model
 
-    def _untrained(self) -> Model:
-        """What serves before the first training: text and nothing else."""
+    def _texts_alone(self) -> Base:
+        """What serves before the first training."""
         learner = Learner(ModelConfig(text_dim=self._encoder.dim))
         ids = sorted(self._vectors)
         learner.add_items(ids, np.stack([self._vectors[item_id] for item_id in ids]))
-        return learner.model()
+        return Base(learner.model(), None, {}, {}, None)
 
     def _publish(self, base: Base) -> Artifact:
         created_ms = time.time_ns() // 1_000_000

@@ -120,8 +120,8 @@ class Worker(Section):
 
 class Trainer(Section):
     round_s: float = Field(10.0, ge=0, description="from the end of a round to the start of the next, at least")
-    min_events: int = Field(300, ge=10, description="fewest new clicks worth a round")
-    holdout: int = Field(400, ge=5, description="newest clicks kept from training to judge the candidate on")
+    min_events: int = Field(300, ge=40, description="fewest new clicks worth a round")
+    holdout: int = Field(400, ge=20, description="newest clicks kept from training to judge the candidate on")
     window_days: float = Field(30.0, gt=0, description="how far back the window reaches at start, by Kafka's clock")
     window_events: int = Field(1_000_000, ge=1000, description="clicks kept for replay, newest first")
     seed: int = 0

@@ -123,23 +123,22 @@ class Trainer:
         assert self._learner is not None
         try:
             serving = self._serving()
-        except (ValueError, OSError) as error:
+        except OSError as error:
             return Verdict(False, f"the serving generation cannot be read: {error}")
         return judge(candidate, serving, held_out, self._learner.text())
 
     def _serving(self) -> Model | None:
-        """The model of the generation that is to serve now, a rollback or a pin heeded: the first that is whole, as the
-        workers take it. None where there is none of this encoder.
+        """The model of the generation that is to serve now, a rollback or a pin heeded: the first that this release can
+        read, as the workers take it. None where there is none of this encoder.
 
-        Raises ValueError where it is of another release, OSError where the store is out of reach: it may well serve.
+        Raises OSError where the store is out of reach: it may well serve.
         """
         for announced in read_announcements(self._settings).wanted():
             try:
                 folder = fetch(announced.url, self._settings.cache / "generations", announced.manifest_sha256)
-            except DamagedGeneration as error:
+                return Model.load(folder / "model") if announced.encoder == self._encoder else None
+            except (DamagedGeneration, ValueError) as error:
                 log.warning("generation passed over", generation=announced.name, reason=str(error))
-                continue
-            return Model.load(folder / "model") if announced.encoder == self._encoder else None
         return None
 
     def _grown(self) -> Learner | None:
@@ -200,7 +199,7 @@ class Trainer:
             name=name,
             url=f"{root}/{name}",
             manifest_sha256=digest,
-            created_ms=created_ms,
+            created_ms=time.time_ns() // 1_000_000,  # stored: a generation from before cannot hold it
             encoder=self._encoder,
             metrics=verdict.metrics,
             offsets=dict(trained_to),

@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from model.model import Model
 from model.sampling import Events
 from stream.broker import LocalBroker
 from stream.events import Artifact, encode
+from stream.producer import Producer
 from stream.topics import Topics
 from workers import indexer
 from workers.announcements import read_announcements
@@ -156,6 +158,42 @@ def test_a_damaged_generation_is_passed_over_for_the_one_before_it(settings: Set
     more(started(settings, 20), 25)
     newest = published(settings)[-1]
     assert ids(newest) == ("m1", 25) and np.array_equal(weights(newest), weights(first))
+
+
+def test_a_release_that_reads_no_generation_builds_the_model_that_it_can_read(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started(settings, 20, trained(settings, "m1", 1))
+    load = Model.load
+
+    def of_another_release(folder: Path, device: str = "cpu") -> Model:
+        if "generations" in str(folder):
+            raise ValueError("arrays differ")
+        return load(folder, device)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Model, "load", of_another_release)
+        started(settings, 20, trained(settings, "m2", 10**14))
+    assert ids(published(settings)[-1]) == ("m2", 20)
+
+
+def test_texts_alone_are_taken_anew_each_time(settings: Settings) -> None:
+    """Their mean and directions are the catalogue's, not those of the first few items."""
+    more(started(settings, 2), 30)
+    few, all_of_them = published(settings)
+    model = Model.load(Path(all_of_them.url.removeprefix("file://")) / "model")
+    np.testing.assert_allclose(model.arrays["text.mean"].numpy(), TEXT.mean(axis=0), atol=1e-5)
+    assert ids(few) == (None, 2) and ids(all_of_them) == (None, 30)
+
+
+def test_an_encoder_that_comes_back_builds_at_once(settings: Settings) -> None:
+    started(settings, 20, trained(settings, "m1", 1))
+    (mine,) = published(settings)
+    other = msgspec.structs.replace(mine, name="other", encoder="another")
+    with Producer(settings.connection) as producer:
+        producer.send_raw(settings.topics.generations.name, b"other", encode(other))
+    started(settings, 20)
+    assert [(one.name == "other", one.encoder) for one in published(settings)][1:] == [(True, "another"), (False, "e")]
 
 
 def test_where_nothing_is_whole_texts_serve_under_no_model_s_name(settings: Settings) -> None:

@@ -1,7 +1,6 @@
 """Which generation serves and which is kept beside it, whatever is announced and whatever dies."""
 
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 
 from stream.events import Artifact
+from tests.workers.service import until
 from workers.live import Live
 from workers.search import SearchProcessDied
 from workers.settings import Settings
@@ -72,8 +72,7 @@ def test_one_dead_search_process_is_replaced_once_and_keeps_the_trial(live: Any)
     with ThreadPoolExecutor(1) as caller:
         answer = caller.submit(live.use, ask)
         assert asked.acquire(timeout=20)
-        while not live.due:
-            time.sleep(0.01)
+        until(lambda: live.due, "it is found dead")
         live._serve_wanted()
         assert answer.result(timeout=20)[1] == "g2"
     assert live.loads == ["g1", "g2", "g2"] and dead.search.closed and not live.due

@@ -102,16 +102,35 @@ def test_what_cannot_be_read_is_not_taken_for_nothing(settings: Settings, tmp_pa
     assert judged(settings).reason == "first model"
 
 
-@pytest.mark.parametrize("trouble", [OSError("out of reach"), ValueError("a setting of a later release")])
-def test_what_may_be_served_elsewhere_is_no_reason_to_accept(
-    trouble: Exception, settings: Settings, monkeypatch: pytest.MonkeyPatch
+def test_a_store_out_of_reach_is_no_reason_to_accept(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unreadable(self: Trainer) -> Model | None:
-        raise trouble
+    announce_generation(settings, "g1", tmp_path)
 
-    monkeypatch.setattr(Trainer, "_serving", unreadable)
+    def out_of_reach(*_: object) -> Path:
+        raise OSError("out of reach")
+
+    monkeypatch.setattr("workers.trainer.fetch", out_of_reach)
     verdict = judged(settings)
-    assert not verdict.accepted and str(trouble) in verdict.reason
+    assert not verdict.accepted and "out of reach" in verdict.reason
+
+
+def test_a_release_that_reads_no_generation_of_the_one_before_starts_anew(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("g1", "g2"):
+        announce_generation(settings, name, tmp_path)
+    load, unreadable = Model.load, ["g2"]
+
+    def of_another_release(folder: Path, device: str = "cpu") -> Model:
+        if folder.parent.name in unreadable:
+            raise ValueError("arrays differ")
+        return load(folder, device)
+
+    monkeypatch.setattr(Model, "load", of_another_release)
+    assert "can be compared" in judged(settings).reason  # with the one before it, as the workers serve that
+    unreadable.append("g1")
+    assert judged(settings).reason == "first model"
 
 
 def test_a_restarted_trainer_knows_the_texts_that_have_come_since(settings: Settings, tmp_path: Path) -> None:
