@@ -8,7 +8,7 @@ import venv
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from model.user_state import Applied, Entry, Limits, UserState, apply_clicks, decode_state, digest, encode_state
 from stream.events import Click, Erasure, encode
 from tests.chaos.fuzz_decoder import check
+from tests.records import Record
 from tests.workers.test_compatibility import GOLDEN, GOLDEN_STATE
 from workers.settings import Settings, Worker
 from workers.states import Owned
@@ -41,15 +42,6 @@ erasures = st.builds(
 )
 Log = list[Click | Erasure | None]  # a None is a message that nobody can read
 logs = st.lists(events | events | erasures | st.none(), min_size=8, max_size=30)
-
-
-class Record(NamedTuple):
-    key: bytes
-    value: bytes
-    offset: int
-    topic: str = "clicks"
-    partition: int = 0
-    timestamp: int = 0
 
 
 def partition(log: Log) -> list[Record]:

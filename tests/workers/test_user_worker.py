@@ -1,23 +1,15 @@
 """What a micro-batch keeps, and what stops the worker, without Kafka."""
 
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import pytest
 
 from model.user_state import digest
 from stream.events import Click, encode
+from tests.records import Record
 from workers.settings import Settings, Worker
 from workers.states import Owned
 from workers.user_worker import RATIO_MIN, RATIO_WINDOW, TooManyBadEvents, UserWorker
-
-
-class Record(NamedTuple):
-    key: bytes
-    value: bytes
-    offset: int
-    topic: str = "clicks"
-    partition: int = 0
-    timestamp: int = 0
 
 
 def records(good: list[bool]) -> list[Record]:
