@@ -14,11 +14,23 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series fo
 WORK_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300)
 LATENCY_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
-clicks = Counter(
+
+def _counter(name: str, text: str, label: str, *values: str) -> Counter:
+    """Every value at 0 from the start: PromQL's increase() does not see the birth of a series at 1."""
+    counter = Counter(name, text, [label])
+    for value in values:
+        counter.labels(value)
+    return counter
+
+
+clicks = _counter(
     "upwell_clicks_total",
     "Clicks read, by outcome (applied, duplicate, bad). duplicate rises after a restart: harmless; "
     "bad: read the dead letters.",
-    ["outcome"],
+    "outcome",
+    "applied",
+    "duplicate",
+    "bad",
 )
 click_to_recommendation_s = Histogram(
     "upwell_click_to_recommendation_seconds",
@@ -44,11 +56,13 @@ lag_clicks = Gauge(
 )
 restored_users = Gauge("upwell_restored_users", "User states in memory. Falls when partitions move away.")
 scored_clicks = Counter("upwell_scored_clicks_total", "Clicks ranked before they were folded: the live test set.")
-hits = Counter(
+hits = _counter(
     "upwell_hits_total",
     "Scored clicks that stood in the top 10, by ranking (served, popularity). served near popularity: "
     "the model has gone stale, look at the trainer.",
-    ["ranking"],
+    "ranking",
+    "served",
+    "popularity",
 )
 hit_rate = Gauge(
     "upwell_live_hit_rate_at_10",
@@ -70,10 +84,12 @@ generation = Gauge(
 generation_created_s = Gauge("upwell_generation_created_seconds", "When it was built. Old: trainer or indexer stands.")
 generation_bytes = Gauge("upwell_generation_bytes", "Its files. Growing: watch the disk of the cache.")
 generation_items = Gauge("upwell_generation_items", "Items, by place (indexed, fresh).", ["place"])
-swaps = Counter(
+swaps = _counter(
     "upwell_swaps_total",
     "Generations taken in, by result (served, refused). refused: read the log's reason.",
-    ["result"],
+    "result",
+    "served",
+    "refused",
 )
 rollbacks = Counter(
     "upwell_rollbacks_total",
@@ -85,10 +101,13 @@ swap_s = Histogram(
     "Fetch, verify, load and probe of a generation, beside traffic. Rising: the store is slow, or the index has grown.",
     buckets=WORK_S,
 )
-rounds = Counter(
+rounds = _counter(
     "upwell_training_rounds_total",
     "Training rounds, by result (published, refused, failed). Only refused for an hour: look into refused/.",
-    ["result"],
+    "result",
+    "published",
+    "refused",
+    "failed",
 )
 training_s = Histogram(
     "upwell_training_seconds",
@@ -157,10 +176,12 @@ arm_hit_rate = Gauge(
     "Share of hits in the last 5,000 scored clicks of an arm. Arms apart: ask upwell arms report whether by chance.",
     ["arm"],
 )
-erasures = Counter(
+erasures = _counter(
     "upwell_erasures_total",
-    "Users' erasures, by stage: asked (serve), cleared (worker: state, lists and dead letters are gone).",
-    ["stage"],
+    "Users' erasures, by stage (asked, cleared): by serve, and by the worker once state, lists and dead letters are gone.",
+    "stage",
+    "asked",
+    "cleared",
 )
 pending_erasures = Gauge(
     "upwell_pending_erasures",

@@ -4,12 +4,13 @@ import importlib.util
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from prometheus_client import Histogram
+from prometheus_client import Counter, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
 from tests.deploy.prometheus import FOLDER, RULES, needs_prometheus
@@ -42,6 +43,23 @@ def test_every_metric_says_what_it_is_and_no_label_holds_an_id() -> None:
         assert name.startswith("upwell_")
         assert len(metric._documentation) > 20, name
         assert not {"user", "user_id", "item", "item_id", "event_id"} & set(metric._labelnames), name
+
+
+def test_a_counter_stands_at_0_before_it_first_counts() -> None:
+    """PromQL's increase() does not see a series that is born at 1: the first refusal of a process was no alert."""
+    code = "from prometheus_client import generate_latest; import workers.metrics; print(generate_latest().decode())"
+    fresh = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    said = re.compile(r"\bby (\w+) \(([\w, ]+)\)[.:]")
+    named = {
+        f'{name}{{{found[1]}="{value}"}} 0.0'
+        for name, metric in listed().items()
+        if isinstance(metric, Counter) and len(metric._labelnames) == 1
+        for found in [said.search(metric._documentation)]
+        if found
+        for value in found[2].split(", ")
+    }
+    assert len(named) >= 12, named
+    assert named <= set(fresh.splitlines())
 
 
 @needs_prometheus
