@@ -19,7 +19,6 @@ import faust
 from faust.transport.drivers.aiokafka import Consumer, Transport
 
 from stream.connection import Connection
-from workers.even_assignor import divide_evenly
 
 # What a worker that is behind holds of its lag beside workers/partitions.py: POLL * BUFFER clicks at most, 1 KB each.
 # Faust's default, 4,096 events, is of single records: of batches, memory followed the lag (docs/reliability.md).
@@ -90,7 +89,6 @@ def batch_app(
     group: str, connection: Connection, before: Callable[[], Awaitable[None]], after: Callable[[], Awaitable[None]]
 ) -> BatchApp:
     """A Faust app without web server, tables, leader topic or topic creation."""
-    divide_evenly()
     brokers = [f"kafka://{address}" for address in connection.bootstrap.split(",")]
     app = BatchApp(
         group,
@@ -108,7 +106,7 @@ def batch_app(
         broker_max_poll_interval=300.0,
         consumer_auto_offset_reset="earliest",
         store="memory://",
-        table_standby_replicas=0,
+        table_standby_replicas=0,  # so partitions are dealt round robin; Faust's own way left workers without any
     )
     app.before, app.after = before, after
     return app

@@ -178,7 +178,7 @@ arm_hit_rate = Gauge(
 )
 erasures = _counter(
     "upwell_erasures_total",
-    "Users' erasures, by stage (asked, cleared): by serve, and by the worker once state, lists and dead letters are gone.",
+    "Users' erasures, by stage (asked, cleared): by serve, and by the worker once all of theirs is gone.",
     "stage",
     "asked",
     "cleared",

@@ -2,10 +2,9 @@
 
 import inspect
 from collections import defaultdict
-from itertools import pairwise
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import faust
 import pytest
@@ -49,44 +48,21 @@ def test_the_app_opens_no_port_and_makes_no_topic() -> None:
     assert [str(url) for url in app.conf.broker] == ["kafka://127.0.0.1:9092", "kafka://127.0.0.1:9093"]
 
 
-class Group:
-    """Workers of one consumer group; the first is its leader, as Kafka has it."""
-
-    def __init__(self, num_partitions: int) -> None:
-        self._cluster = SimpleNamespace(partitions_for_topic=lambda _: set(range(num_partitions)))
-        self._assignors: dict[str, Any] = {}
-
-    def join(self, member: str, frozen: str = "") -> dict[str, set[int]]:
-        self._assignors[member] = batch_app("group", Connection("127.0.0.1:9092"), nothing, nothing).assignor
-        return self.rebalance(frozen)
-
-    def leave(self, member: str) -> dict[str, set[int]]:
-        del self._assignors[member]
-        return self.rebalance()
-
-    def rebalance(self, frozen: str = "") -> dict[str, set[int]]:
-        """The frozen one does not hear of it."""
-        members = {member: assignor.metadata({"clicks"}) for member, assignor in self._assignors.items()}
-        assigned = next(iter(self._assignors.values())).assign(self._cluster, members)
-        for member, assignor in self._assignors.items():
-            if member != frozen:
-                assignor.on_assignment(assigned[member])
-        return {member: {p for _, ps in one.assignment for p in ps} for member, one in assigned.items()}
-
-
 @pytest.mark.parametrize("num_partitions", [3, 8, 12])
-def test_no_worker_has_two_partitions_more_than_another(num_partitions: int) -> None:
-    group, names = Group(num_partitions), [f"w{number:02d}" for number in range(11)]
-    shares = [group.join(name) for name in names] + [group.leave(name) for name in names[1:]]
-    shares += [group.join("w11"), group.join("w12", frozen="w00"), group.leave("w11"), group.join("w13")]
-    for share in shares:
-        assert sorted(p for held in share.values() for p in held) == list(range(num_partitions))
-        sizes = [len(held) for held in share.values()]
-        assert max(sizes) - min(sizes) <= 1, share
-    assert shares[-1] == group.rebalance()  # nothing has changed, nothing moves
-    for before, after in pairwise(shares[: len(names)]):  # what moves is the newcomer's share alone
-        kept = sum(len(held & after[name]) for name, held in before.items())
-        assert num_partitions - kept == num_partitions // len(after)
+@pytest.mark.parametrize("num_workers", range(1, 12))
+async def test_no_worker_has_two_partitions_more_than_another(num_partitions: int, num_workers: int) -> None:
+    """By what the consumer is made with: Faust takes its own assignor, or another, by the app's settings."""
+    app = batch_app("group", Connection("127.0.0.1:9092"), nothing, nothing)
+    thread = app.consumer._thread
+    consumer = thread._create_worker_consumer(app.transport)
+    (assignor,) = consumer._partition_assignment_strategy
+    consumer._closed = True  # neither it nor its thread was started
+    thread.loop.close()
+    cluster = SimpleNamespace(partitions_for_topic=lambda _: set(range(num_partitions)))
+    members = {f"w{number:02d}": assignor.metadata({"clicks"}) for number in range(num_workers)}
+    held = [[p for _, ps in one.assignment for p in ps] for one in assignor.assign(cluster, members).values()]
+    assert sorted(chain.from_iterable(held)) == list(range(num_partitions))
+    assert max(map(len, held)) - min(map(len, held)) <= 1, held
 
 
 async def test_the_app_makes_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
