@@ -30,7 +30,7 @@ from stream.answers import (
 from stream.closing import Closing
 from stream.events import Item
 
-BUSY = (429, 503)
+BUSY = (429, 502, 503, 504)  # 502, 504: a proxy before a server that starts
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0
 SILENCE_S = 40.0  # an open stream says something every 15 s
 
@@ -178,7 +178,7 @@ def _detail(answer: httpx.Response) -> str:
 def _events(answer: httpx.Response) -> Iterator[tuple[str, str, str]]:
     """(event, data, id) of a server-sent stream: https://html.spec.whatwg.org/multipage/server-sent-events.html."""
     fields: dict[str, list[str]] = {}
-    for line in answer.iter_lines():
+    for line in _lines(answer):
         name, _, value = line.partition(":")
         if name:
             fields.setdefault(name, []).append(value.removeprefix(" "))
@@ -186,3 +186,11 @@ def _events(answer: httpx.Response) -> Iterator[tuple[str, str, str]]:
             if "data" in fields:
                 yield fields.get("event", ["message"])[-1], "\n".join(fields["data"]), fields.get("id", [""])[-1]
             fields = {}
+
+
+def _lines(answer: httpx.Response) -> Iterator[str]:
+    """Ended by a line feed alone: httpx's own also end at U+2028 and others that stand in titles."""
+    rest = ""
+    for text in answer.iter_text():
+        *lines, rest = (rest + text).split("\n")
+        yield from (line.removesuffix("\r") for line in lines)

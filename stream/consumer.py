@@ -45,6 +45,7 @@ def read_window(
     offsets: Mapping[int, int] | None = None,
     only: Collection[int] | None = None,
     until: Mapping[int, int] | None = None,
+    isolation_level: str = "read_committed",
 ) -> Iterator[list[Record]]:
     """The records of `topic` up to the ends found at the start, a list a poll, each partition in its order.
 
@@ -56,7 +57,7 @@ def read_window(
     Raises ValueError for an offset beyond the end (the topic is not the one the offsets are of),
     TimeoutError when a partition makes no progress for STALL_S.
     """
-    with closing(open_consumer(connection)) as consumer:
+    with closing(open_consumer(connection, isolation_level)) as consumer:
         partitions = [part for part in partitions_of(consumer, [topic]) if only is None or part.partition in only]
         ends = {
             part: min(end, (until or {}).get(part.partition, end))

@@ -1,6 +1,7 @@
 """Events out of somebody's CSV file, by a map from our names to its columns."""
 
 import csv
+import math
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,7 +37,7 @@ def load_csv(path: Path, columns: Mapping[str, str]) -> Dataset:
 
 
 def _lines(path: Path, columns: Mapping[str, str], titles: dict[str, str]) -> Iterator[_EventLine]:
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:  # Excel begins with a byte order mark
         reader = csv.DictReader(file)
         absent = [column for column in columns.values() if column not in (reader.fieldnames or ())]
         if absent:
@@ -57,4 +58,6 @@ def _seconds(text: str) -> float:
     except ValueError:
         moment = datetime.fromisoformat(text)
         return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    if not math.isfinite(stamp):
+        raise ValueError(f"{text} is no time")
     return stamp / 1000 if stamp > 1e11 else stamp

@@ -1,12 +1,15 @@
 """Following the recommendations as they are made."""
 
+import logging
 from collections.abc import Callable, Iterator
 
 from stream.closing import Closing
 from stream.connection import Connection
 from stream.consumer import Record, open_consumer, partitions_of
-from stream.events import Recommendations, decode
+from stream.events import BadEvent, Recommendations, decode
 from stream.topics import Topics
+
+log = logging.getLogger(__name__)
 
 
 class Subscriber(Closing):
@@ -46,13 +49,20 @@ class Subscriber(Closing):
         return [record for records in polled.values() for record in records]
 
     def poll(self, timeout_s: float = 1.0) -> list[Recommendations]:
-        """What has come since the last poll, waiting up to timeout_s for the first. Raises BadEvent."""
+        """What has come since the last poll, waiting up to timeout_s for the first.
+
+        A list that cannot be read, of a later release perhaps, is passed over with a warning: the others and the
+        erasures beside it are not to be lost for it.
+        """
         found = []
         for record in self.records(timeout_s):
-            if record.value is not None:
-                found.append(decode(record.value, Recommendations))
-            elif record.key is not None:
-                self._on_erased(record.key.decode())
+            try:
+                if record.value is not None:
+                    found.append(decode(record.value, Recommendations))
+                elif record.key is not None:
+                    self._on_erased(record.key.decode())
+            except (BadEvent, UnicodeDecodeError) as error:
+                log.warning("%s[%d]@%d passed over: %s", record.topic, record.partition, record.offset, error)
         return found
 
     def __iter__(self) -> Iterator[Recommendations]:

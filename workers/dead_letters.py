@@ -9,16 +9,19 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import msgspec
+import structlog
 
 from model.user_state import EMPTY
 from stream.consumer import read_window
-from stream.events import MAX_ID, DeadLetter, decode
+from stream.events import MAX_ID, BadEvent, DeadLetter, decode
 from stream.producer import Producer
 from workers import metrics
 from workers.sender import BatchSender
 from workers.settings import Settings
 from workers.state_writer import Acknowledge
 from workers.states import States
+
+log = structlog.get_logger()
 
 SHOWN_BYTES = 80
 MAX_LETTER_BYTES = 2 * 1024 * 1024
@@ -48,20 +51,29 @@ def place(letter: DeadLetter) -> bytes:
 
 def read(settings: Settings) -> list[tuple[int, DeadLetter]]:
     """All that are kept, oldest first, each with its number in the dead-letter topic."""
-    return list(_kept(settings).values())
-
-
-def _kept(settings: Settings) -> dict[bytes, tuple[int, DeadLetter]]:
-    """By place and not by record key: before erasure they had their message's, many the same or none."""
     found: dict[bytes, tuple[int, DeadLetter]] = {}
+    for key, number, letter in _kept(settings):
+        found.pop(key, None)
+        if letter:
+            found[key] = number, letter
+    return list(found.values())
+
+
+def _kept(settings: Settings) -> Iterator[tuple[bytes, int, DeadLetter | None]]:
+    """Place, number and letter, or None where it has been taken back; what cannot be read is passed over.
+
+    By place and not by record key: before erasure they had their message's, many the same or none.
+    """
     for record in (r for batch in read_window(settings.connection, settings.topics.dead_letters.name) for r in batch):
         if record.value is None:
-            found.pop(record.key or b"", None)
+            yield record.key or b"", record.offset, None
             continue
-        letter = decode(record.value, DeadLetter, MAX_LETTER_BYTES)
-        found.pop(place(letter), None)
-        found[place(letter)] = record.offset, letter
-    return found
+        try:
+            letter = decode(record.value, DeadLetter, MAX_LETTER_BYTES)
+        except BadEvent as error:  # of a later release, or not ours
+            log.warning("dead letter passed over", number=record.offset, cause=str(error))
+        else:
+            yield place(letter), record.offset, letter
 
 
 def describe(number: int, letter: DeadLetter) -> str:
@@ -72,7 +84,7 @@ def describe(number: int, letter: DeadLetter) -> str:
 
 def resend(settings: Settings, letters: Sequence[DeadLetter]) -> tuple[int, int]:
     """Sends each to the topic it came from; how many were sent, and how many could not be."""
-    whole = [letter for letter in letters if not letter.truncated]
+    whole = [one for one in letters if not one.truncated and (one.key is not None or one.payload is not None)]
     producer = Producer(settings.connection)
     for letter in whole:
         producer.send_raw(letter.topic, letter.key, letter.payload)
@@ -132,4 +144,11 @@ class DeadLetters:
         return cleared
 
     def _of(self, user_ids: Collection[str]) -> list[bytes]:
-        return [key for key, (_, letter) in _kept(self._settings).items() if names_one(letter, user_ids)]
+        """Places of their letters. Only these are held: there may be millions beside them."""
+        found: dict[bytes, None] = {}
+        for key, _, letter in _kept(self._settings):
+            if letter is None:
+                found.pop(key, None)
+            elif names_one(letter, user_ids):
+                found[key] = None
+        return list(found)

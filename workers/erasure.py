@@ -28,16 +28,16 @@ class UnknownReceipt(ValueError):
     """No erasure stands there."""
 
 
-def ask(producer: ClickProducer, user_id: str, longest_ms: Callable[[], int]) -> Erased:
+def ask(producer: ClickProducer, user_id: str, longest_ms: Callable[[], int | None]) -> Erased:
     """The wish is in Kafka when this returns. Raises BadEvent, BufferFull, DeliveryError as `ClickProducer.send`."""
-    now_ms = time.time_ns() // 1_000_000
+    now_ms, span_ms = time.time_ns() // 1_000_000, longest_ms()  # first: what it raises must not follow a wish
     partition, offset = producer.erase(user_id, now_ms)
     return Erased(
         receipt=f"{partition}-{offset}",
         partition=partition,
         offset=offset,
         requested_ms=now_ms,
-        gone_by_ms=now_ms + longest_ms(),
+        gone_by_ms=None if span_ms is None else now_ms + span_ms,
     )
 
 
@@ -60,7 +60,8 @@ def status(settings: Settings, receipt: str) -> Erased:
         found.gone = True
         return found
     found.requested_ms = _asked_ms(connection, topic, partition, offset)
-    found.gone_by_ms = found.requested_ms + longest_ms(settings)
+    span_ms = longest_ms(settings)
+    found.gone_by_ms = None if span_ms is None else found.requested_ms + span_ms
     return found
 
 
@@ -77,11 +78,11 @@ def _asked_ms(connection: Connection, topic: str, partition: int, offset: int) -
     raise UnknownReceipt(f"{partition}-{offset}: no erasure stands there")
 
 
-def longest_ms(settings: Settings) -> int:
+def longest_ms(settings: Settings) -> int | None:
     """How long Kafka may hold a user's id after the erasure: the longest of the topics that hold ids, as they are set.
 
     Of a topic with retention: that, and a segment's span. Of a compacted one: until the segment closes, until it is
-    compacted, as long as tombstones are kept, and until the next compaction.
+    compacted, as long as tombstones are kept, and until the next compaction. None: for ever, by a retention of -1.
     """
     spans, topics = [SLACK_MS], settings.topics
     names = [topic.name for topic in (topics.clicks, topics.users, topics.recommendations, topics.dead_letters)]
@@ -92,6 +93,8 @@ def longest_ms(settings: Settings) -> int:
         config = {key: int(configs[name][key]["value"]) for key in ("retention.ms", "segment.ms",
                   "max.compaction.lag.ms", "delete.retention.ms")}  # fmt: skip
         if "delete" in configs[name]["cleanup.policy"]["value"]:
+            if config["retention.ms"] < 0:
+                return None
             spans.append(config["retention.ms"] + config["segment.ms"] + SLACK_MS)
         else:
             lag_ms = config["max.compaction.lag.ms"]

@@ -39,11 +39,12 @@ class TextEncoder:
         with self._opening:
             if self._loading is None:
                 self._loading = ThreadPoolExecutor(1, thread_name_prefix="encoder").submit(self._load)
+            loading = self._loading
         try:
-            encoder = self._loading.result(LOADED_S)
+            encoder = loading.result(LOADED_S)
         except TimeoutError as error:
             raise NotReady("text: the encoder is being loaded") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # the last: torch, where a device has no room
             self._loading = None  # the next request tries again
             raise NotReady(f"text: the encoder is not there: {error}") from error
         if encoder.name != name:

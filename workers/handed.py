@@ -33,6 +33,7 @@ class Handed:
         self._next: dict[int, int] = {}  # partition -> offset after the last one handed on
         self._looked: dict[int, tuple[int, int]] = {}  # partition -> that and the end, at the last look
         self._again: dict[int, tuple[int, float]] = {}  # partition -> from where it was last fetched again, and when
+        self._rebalances = 0
 
     async def complete(self, partition: int, records: Sequence[Any]) -> Sequence[Any]:
         """The records of a batch, before them those that are missing since the last one or since the commit.
@@ -60,7 +61,10 @@ class Handed:
         producer's transaction marker looks so too: one fetch in vain). Raises Stuck where it still is STUCK_S later.
         """
         if any(partition not in self._next and end for partition, end in ends.items()):
+            rebalances = self._rebalances
             committed = await asyncio.to_thread(self._committed)
+            if rebalances != self._rebalances:
+                return {}  # these partitions were forgotten meanwhile
             self._next = {partition: committed.get(partition, 0) for partition in ends} | self._next
         looked, self._looked = self._looked, {p: (self._next.get(p, 0), end) for p, end in ends.items()}
         behind = {}
@@ -77,6 +81,7 @@ class Handed:
         return behind
 
     def forget(self, partitions: Iterable[int]) -> None:
+        self._rebalances += 1
         for partition in partitions:
             for known in (self._next, self._looked, self._again):
                 known.pop(partition, None)
@@ -88,6 +93,11 @@ class Handed:
     def _between(self, partition: int, first: int, end: int) -> list[Record]:
         topic = self._settings.topics.clicks.name
         batches = read_window(
-            self._settings.connection, topic, offsets={partition: first}, only=[partition], until={partition: end}
+            self._settings.connection,
+            topic,
+            offsets={partition: first},
+            only=[partition],
+            until={partition: end},
+            isolation_level="read_uncommitted",  # as Faust reads: else an open transaction would end the topic here
         )
         return [record for batch in batches for record in batch]

@@ -163,8 +163,9 @@ class Live:
         metrics.swap_s.observe(time.monotonic() - began)
         self._gauge(new)
         log.info("generation serves", generation=announced.name, items=new.num_indexed, fresh=len(new.fresh))
-        if not self._keep_previous or (old is not None and announced.created_ms < old.announced.created_ms):
-            self.release_previous()  # what is rolled back to is not on trial: it would bring the other one back
+        back = old is not None and announced.created_ms < old.announced.created_ms
+        if not self._keep_previous or back or announced == self._announcements.pinned:
+            self.release_previous()  # neither what is rolled back to nor what is pinned is on trial: it has to serve
         return True
 
     def _load(self, announced: Artifact) -> Snapshot:

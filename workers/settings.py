@@ -91,7 +91,7 @@ class Kafka(Section):
 class Worker(Section):
     group: str = Field("upwell-worker", min_length=1, description="consumer group; also names the Faust app")
     k: int = Field(20, ge=1, le=200, description="items in each list sent")
-    explained: int = Field(3, ge=0, le=200, description="places of each list sent that come with reasons")
+    explained: int = Field(3, ge=0, le=100, description="places of each list sent that come with reasons")
     batch_clicks: int = Field(
         1024, ge=1, le=10_000, description="clicks of a partition worked off at once, at most: one list a user of them"
     )

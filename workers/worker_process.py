@@ -36,7 +36,7 @@ def run_worker(settings: Settings) -> int:
     clicks = app.topic(settings.topics.clicks.name, value_type=bytes, value_serializer="raw")
 
     def fenced(error: BaseException) -> None:
-        die("states can be written no more: another worker has taken over, or Kafka is gone", EX_SOFTWARE, error)
+        die("states can be written no more, or their clicks not acknowledged", EX_SOFTWARE, error)
 
     owned = OwnedStates(settings.connection, settings.topics.users.name, fenced)
     worker, handed = UserWorker(settings, live, owned, sender), Handed(settings)
@@ -73,7 +73,8 @@ def run_worker(settings: Settings) -> int:
         except Stuck as error:
             die("Faust hands no clicks on", EX_SOFTWARE, error)
         for partition, offset in behind.items():
-            await app.consumer.seek(tps[partition], offset)
+            if tps[partition] in app.consumer.assignment():
+                await app.consumer.seek(tps[partition], offset)
 
     @app.on_partitions_assigned.connect  # type: ignore[untyped-decorator]
     async def restore(_: Any, assigned: Any, **kwargs: Any) -> None:

@@ -3,10 +3,11 @@
 import itertools
 from collections.abc import Iterator
 
+import httpx
 import pytest
 
 from stream.answers import EventIn, Guest, Status, Update
-from stream.client import ApiError, Client, Unavailable
+from stream.client import ApiError, Client, Unavailable, _events
 from tests.workers.console_fake import Fake, fake_api
 from workers.processes import free_port
 
@@ -81,3 +82,19 @@ def test_updates_come_again_after_a_lost_stream(fake: tuple[Fake, str]) -> None:
         sender.send(EventIn(user_id="u", item_id="i2", event_id="e-2"))
         assert isinstance(next(updates), Update)
         updates.close()  # type: ignore[attr-defined]
+
+
+def test_a_title_may_hold_what_python_calls_an_end_of_line() -> None:
+    title = "tides\u2028and\x85rivers"
+    sent = f"event: recommendations\r\ndata: {title}\r\nid: 7\r\n\r\n: alive\r\n\r\ndata: a\ndata: b\n\n".encode()
+    pieces = (sent[at : at + 3] for at in range(0, len(sent), 3))
+    answer = httpx.Response(200, content=pieces)
+    assert list(_events(answer)) == [("recommendations", title, "7"), ("message", "a\nb", "")]
+
+
+@pytest.mark.parametrize("status", [502, 504])
+def test_a_proxy_before_a_server_that_starts_is_asked_again(status: int) -> None:
+    answers = iter([httpx.Response(status), httpx.Response(200, json={"items": []})])
+    with Client("http://upwell") as client:
+        client._http = httpx.Client(base_url="http://upwell", transport=httpx.MockTransport(lambda _: next(answers)))
+        assert client.items() == []

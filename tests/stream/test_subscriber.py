@@ -36,3 +36,19 @@ def test_from_now_and_from_the_beginning(connection: Connection, topics: Topics)
         seen = iter(all_of_it)
         assert {next(seen).user_id, next(seen).user_id} == {"before", "after"}
     producer.close()
+
+
+def test_what_cannot_be_read_takes_nothing_along(connection: Connection, topics: Topics) -> None:
+    """A list of a later release between two of ours, and an erasure behind it, in one poll."""
+    erased: list[str] = []
+    later = encode(recommendation("u")).replace(b'"version":1', b'"version":2')
+    producer = kafka.KafkaProducer(**connection.kafka_python())
+    for key, value in ((b"a", encode(recommendation("a"))), (b"u", later), (b"gone", None), (b"\xff", None),
+                       (b"b", encode(recommendation("b")))):  # fmt: skip
+        producer.send(topics.recommendations.name, value, key, partition=0).get(5)
+    with Subscriber(connection, topics, from_beginning=True, on_erased=erased.append) as subscriber:
+        seen = list[str]()
+        while len(seen) < 2:
+            seen += [answer.user_id for answer in subscriber.poll()]
+    assert (seen, erased) == (["a", "b"], ["gone"])
+    producer.close()

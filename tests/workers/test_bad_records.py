@@ -1,14 +1,17 @@
 """Records that no reader can use pass every follower by, and become dead letters that fit into Kafka."""
 
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from stream.events import MAX_ID, Item, ItemVector, encode
 from tests.workers.test_compatibility import Record
 from workers.dead_letters import MAX_DEAD_PAYLOAD, dead_letter
+from workers.guests import TextEncoder
 from workers.indexer import Indexer
-from workers.live import Live
+from workers.live import Live, NotReady
 from workers.sender import MAX_RECORD_BYTES
 from workers.settings import Settings
 
@@ -49,3 +52,19 @@ def test_a_dead_letter_of_the_largest_valid_key_is_whole() -> None:
     key = ("𝒌" * MAX_ID).encode()
     letter = dead_letter(Record("clicks", key, b"{"), "cause")
     assert (letter.key, letter.payload, letter.truncated) == (key, b"{", False)
+
+
+def test_an_encoder_without_room_is_loaded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    ready: Any = SimpleNamespace(name="e", encode=lambda texts: np.ones((len(texts), 2), np.float32))
+    loads = iter([RuntimeError("CUDA out of memory"), ready])
+
+    def load(_: TextEncoder) -> Any:
+        if isinstance(loaded := next(loads), Exception):
+            raise loaded
+        return loaded
+
+    monkeypatch.setattr(TextEncoder, "_load", load)
+    encoder = TextEncoder(SETTINGS)
+    with pytest.raises(NotReady, match="out of memory"):
+        encoder("words", "e")
+    assert encoder("words", "e").shape == (2,)

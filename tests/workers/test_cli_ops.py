@@ -17,7 +17,7 @@ from stream.producer import ClickProducer, Producer, partition_of
 from stream.topics import Topics, WrongTopic, ensure
 from tests.workers.service import ITEMS, clicks, upwell
 from workers.backup import NOWHERE, BadBackup, Counts, read_backup, restore, write_backup
-from workers.dead_letters import DeadLetters, place, read
+from workers.dead_letters import DeadLetters, place, read, resend
 from workers.lag import read_offsets
 from workers.settings import Kafka, Settings, Worker
 from workers.states import raw_states
@@ -82,6 +82,25 @@ def test_the_dead_letters_of_a_release_without_erasure(connection: Connection) -
     assert upwell("topics", **environment).returncode == 0
     assert [letter for _, letter in read(settings)] == letters
     assert set(DeadLetters(settings, None)._of({"u1"})) == {place(letter) for letter in letters[:2]}  # type: ignore[arg-type]
+
+
+def test_a_dead_letter_that_cannot_be_read_or_sent_stops_nothing(topics: Topics, connection: Connection) -> None:
+    """Else the first erasure ends the worker, and does so again after every restart."""
+    settings = settings_of(connection, topics.prefix)
+    letters = [
+        DeadLetter(topic=topics.clicks.name, partition=0, offset=at, cause="", key=key, payload=payload, ts_ms=0)
+        for at, (key, payload) in enumerate([(b"u1", b"{"), (None, None), (b"u1", b"{"), (b"u2", b"{")])
+    ]
+    with Producer(connection) as producer:
+        for letter in letters:
+            producer.send_raw(topics.dead_letters.name, place(letter), encode(letter))
+            later = encode(letter).replace(b'"version":1', b'"version":9')
+            producer.send_raw(topics.dead_letters.name, b"later", later)
+        producer.send_raw(topics.dead_letters.name, place(letters[2]), None)
+    kept = [letters[0], letters[1], letters[3]]
+    assert [letter for _, letter in read(settings)] == kept
+    assert DeadLetters(settings, None)._of({"u1"}) == [place(letters[0])]  # type: ignore[arg-type]
+    assert resend(settings, kept) == (2, 1)  # Kafka takes nothing under no key
 
 
 def test_lag_is_what_the_group_has_not_committed(topics: Topics, connection: Connection) -> None:

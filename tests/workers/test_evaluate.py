@@ -38,7 +38,8 @@ def upwell(*arguments: str) -> tuple[int, str]:
 
 def test_csv_is_read_by_its_column_map(tmp_path: Path) -> None:
     path = tmp_path / "shop.csv"
-    path.write_text("who,what,when,kind\na,x,2024-01-01T00:00:01Z,order\nb,y,1704067200000,hum\n", encoding="utf-8")
+    lines = "who,what,when,kind\na,x,2024-01-01T00:00:01Z,order\nb,y,1704067200000,hum\n"
+    path.write_text(lines, encoding="utf-8-sig")  # as Excel does
     dataset = load_csv(path, parse_columns("user=who,item=what,ts=when,type=kind"))
     assert [(click.user_id, click.item_id, click.event_type, click.ts_ms) for click in dataset.events] == [
         ("b", "y", "click", 1_704_067_200_000),
@@ -54,6 +55,7 @@ def test_csv_is_read_by_its_column_map(tmp_path: Path) -> None:
         ("user=who,item=what,ts=when,color=kind", "a,x,1,order,2", "unknown \\['color'\\]"),
         ("user=who,item=what,ts=day", "a,x,1,order,2", "no column day"),
         ("user=who,item=what,ts=when", "a,x,yesterday,order,2", "line 2: .*yesterday"),
+        ("user=who,item=what,ts=when", "a,x,nan,order,2", "line 2: .*nan"),
     ],
 )
 def test_a_bad_csv_is_refused_by_what_is_wrong(tmp_path: Path, columns: str, line: str, said: str) -> None:

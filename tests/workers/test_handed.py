@@ -9,6 +9,7 @@ from stream.producer import ClickProducer, partition_of
 from stream.topics import Topics
 from tests.workers.service import clicks
 from workers.handed import Handed, Stuck
+from workers.sender import BatchSender
 from workers.settings import Kafka, Settings
 
 
@@ -45,3 +46,39 @@ async def test_a_partition_that_stands_still_after_a_second_fetch_is_stuck(
     assert looks == [{}, {partition: 0}]
     with pytest.raises(Stuck):
         await handed.behind({partition: 1})
+
+
+async def test_a_producer_s_open_transaction_ends_no_worker(broker: LocalBroker, topics: Topics) -> None:
+    """To a reader of what is committed the topic ends where it began; Faust reads on."""
+    settings = Settings(kafka=Kafka(bootstrap=broker.bootstrap, prefix=topics.prefix, partitions=3))
+    open_, done = (BatchSender(settings.connection, transactional_id=f"{topics.prefix}-{name}") for name in "ab")
+    try:
+        for sender in (open_, done):
+            await sender.start()
+            await sender.begin()
+            await sender.send(topics.clicks.name, 0, [(b"u", b"{}")])
+        await done.commit()  # its marker is the gap
+        await done.begin()
+        await done.send(topics.clicks.name, 0, [(b"u", b"{}")])
+        batches = read_window(settings.connection, topics.clicks.name, isolation_level="read_uncommitted")
+        records = [record for batch in batches for record in batch]
+        assert [record.offset for record in records] == [0, 1, 3]
+        handed = Handed(settings)
+        assert await handed.complete(0, records[:2]) == records[:2]
+        assert await handed.complete(0, records[2:]) == records[2:]
+    finally:
+        for sender in (open_, done):
+            await sender.stop()
+
+
+async def test_what_was_forgotten_meanwhile_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rebalance during the look: the place of then would make all clicks since look like a gap, hours later."""
+    handed = Handed(Settings())
+
+    def rebalance() -> dict[int, int]:
+        handed.forget([3])
+        return {3: 100}
+
+    monkeypatch.setattr(handed, "_committed", rebalance)
+    assert await handed.behind({3: 200}) == {}
+    assert not handed._next

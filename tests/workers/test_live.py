@@ -79,6 +79,13 @@ def test_one_dead_search_process_is_replaced_once_and_keeps_the_trial(live: Any)
     assert names(live) == ("g2", "g1") and not live.previous.search.closed
 
 
+def test_what_is_pinned_is_not_on_trial(live: Any) -> None:
+    announce(live, 1)
+    live._announcements.pinned = generation(2)
+    live._serve_wanted()
+    assert names(live) == ("g2", None)
+
+
 def test_what_is_rolled_back_to_is_not_on_trial(live: Any) -> None:
     """Against the one that was taken back it would lose, perhaps, and bring it back."""
     announce(live, 1, 2)

@@ -11,9 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import kafka
 import msgspec
 import pytest
 import structlog
+from kafka.admin import ConfigResource
 from litestar.testing import TestClient
 
 from model.user_state import EMPTY, UserState, encode_state
@@ -22,6 +24,7 @@ from stream.consumer import read_window
 from stream.events import OFFSET_HEADER, WIRE_TYPES, Click, DeadLetter, ItemVector, encode
 from stream.producer import ClickProducer, Producer, partition_of
 from stream.topics import Topics
+from tests.workers.service import until
 from tests.workers.test_limits import Still
 from workers import metrics
 from workers.dead_letters import names_one
@@ -210,6 +213,26 @@ def test_a_receipt_says_where_the_erasure_stands(settings: Settings, click: Call
     for unknown in (f"{partition}-{offset}", f"{partition}-{offset + 5}", "77-0", "x", "0-1-2", ""):
         with pytest.raises(UnknownReceipt):
             status(settings, unknown)
+
+
+def test_a_receipt_promises_no_end_where_clicks_are_kept_for_ever(settings: Settings) -> None:
+    with kafka.KafkaAdminClient(**settings.connection.kafka_python()) as admin:
+        resource = ConfigResource("TOPIC", settings.topics.clicks.name, {"retention.ms": "-1"})
+        admin.alter_configs([resource])
+    until(lambda: longest_ms(settings) is None, "the broker says so")
+    with ClickProducer(settings.connection, settings.topics) as producer:
+        receipt = ask(producer, "u", lambda: longest_ms(settings))
+    assert receipt.gone_by_ms is None and status(settings, receipt.receipt).gone_by_ms is None
+
+
+def test_no_wish_is_sent_whose_receipt_cannot_be_made(settings: Settings) -> None:
+    def denied() -> int:
+        raise kafka.errors.TopicAuthorizationFailedError
+
+    refused = pytest.raises(kafka.errors.TopicAuthorizationFailedError)
+    with ClickProducer(settings.connection, settings.topics) as producer, refused:
+        ask(producer, "u", denied)
+    assert not any(read_window(settings.connection, settings.topics.clicks.name))
 
 
 def test_receipts_asked_for_while_kafka_is_away_hold_up_no_list(monkeypatch: pytest.MonkeyPatch) -> None:
