@@ -136,16 +136,19 @@ def restore(settings: Settings, backup: Backup) -> list[str]:
         for user_id, state in backup.users.items():
             value = encode_state(msgspec.structs.replace(state, offset=NOWHERE))
             producer.send_raw(users, user_id.encode(), value)
-        found = []
+        found, newest_ms = [], max((one.created_ms for one in backup.announced.values()), default=0)
         for kind, artifact in backup.announced.items():
             if (place := _place(settings, artifact)) is None:
                 continue
             found.append(artifact.name)
-            raw = encode(msgspec.structs.replace(artifact, url=f"{settings.artifacts}/{place}", offsets={}))
+            moved = msgspec.structs.replace(artifact, url=f"{settings.artifacts}/{place}", offsets={})
             if kind == "model":
-                producer.send_raw(settings.topics.models.name, b"model", raw)
+                producer.send_raw(settings.topics.models.name, b"model", encode(moved))
             else:
-                producer.send_raw(settings.topics.generations.name, artifact.name.encode(), raw)
+                # No older than the model: the indexer would take that for one not built yet, and what had been
+                # rolled back would come again.
+                moved = msgspec.structs.replace(moved, created_ms=newest_ms)
+                producer.send_raw(settings.topics.generations.name, artifact.name.encode(), encode(moved))
     return found
 
 

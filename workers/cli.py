@@ -299,9 +299,9 @@ def rollback_generation(
 ) -> None:
     """Serve an earlier one; the next that wins at the gate comes after it."""
     settings = settings_for("generations")
-    from workers.generations import UnknownGeneration, roll_back
+    from workers.generations import NothingMoves, UnknownGeneration, roll_back
 
-    with failing(UnknownGeneration):
+    with failing(UnknownGeneration, NothingMoves):
         typer.echo(f"{roll_back(settings, name).name} is announced again")
 
 

@@ -80,6 +80,8 @@ class ForkServer:
                     pid = self._ask(line, handles := [connection.fileno(), theirs])
                 except OSError:  # it has died since the last one: another
                     pid = self._ask(line, handles)
+            if pid < 0:
+                raise BlockingIOError("no process can be forked: no memory, or too many processes")
         except BaseException:
             os.close(told)
             raise
@@ -124,7 +126,7 @@ class ForkServer:
         except OSError:
             self._end()
             raise
-        return int(_NUMBER.unpack(pid)[0])
+        return int(_NUMBER.unpack(pid)[0])  # -1: it could not fork
 
 
 def serve(handle: int, parent: int, work: Callable[..., None]) -> None:
@@ -150,7 +152,15 @@ def serve(handle: int, parent: int, work: Callable[..., None]) -> None:
                 if not line:
                     return
                 server = os.getpid()
-                if not (pid := os.fork()):
+                try:
+                    pid = os.fork()
+                except OSError:  # no room for one more: those that are there go on
+                    traceback.print_exc()
+                    for descriptor in handles:
+                        os.close(descriptor)
+                    control.sendall(_NUMBER.pack(-1))
+                    continue
+                if not pid:
                     signal.set_wakeup_fd(-1)
                     for descriptor in (control.detach(), ended.detach(), wake.detach(), handles[1], *children.values()):
                         os.close(descriptor)

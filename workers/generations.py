@@ -12,6 +12,10 @@ class UnknownGeneration(ValueError):
     """No generation of that name is announced and kept."""
 
 
+class NothingMoves(ValueError):
+    """What is pinned serves on."""
+
+
 def listed(settings: Settings) -> list[tuple[Artifact, str]]:
     """All that are kept, the newest announced last, each with its mark: serves, pinned or nothing."""
     announcements = read_announcements(settings)
@@ -35,15 +39,20 @@ def manifest(settings: Settings, artifact: Artifact) -> Manifest:
 
 
 def roll_back(settings: Settings, name: str | None) -> Artifact:
-    """Announce a generation again, which makes it the newest; by default the one before the newest.
+    """Announce a generation again, which makes it the newest; by default the one built before what was announced last.
 
-    The next one that wins at the gate serves after it: pin, to stay. Raises UnknownGeneration.
+    By when they were built: in the order of announcements a second rollback would go forward again. The next one that
+    wins at the gate serves after it: pin, to stay. Raises UnknownGeneration, NothingMoves.
     """
+    announcements = read_announcements(settings)
+    if announcements.pinned:
+        raise NothingMoves(f"{announcements.pinned.name} is pinned and serves whatever is announced")
     if name is None:
-        names = list(read_announcements(settings).generations)
-        if len(names) < 2:
+        *_, newest = [None, *announcements.generations.values()]
+        older = [one for one in announcements.generations.values() if newest and one.created_ms < newest.created_ms]
+        if not older:
             raise UnknownGeneration("there is none before the newest")
-        name = names[-2]
+        name = max(older, key=lambda one: one.created_ms).name
     artifact = find(settings, name)
     _announce(settings, artifact.name, artifact)
     return artifact

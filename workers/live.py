@@ -126,7 +126,7 @@ class Live:
         """Swap to the first of the wanted generations that can be served: none that was refused, none twice."""
         self._moved = False
         for announced in self._announcements.wanted():
-            if self.snapshot is not None and self.snapshot.announced == announced and not self._search_died:
+            if self.snapshot is not None and self.snapshot.announced == announced and not self.search_died:
                 return
             if announced.manifest_sha256 not in self._refused and self._swap(announced):
                 return
@@ -134,10 +134,11 @@ class Live:
     @property
     def due(self) -> bool:
         """Whether another generation may be wanted, or the one that serves has to be loaded anew."""
-        return (self._search_died or self._moved) and time.monotonic() > self._not_before
+        return (self.search_died or self._moved) and time.monotonic() > self._not_before
 
     @property
-    def _search_died(self) -> bool:
+    def search_died(self) -> bool:
+        """Until its successor serves, callers wait, and are told NotReady in the end."""
         return self.snapshot is not None and self.snapshot.search is self._dead
 
     def _swap(self, announced: Artifact) -> bool:
@@ -172,7 +173,7 @@ class Live:
         cache, sha256 = self._settings.cache / "generations", announced.manifest_sha256
         # The search process verifies all of it, too: twice only where a damaged one would end a trial.
         folder = fetch(announced.url, cache, sha256, verified=self.previous is not None)
-        if not self._search_died:
+        if not self.search_died:
             self.release_previous()  # two are in memory at most
         search = SearchProcess(folder, sha256)
         try:

@@ -23,11 +23,11 @@ def livez() -> str:
 
 @get("/readyz", sync_to_thread=False, media_type=MediaType.TEXT, summary="Ready", tags=["ops"], **route(None, 503))
 def readyz(service: Served) -> Response[str]:
-    """200 once a generation is loaded and the users' states are caught up; 503 says which is missing."""
+    """200 once a generation is loaded and answers, and the users' states are caught up; 503 says which is missing."""
     missing = [
         name
         for name, there in {
-            "generation": service.live.snapshot is not None,
+            "generation": service.live.snapshot is not None and not service.live.search_died,
             "items": service.live.caught_up.is_set(),
             "states": service.users.caught_up.is_set(),
         }.items()

@@ -28,6 +28,7 @@ from workers.fork_server import ForkServer, serve
 
 _READY = struct.Struct("<2q")  # N, D; or one of these and the length of the reason
 _REFUSED, _OUT_OF_REACH = -1, -2
+_LATE, _KILLED = "no answer in time", "ended by SIGKILL"
 _CALL = struct.Struct("<4q")  # B, k, E, H
 _LOADED_PER_S = 20_000_000  # bytes, at least: verified, checked and loaded at 100 MB/s on a busy core
 _END_S = 5.0  # from the end of its socket a child needs milliseconds to leave
@@ -36,7 +37,7 @@ _FORKS = ForkServer("workers.search")
 
 
 class GenerationRefused(RuntimeError):
-    """The child could not load the generation, or its probes are answered otherwise. The message says why."""
+    """The generation is damaged, its probes are answered otherwise, or it crashed the child. The message says why."""
 
 
 class SearchProcessDied(RuntimeError):
@@ -47,8 +48,8 @@ class SearchProcess(Closing):
     """A child that has verified, loaded and probed one generation. Thread-safe: calls queue up.
 
     `manifest_sha256` is the announced one. `timeout_s` is the longest wait for one answer, and for readiness beside the
-    time that so many bytes take. Raises GenerationRefused, and OSError where the files are out of reach, which says
-    nothing about the generation.
+    time that so many bytes take. Raises GenerationRefused, and OSError where the files or the memory are out of
+    reach, which says nothing about the generation.
     """
 
     def __init__(self, folder: Path, manifest_sha256: str, *, timeout_s: float = 60.0) -> None:
@@ -64,6 +65,8 @@ class SearchProcess(Closing):
             reason = "" if self.size >= 0 else _receive(self._socket, self.dim).decode()
         except (EOFError, OSError) as error:
             reason = self._end(error)
+            if reason in (_LATE, _KILLED):  # a machine that is busy or out of memory says nothing about the files
+                self.size = _OUT_OF_REACH
         if reason:
             self._end()
             raise (OSError if self.size == _OUT_OF_REACH else GenerationRefused)(f"{folder.name}: {reason}")
@@ -114,7 +117,7 @@ class SearchProcess(Closing):
             self._child.kill()
             code = self._child.wait(_END_S)
         if isinstance(error, TimeoutError):
-            return "no answer in time"
+            return _LATE
         return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
 
 
@@ -148,7 +151,7 @@ def _load_and_answer(connection: socket.socket, folder: str, manifest_sha256: st
         index = load_index(Path(folder), manifest)
     except (DamagedGeneration, OSError, MemoryError) as error:
         reason = f"{type(error).__name__}: {error}".encode()
-        code = _OUT_OF_REACH if isinstance(error, OSError) else _REFUSED
+        code = _REFUSED if isinstance(error, DamagedGeneration) else _OUT_OF_REACH
         connection.sendall(_READY.pack(code, len(reason)) + reason)
         return
     try:

@@ -19,5 +19,12 @@ def work(connection: socket.socket, order: str, text: str) -> None:
         signal.pause()
 
 
+def fork() -> int:
+    if os.path.exists(os.environ.get("FULL", "")):
+        raise BlockingIOError("Resource temporarily unavailable")
+    return real_fork()
+
+
 if __name__ == "__main__":
+    real_fork, os.fork = os.fork, fork
     serve(int(sys.argv[1]), int(sys.argv[2]), work)

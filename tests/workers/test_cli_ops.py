@@ -12,12 +12,14 @@ from kafka.structs import OffsetAndMetadata
 
 from model.user_state import Applied, Fold, Limits, UserState, decode_state, encode_state
 from stream.connection import Connection
-from stream.events import DeadLetter, encode
+from stream.events import Artifact, DeadLetter, encode
 from stream.producer import ClickProducer, Producer, partition_of
 from stream.topics import Topics, WrongTopic, ensure
 from tests.workers.service import ITEMS, clicks, upwell
+from workers.announcements import newest_model, read_announcements
 from workers.backup import NOWHERE, BadBackup, Counts, read_backup, restore, write_backup
 from workers.dead_letters import DeadLetters, place, read, resend
+from workers.generations import NothingMoves, UnknownGeneration, pin, roll_back
 from workers.lag import read_offsets
 from workers.settings import Kafka, Settings, Worker
 from workers.states import raw_states
@@ -163,6 +165,43 @@ def test_what_is_exported_can_be_imported_elsewhere(connection: Connection, tmp_
     assert {item.item_id for item in read_backup(again).items} == {item.item_id for item in ITEMS} - {"i5"}
     with pytest.raises(BadBackup, match="holds states already"):
         restore(new, read_backup(again))
+
+
+def test_what_was_rolled_back_stays_back_in_a_restored_installation(connection: Connection, tmp_path: Path) -> None:
+    """The indexer builds of a model that is newer than every generation; here g1 serves, and m2 had lost."""
+    old, new = (settings_of(connection).model_copy(update={"artifacts": str(tmp_path)}) for _ in range(2))
+    for settings in (old, new):
+        ensure(settings.topics, settings.connection)
+    model, generation = (
+        Artifact(name=name, url=f"{tmp_path}/{name}/x", manifest_sha256="", created_ms=at, encoder="e", parent=parent)
+        for name, at, parent in (("m2", 20, None), ("g1", 10, "m1"))
+    )
+    for artifact in (model, generation):
+        (tmp_path / artifact.name / "x").mkdir(parents=True)
+    with Producer(connection) as producer:
+        producer.send_raw(old.topics.models.name, b"model", encode(model))
+        producer.send_raw(old.topics.generations.name, b"g1", encode(generation))
+    write_backup(old, tmp_path / "all.jsonl")
+    assert restore(new, read_backup(tmp_path / "all.jsonl")) == ["m2", "g1"]
+    (serving,), newest = read_announcements(new).wanted(), newest_model(new)
+    assert newest and serving.name == "g1" and not serving.created_ms < newest.created_ms
+
+
+def test_a_second_rollback_goes_further_back(connection: Connection) -> None:
+    settings = settings_of(connection)
+    ensure(settings.topics, settings.connection)
+    made = [Artifact(name=f"g{at}", url="", manifest_sha256="", created_ms=at, encoder="e") for at in (1, 2, 3)]
+    with Producer(connection) as producer:
+        for artifact in made:
+            producer.send_raw(settings.topics.generations.name, artifact.name.encode(), encode(artifact))
+    assert [roll_back(settings, None).name for _ in range(2)] == ["g2", "g1"]
+    with pytest.raises(UnknownGeneration):
+        roll_back(settings, None)
+    pin(settings, "g3")
+    for name in (None, "g2"):
+        with pytest.raises(NothingMoves, match="g3 is pinned"):
+            roll_back(settings, name)
+    assert read_announcements(settings).wanted()[1].name == "g1"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 import socket
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +45,20 @@ def test_a_child_that_stays_is_waited_for_and_killed(server: ForkServer) -> None
         child.kill()
         assert child.wait(20) == -9
         child.kill()  # of what has gone: nothing
+
+
+def test_a_fork_that_fails_costs_no_child_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FULL", str(full := tmp_path / "full"))  # while it is there, tests/workers/forked.py has no room
+    ours, theirs = socket.socketpair()
+    with ours, theirs, closing(ForkServer("tests.workers.forked")) as server:
+        child = server.fork(theirs, "wait", "")
+        full.touch()
+        with pytest.raises(BlockingIOError):
+            server.fork(theirs, "echo", "one more")
+        full.unlink()
+        assert forked(server, "echo", "again")[1] == b"again"
+        with pytest.raises(TimeoutError):
+            child.wait(0.1)
 
 
 def test_with_its_end_the_children_end() -> None:

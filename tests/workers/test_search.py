@@ -234,6 +234,17 @@ def test_a_crash_while_loading_is_a_refusal(tmp_path: Path) -> None:
                 future.result()
 
 
+def test_a_machine_without_memory_says_nothing_about_the_generation(tmp_path: Path) -> None:
+    """The kernel's killer, in the moment when two indexes are in memory: it is to be tried again."""
+    os.mkfifo(tmp_path / "manifest.json")
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(SearchProcess, tmp_path, "0" * 64)
+        with (tmp_path / "manifest.json").open("wb"):
+            os.kill(child_of(child_of(os.getpid())), signal.SIGKILL)
+            with pytest.raises(OSError, match="ended by SIGKILL"):
+                future.result()
+
+
 def test_when_the_fork_server_dies_its_children_go_and_the_next_search_has_another(built: Path) -> None:
     with SearchProcess(built, manifest_sha256(built)) as search:
         os.kill(child_of(os.getpid()), signal.SIGKILL)
