@@ -2,11 +2,14 @@
 
 import asyncio
 import math
+import re
 import time
 from collections import OrderedDict
 from typing import Any
+from urllib.parse import quote, unquote_to_bytes
 
 from litestar.connection import Request
+from litestar.datastructures import Headers
 from litestar.exceptions import HTTPException
 from litestar.types import ASGIApp, HTTPReceiveMessage, Message, Receive, Scope, Send
 
@@ -15,6 +18,9 @@ from workers.keys import Key, Keys
 from workers.settings import Serve
 
 MAX_CALLERS = 10_000  # whose buckets are kept; who is forgotten starts with a full one
+SLASH = "\ue000"  # stands in a path for the slash of an id (%2F) until the route is found
+_SLASHES = re.compile(rb"%2F", re.IGNORECASE)
+_LOOPBACK = re.compile(r"(localhost|[\w-]+\.localhost|127(\.\d+){3}|\[::1\])(:\d+)?", re.IGNORECASE)
 
 
 class Buckets:
@@ -57,6 +63,10 @@ class Gate:
     def __call__(self, app: ASGIApp) -> ASGIApp:
         async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
             opt = scope["route_handler"].opt
+            scope["path_params"] = {
+                name: value.replace(SLASH, "/") if isinstance(value, str) else value
+                for name, value in scope["path_params"].items()
+            }
             if opt.get("scope", "") is not None:
                 self._admit(scope, opt.get("scope", ""))
             if opt.get("stream"):
@@ -79,12 +89,21 @@ class Gate:
         if wait_s := self._buckets.wait_s(caller, time.monotonic()):
             raise refused(429, f"more than {self._serve.rate:g} requests a second", wait_s)
         if not self._keys.required:
+            self._refuse_foreign_pages(Request[Any, Any, Any](scope).headers)
             return
         if key is None:
             detail = "a valid key is needed: Authorization: Bearer KEY"
             raise HTTPException(status_code=401, detail=detail, headers={"WWW-Authenticate": "Bearer"})
         if needed not in key.scopes:
             raise HTTPException(status_code=403, detail=f"this key has no scope {needed}")
+
+    def _refuse_foreign_pages(self, headers: Headers) -> None:
+        """Without keys a page of any site that this machine's browser shows could write, and read by DNS rebinding."""
+        host, site = headers.get("host", "localhost"), headers.get("sec-fetch-site", "none")
+        if not _LOOPBACK.fullmatch(host):
+            raise HTTPException(status_code=403, detail=f"without keys only loopback is answered, not {host}")
+        if site == "cross-site" and headers.get("origin") not in self._serve.cors_origins:
+            raise HTTPException(status_code=403, detail="without keys no other site's page is answered")
 
     def _key(self, scope: Scope) -> Key | None:
         if not self._keys.required:
@@ -127,26 +146,44 @@ class Gate:
         return sending
 
 
-def measured(app: ASGIApp) -> ASGIApp:
-    """Counts and times requests by route template: a path holds user ids."""
+def with_slashes(app: ASGIApp) -> ASGIApp:
+    """Before the routes: an id may hold a slash, as %2F, and ASGI's `path` no longer tells it from the path's own."""
 
     async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
-        began, status = time.perf_counter(), 500
+        raw = scope.get("raw_path", b"").partition(b"?")[0]
+        if _SLASHES.search(raw):
+            scope["path"] = unquote_to_bytes(_SLASHES.sub(quote(SLASH).encode(), raw)).decode(errors="replace")
+        await app(scope, receive, send)
+
+    return middleware
+
+
+def measured(app: ASGIApp) -> ASGIApp:
+    """Counts and times requests by route template: a path holds user ids. 499: the client left before the answer."""
+
+    async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
+        began, status, started, left = time.perf_counter(), 500, False, False
+
+        async def hear() -> Any:
+            nonlocal left
+            message = await receive()
+            left |= message["type"] == "http.disconnect" and not started
+            return message
 
         async def watch(message: Message) -> None:
-            nonlocal status
+            nonlocal status, started
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, started = message["status"], True
             await send(message)
 
         try:
-            await app(scope, receive, watch)
+            await app(scope, hear, watch)
         except HTTPException as error:
             status = error.status_code
             raise
         finally:
             route = scope.get("path_template") or "unknown"
-            metrics.requests.labels(route, str(status)).inc()
+            metrics.requests.labels(route, "499" if left else str(status)).inc()
             if not scope["route_handler"].opt.get("stream"):
                 metrics.request_s.labels(route).observe(time.perf_counter() - began)
 

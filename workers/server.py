@@ -23,7 +23,7 @@ from workers import routes_erasure, routes_ingest, routes_ops, routes_read, rout
 from workers.guests import OtherEncoder
 from workers.keys import OPEN, Keys
 from workers.lag import LagFollower
-from workers.limits import Gate, measured
+from workers.limits import Gate, measured, with_slashes
 from workers.live import NotReady
 from workers.processes import end_with_threads, settle, share_heaps
 from workers.routes import invalid, known, nested, not_ready, other_encoder
@@ -87,7 +87,7 @@ def build_app(service: Service, keys: Keys) -> Litestar:
 
     serve = service.settings.serve
     scheme = SecurityScheme(type="http", scheme="bearer", description="a key of `upwell keys new`")
-    return Litestar(
+    app = Litestar(
         [*ROUTES, routes_ops.console()],
         dependencies={"service": Provide(provide)},
         middleware=[*request_spans(service.tracer), measured, Gate(serve, keys)],
@@ -116,6 +116,8 @@ def build_app(service: Service, keys: Keys) -> Litestar:
         on_shutdown=[service.stop],
         logging_config=None,
     )
+    app.asgi_handler = with_slashes(app.asgi_handler)
+    return app
 
 
 class Server(uvicorn.Server):

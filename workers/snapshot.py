@@ -27,6 +27,11 @@ MOST_REASONS = 3
 SCANNED_AT_ONCE = 65_536  # item vectors gathered for one block of a scan: some 50 MB
 
 
+def _six_digits(chance: float) -> float:
+    """Significant ones: estimates divide by it, and of an exploration of 1e-6 six decimals leave nothing."""
+    return float(f"{chance:.6g}")
+
+
 class Rules(NamedTuple):
     """What may stand in a list, and how it is chosen among that. Items that were removed never come."""
 
@@ -245,8 +250,8 @@ class Snapshot:
             Ranked(
                 item_id=ids[rows[at]],
                 score=round(float(scores[at]), 5),
-                propensity=round(float(chance[at]), 6),
-                under={name: round(float(other[at]), 6) for name, other in under.items()},
+                propensity=_six_digits(chance[at]),
+                under={name: _six_digits(other[at]) for name, other in under.items()},
             )
             for at in chosen
         ]

@@ -8,6 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from httpx import ASGITransport, AsyncClient
@@ -15,8 +16,9 @@ from litestar import Litestar, get
 from litestar.testing import TestClient
 
 from model.user_state import UserState, encode_state
-from stream.answers import Wishes
+from stream.answers import Erased, Wishes
 from tests.workers.service import upwell
+from workers import metrics
 from workers.keys import OPEN, SCOPES, TICKET_S, Key, Keys, _parsed, load_keys, new_key
 from workers.limits import Buckets, Gate
 from workers.processes import free_port
@@ -59,7 +61,8 @@ class Still(Service):
 
 @contextmanager
 def client(keys: Keys, **serve: Any) -> Iterator[TestClient[Litestar]]:
-    with TestClient(build_app(Still(Settings(serve=Serve(**serve))), keys), raise_server_exceptions=False) as client:
+    app = build_app(Still(Settings(serve=Serve(**serve))), keys)
+    with TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False) as client:
         yield client
 
 
@@ -207,7 +210,7 @@ def test_too_much_at_once_is_refused_and_what_takes_too_long_is_ended() -> None:
     async def at_once() -> None:
         gate = Gate(Serve(max_requests=2, timeout_s=3.0, wait_s=0.1), OPEN)
         app = Litestar([slow], middleware=[gate])
-        async with AsyncClient(transport=ASGITransport(app), base_url="http://x") as api:  # type: ignore[arg-type]
+        async with AsyncClient(transport=ASGITransport(app), base_url="http://localhost") as api:  # type: ignore[arg-type]
             first = [asyncio.create_task(api.get("/slow")) for _ in range(2)]
             await asyncio.sleep(0.1)
             third = await api.get("/slow")
@@ -248,9 +251,67 @@ async def test_a_body_that_does_not_come_is_not_waited_for() -> None:
         await asyncio.Event().wait()
 
     app = build_app(Still(Settings(serve=Serve(timeout_s=0.3, wait_s=0.1))), OPEN)
-    async with AsyncClient(transport=ASGITransport(app), base_url="http://x") as api:  # type: ignore[arg-type]
+    async with AsyncClient(transport=ASGITransport(app), base_url="http://localhost") as api:  # type: ignore[arg-type]
         late = await api.post("/v1/events", content=dripping())
     assert (late.status_code, late.json()["detail"]) == (408, "not the whole body within 0.3 s")
+
+
+async def test_a_client_that_leaves_is_no_failure_of_the_server() -> None:
+    """Phones lose their connection amid a POST: of such 500s an alert that pages would be made."""
+    app, said = build_app(Still(Settings()), OPEN), list[Any]()
+    before = {status: counted("/v1/events", status) for status in ("499", "500")}
+    messages = iter([{"type": "http.request", "body": b"[", "more_body": True}, {"type": "http.disconnect"}])
+
+    async def receive() -> Any:
+        return next(messages)
+
+    async def send(message: Any) -> None:
+        said.append(message)
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/events", "raw_path": b"/v1/events", "query_string": b"",
+        "headers": [(b"host", b"localhost"), (b"content-length", b"9")], "client": ("127.0.0.1", 1), "app": app,
+        "server": ("127.0.0.1", 8080), "scheme": "http", "http_version": "1.1", "root_path": "", "state": {},
+    }  # fmt: skip
+    await app(scope, receive, send)  # type: ignore[arg-type]
+    after = {status: counted("/v1/events", status) for status in ("499", "500")}
+    assert after == {"499": before["499"] + 1, "500": before["500"]}
+
+
+def counted(route: str, status: str) -> float:
+    return float(metrics.requests.labels(route, status)._value.get())
+
+
+@pytest.mark.parametrize("user_id", ["a/b", "https://shop.example/u?x=1", "%2F", "a%2Fb", "ü/日", "/"])
+async def test_an_id_may_hold_a_slash(user_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[str]()
+
+    def erase(_: Still, user: str) -> Erased:
+        asked.append(user)
+        return Erased(receipt="0-1", partition=0, offset=1, requested_ms=1)
+
+    monkeypatch.setattr(Still, "erase", erase)
+    transport = ASGITransport(build_app(Still(Settings()), OPEN))  # type: ignore[arg-type]
+    async with AsyncClient(transport=transport, base_url="http://localhost") as api:
+        assert (await api.delete(f"/v1/users/{quote(user_id, safe='')}")).status_code == 202
+        assert (await api.get("/v1%2Fitems")).status_code == 404
+    assert asked == [user_id]
+
+
+def test_without_keys_no_page_of_another_site_is_answered() -> None:
+    """A browser on this machine sends what any page asks it to: a POST without CORS, or a name that was bound anew."""
+    with client(OPEN, cors_origins=["https://mine.example"]) as api:
+        for headers, status in (
+            ({}, 200),
+            ({"Host": "127.0.0.1:8080", "Sec-Fetch-Site": "same-origin"}, 200),
+            ({"Host": "[::1]:8080"}, 200),
+            ({"Sec-Fetch-Site": "cross-site", "Origin": "https://mine.example"}, 200),
+            ({"Sec-Fetch-Site": "cross-site", "Origin": "https://evil.example"}, 403),
+            ({"Sec-Fetch-Site": "cross-site"}, 403),
+            ({"Host": "evil.example"}, 403),
+            ({"Host": "127.0.0.1.evil.example"}, 403),
+        ):
+            assert api.get("/v1/items", headers=headers).status_code == status, headers
 
 
 async def test_a_stream_that_nobody_reads_is_cut_off() -> None:
@@ -260,7 +321,7 @@ async def test_a_stream_that_nobody_reads_is_cut_off() -> None:
     async def stuck(message: Any) -> None:
         await asyncio.Event().wait()
 
-    scope: Any = {"route_handler": SimpleNamespace(opt={"scope": None, "stream": True})}
+    scope: Any = {"route_handler": SimpleNamespace(opt={"scope": None, "stream": True}), "path_params": {}}
     answering: Any = Gate(Serve(timeout_s=0.2, wait_s=0.1), OPEN)(endless)(scope, None, stuck)  # type: ignore[arg-type]
     sending = asyncio.create_task(answering)
     await asyncio.wait([sending], timeout=10)

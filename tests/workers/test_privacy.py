@@ -147,7 +147,7 @@ def test_at_the_http_edge_an_id_becomes_a_pseudonym(settings: Settings, tmp_path
     service = Still(settings.model_copy(update={"privacy": Privacy(key_file=tmp_path / "key")}))
     assert service.pseudonyms is not None
     hidden = service.pseudonyms.of("someone")
-    with TestClient(build_app(service, OPEN)) as api:
+    with TestClient(build_app(service, OPEN), base_url="http://127.0.0.1") as api:
         assert api.post("/v1/events", json={"user_id": "someone", "item_id": "i"}).status_code == 202
         service.users.states[hidden] = UserState(applied=1, offset=0)
         for name in ("someone", hidden):
@@ -244,7 +244,7 @@ def test_receipts_asked_for_while_kafka_is_away_hold_up_no_list(monkeypatch: pyt
         raise UnknownReceipt(receipt)
 
     monkeypatch.setattr("workers.routes_erasure.status", unknown)
-    with TestClient(build_app(Still(Settings()), OPEN)) as api:
+    with TestClient(build_app(Still(Settings()), OPEN), base_url="http://127.0.0.1") as api:
         assert api.get("/v1/erasures/0-1").status_code == 404
     assert [name.partition("_")[0] for name in threads] == ["sending"]
 

@@ -150,6 +150,13 @@ def test_k_come_where_what_passes_is_what_the_index_ranks_last(snapshot: Snapsho
     assert [place.item_id for place in found] == expected
 
 
+def test_a_rare_draw_is_logged_with_its_chance(snapshot: Snapshot) -> None:
+    """Estimates divide by it: at six decimals it would be none."""
+    rare = {"a": Rules(explore=1e-7)}
+    (ranked,) = snapshot.recommend([Query([], b"", NOW_MS, Rules(explore=1.0, seed=1), rare)], K)
+    assert 0 < min(place.under["a"] for place in ranked) < 1e-6
+
+
 def test_the_propensities_are_those_of_the_lists(snapshot: Snapshot) -> None:
     """2,000 lists by other seeds: how often the first and the last of the plain order came, and what they said."""
     rounds, how = 2000, Rules(explore=0.4)
