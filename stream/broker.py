@@ -147,6 +147,12 @@ class LocalBroker:
         return (self.folder / "broker.log").read_text(errors="replace")[-3000:]
 
 
+def require_unused(folder: Path) -> None:
+    """Raises BrokerError where a broker runs on this folder."""
+    if folder.exists():
+        os.close(_lock(folder))
+
+
 def _lock(folder: Path) -> int:
     """The folder's lock as an open file. Waits while the guard of a dead owner still stops its broker."""
     lock = os.open(folder / "broker.lock", os.O_RDWR | os.O_CREAT, 0o600)

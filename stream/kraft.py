@@ -36,7 +36,7 @@ def configure(folder: Path, port: int | None) -> Identity:
     kept = folder / "broker.json"
     last = json.loads(kept.read_text()) if kept.exists() else {}
     identity = Identity(port or last.get("port") or _free_port(), last.get("cluster") or _cluster_id())
-    _require_free(identity.port)
+    require_free(identity.port)
     kept.write_text(json.dumps(asdict(identity)))
     (folder / "log4j2.yaml").write_text(LOG4J)
     lines = (f"{key}={value}\n" for key, value in _settings(folder, identity).items())
@@ -74,7 +74,8 @@ def _settings(folder: Path, identity: Identity) -> dict[str, object]:
     }
 
 
-def _require_free(port: int) -> None:
+def require_free(port: int) -> None:
+    """Raises BrokerError where something listens there."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the last run's connections do not count
         try:

@@ -37,8 +37,8 @@ def summarise(events: Sequence[Click], states: Mapping[str, bytes], settings: Se
     }
 
 
-def failures(summary: Mapping[str, Any], wanted: int, states: Mapping[str, bytes]) -> list[str]:
-    """What of the promises does not hold; empty when all do."""
+def failures(summary: Mapping[str, Any], wanted: int, states: Mapping[str, bytes], restarts: int) -> list[str]:
+    """What of the promises does not hold; empty when all do. `restarts`: of roles that had ended by themselves."""
     applied = sum(decode_state(raw).applied for raw in states.values())
     claims = {
         f"{wanted} events were to be sent": summary["events"] == wanted,
@@ -47,6 +47,7 @@ def failures(summary: Mapping[str, Any], wanted: int, states: Mapping[str, bytes
         "no dead letters": summary["dead_letters"] == 0,
         "at least 3 generations served": summary["generations"] >= 3,
         "at least 2 swaps under load": summary["swaps"] >= 2,
+        f"no role fell: {restarts} restarts": restarts == 0,
         "no failed request": summary["failed_requests"] == 0,
         "no empty answer": summary["empty_requests"] == 0,
         "live HR@10 at least twice decayed popularity's": summary["hr10"] >= 2 * summary["hr10_popularity"] > 0,

@@ -19,9 +19,10 @@ from rich.console import Console
 from rich.live import Live as Screen
 from rich.table import Table
 
-from stream.broker import LocalBroker
+from stream.broker import LocalBroker, require_unused
 from stream.consumer import end_offsets
 from stream.datasets import Dataset, load_dataset
+from stream.kraft import require_free
 from stream.producer import ClickProducer
 from stream.replay import replay, shifted
 from stream.topics import ensure
@@ -51,9 +52,15 @@ class DemoOptions:
 
 
 def run_demo(options: DemoOptions) -> int:
-    """Exit code 0, or 1 when a promise of --check does not hold or the service does not come up."""
+    """Exit code 0, or 1 when a promise of --check does not hold, is not judged, or the service does not come up.
+
+    Raises BrokerError where another demo runs, or its port is taken: it would be another service that is judged.
+    """
     began, console, stop = time.monotonic(), Console(stderr=options.check), stop_on_signal()
     dataset = load_dataset(options.stream)
+    require_unused(FOLDER / "kafka")
+    if options.port:
+        require_free(options.port)
     shutil.rmtree(FOLDER, ignore_errors=True)
     (FOLDER / "logs").mkdir(parents=True)
     with ExitStack() as stack:
@@ -63,21 +70,21 @@ def run_demo(options: DemoOptions) -> int:
         settings = _settings(bootstrap, options.port)
         ensure(settings.topics, settings.connection)
         send_items(settings, dataset)
-        stack.enter_context(Roles({}, FOLDER / "logs"))
+        roles = stack.enter_context(Roles({}, FOLDER / "logs"))
         console.print(f"{len(dataset.items):,} items sent; waiting for the first generation")
         observer = Observer(settings)
         if not observer.await_ready(READY_S, stop):
             console.print("" if stop.is_set() else f"not ready within {READY_S:.0f} s: see the logs")
-            return 0 if stop.is_set() else 1
+            return 0 if stop.is_set() and not options.check else 1
         stack.enter_context(observer)
         demo = Demo(settings, dataset, options, observer, stop)
         demo.run(console)
         if options.check and not stop.is_set():
-            return demo.judge(began)
+            return demo.judge(began, roles.restarts)
         if not stop.is_set():
             console.print(f"all events are sent; {observer.url} stays up until Ctrl-C")
             stop.wait()
-    return 0
+    return int(options.check)  # not judged
 
 
 def _settings(bootstrap: str, port: int) -> Settings:
@@ -155,7 +162,7 @@ class Demo:
         table.add_row("requests, failed, empty", asked)
         return table
 
-    def judge(self, began: float) -> int:
+    def judge(self, began: float, restarts: int) -> int:
         """Print the summary as the last line; what does not hold goes to stderr."""
         settings, seen = self.settings, self.observer
         states = raw_states(settings)
@@ -174,7 +181,7 @@ class Demo:
             "broker": settings.kafka.bootstrap,
             "seconds": round(time.monotonic() - began, 1),
         }
-        broken = failures(summary, len(self.events), states)
+        broken = failures(summary, len(self.events), states, restarts)
         for claim in broken:
             print(f"does not hold: {claim}", file=sys.stderr)
         print(json.dumps(summary), flush=True)

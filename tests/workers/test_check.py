@@ -19,9 +19,9 @@ GOOD = {
 }  # fmt: skip
 
 
-def judged(states: dict[str, bytes], **changed: Any) -> list[str]:
+def judged(states: dict[str, bytes], restarts: int = 0, **changed: Any) -> list[str]:
     summary = summarise(EVENTS, states, SETTINGS) | GOOD | changed
-    return failures(summary, len(EVENTS), states)
+    return failures(summary, len(EVENTS), states, restarts)
 
 
 def test_a_sound_run_passes() -> None:
@@ -74,6 +74,7 @@ def test_a_wrong_state_is_seen(fault: Callable[[dict[str, bytes]], None], claims
         ({"dead_letters": 1}, "dead letters"),
         ({"generations": 2}, "generations"),
         ({"swaps": 1}, "swaps"),
+        ({"restarts": 1}, "no role fell"),
         ({"failed_requests": 1}, "failed"),
         ({"empty_requests": 1}, "empty"),
         ({"hr10": 0.19}, "HR@10"),

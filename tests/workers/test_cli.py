@@ -1,7 +1,9 @@
 """What commands print, and how they end, in this process: without logging, which they set up for good."""
 
+import fcntl
 import json
 import os
+import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from stream.broker import LocalBroker
 from stream.consumer import read_window
 from stream.datasets import Dataset
 from stream.events import Erasure, decode
+from stream.jars import BrokerError
 from stream.producer import BufferFull, ClickProducer, DeliveryError
 from stream.replay import replay
 from stream.topics import Topics
@@ -112,6 +115,28 @@ def test_a_demo_stands_beside_the_installation_that_the_environment_means(monkey
     assert (made.kafka.bootstrap, made.serve.port, made.worker.k) == ("own:9092", 8081, 30)
     assert {name: os.environ[name] for name in real}.items().isdisjoint(real.items())
     assert "real" not in (made.artifacts, made.kafka.prefix, made.worker.group)
+
+
+def test_a_demo_beside_another_service_refuses_and_deletes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would ask that service's API and judge its answers, or empty the folder of the demo that runs."""
+    monkeypatch.setattr(demo, "FOLDER", tmp_path)
+    monkeypatch.setattr(demo, "load_dataset", lambda _: Dataset("x", [], []))
+    (kept := tmp_path / "kafka").mkdir()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(BrokerError, match=f"port {port} is taken"):
+            demo.run_demo(demo.DemoOptions(True, "x", 10, 1.0, port, None, None))
+    with (kept / "broker.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        with pytest.raises(BrokerError, match="in use"):
+            demo.run_demo(demo.DemoOptions(True, "x", 10, 1.0, 0, None, None))
+    assert (kept / "broker.lock").exists()
 
 
 def test_a_demo_sends_and_is_judged_by_what_stands_in_the_topics(settings: Settings) -> None:
