@@ -93,7 +93,8 @@ def test_compose_has_every_role_and_what_they_name() -> None:
         assert set(service.get("depends_on", {})) <= services.keys(), name
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
-            assert (DEPLOY / source).exists() if source.startswith(".") else source in COMPOSE["volumes"], volume
+            if not source.startswith("/"):  # a volume without a name
+                assert (DEPLOY / source).exists() if source.startswith(".") else source in COMPOSE["volumes"], volume
         for port in service.get("ports", []):
             assert port.startswith("127.0.0.1:"), f"{name} is open to the network"
 
@@ -108,14 +109,37 @@ def test_the_image_is_not_root_and_copies_what_is_there() -> None:
             assert (DEPLOY.parent / source).exists(), source
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here")
-def test_kustomize_puts_the_indexer_on_a_gpu() -> None:
-    command = ["kubectl", "kustomize", str(DEPLOY / "kubernetes/gpu")]
-    rendered = list(yaml.safe_load_all(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
-    assert len(rendered) == len(OBJECTS)
-    with_gpu = set()
-    for manifest in rendered:
+def rendered(overlay: str) -> list[Any]:
+    command = ["kubectl", "kustomize", str(DEPLOY / "kubernetes" / overlay)]
+    manifests = list(yaml.safe_load_all(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    for manifest in manifests:
         kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+    return manifests
+
+
+needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here")
+
+
+@needs_kubectl
+def test_kustomize_needs_no_shared_volume_with_a_bucket() -> None:
+    manifests = rendered("s3")
+    assert len(manifests) == len(OBJECTS) - 1
+    assert "PersistentVolumeClaim" not in {manifest["kind"] for manifest in manifests}
+    pods = {m["metadata"]["name"]: m["spec"]["template"]["spec"] for m in manifests if m["kind"] == "Deployment"}
+    assert pods.keys() == set(ROLES)
+    for pod in pods.values():
+        (container,) = pod["containers"]
+        mounted = {mount["name"] for mount in container["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["volumes"]} and "artifacts" not in mounted
+        assert {"secretRef": {"name": "upwell-store", "optional": True}} in container["envFrom"]
+
+
+@needs_kubectl
+def test_kustomize_puts_the_indexer_on_a_gpu() -> None:
+    manifests = rendered("gpu")
+    assert len(manifests) == len(OBJECTS)
+    with_gpu = set()
+    for manifest in manifests:
         if manifest["kind"] == "Deployment":
             (container,) = manifest["spec"]["template"]["spec"]["containers"]
             if "nvidia.com/gpu" in container["resources"]["limits"]:
