@@ -135,7 +135,7 @@ class OwnedStates:
                 self._tasks[partition] = asyncio.create_task(self._restore(partition))
 
     async def of(self, partition: int) -> Owned:
-        """Waits until the partition is restored (about 80,000 states a second)."""
+        """Waits until the partition is restored."""
         self.restore([partition])
         await asyncio.shield(self._tasks[partition])
         metrics.restored_users.set(sum(len(owned.states) for owned in self._owned.values()))

@@ -81,15 +81,16 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """This process's CPU time of a call: a neighbour on the core does not count."""
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
 def rate(count: int, work: Callable[[], object]) -> Callable[[], float]:
-    """`count` things a second of this process's CPU time: a neighbour on the core does not count."""
-
-    def run() -> float:
-        began = time.process_time()
-        work()
-        return count / (time.process_time() - began)
-
-    return run
+    """`count` things a second of this process's CPU time."""
+    return lambda: count / cpu_seconds(work)
 
 
 def tree(pid: int) -> list[psutil.Process]:
