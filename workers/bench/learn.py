@@ -21,7 +21,6 @@ from stream.events import Click
 from workers.bench import data
 from workers.bench.harness import Options, alternate, cpu_seconds, medians, ratio, tell
 from workers.progress import seldom
-from workers.threads import compute_in_one_thread
 
 AT_ONCE = 6_400  # events between two words on how far it is: whole micro-batches, so that nothing else is learned
 WIDTH = 1024
@@ -63,7 +62,6 @@ def shares(work: Callable[[], object]) -> dict[str, float]:
 
 
 def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
-    compute_in_one_thread()
     dataset = load_dataset("ml-100k")
     count = options.scaled(100_000, 300)
     events = data.events_of(replayed(dataset.events, count))
