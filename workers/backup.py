@@ -7,6 +7,7 @@ that a file cut short is refused. It holds what users did: only its owner may re
 
 import gzip
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -104,7 +105,7 @@ def read_backup(path: Path) -> Backup:
                     end = counts
                 case _:
                     raise BadBackup(f"{path}: line {number}: none of item, user, model, generation and end")
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise BadBackup(f"{path}: line {number}: {error}") from error
     if end != Counts(len(backup.items), len(backup.users)):
         raise BadBackup(
@@ -117,7 +118,7 @@ def _lines(path: Path) -> Iterator[bytes]:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
             yield from lines
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise BadBackup(f"{path}: {error}") from error
 
 

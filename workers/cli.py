@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from kafka.errors import KafkaError
 
+from stream.producer import BufferFull, DeliveryError
 from stream.topics import WrongTopic
 from workers import cli_arms, cli_ops, tracing
 from workers.cli_bench import bench
@@ -253,8 +255,11 @@ def replay_dead_letters(
     from workers.dead_letters import read, resend
 
     settings = settings_for("dead-letters")
-    letters = [letter for at, letter in read(settings) if offset is None or at in offset]
-    sent, kept = resend(settings, letters)
+    letters = dict(read(settings))
+    if missing := sorted(set(offset or ()) - letters.keys()):
+        typer.echo(f"no dead letter {', '.join(map(str, missing))}: nothing is sent", err=True)
+        raise typer.Exit(1)
+    sent, kept = resend(settings, [letter for at, letter in letters.items() if not offset or at in offset])
     typer.echo(f"{sent} sent again, {kept} cannot be (only a part of an oversized message is kept)")
 
 
@@ -319,7 +324,10 @@ def pin_generation(
 
 
 def main() -> None:
-    app()
+    with failing(
+        KafkaError, DeliveryError, BufferFull
+    ):  # Kafka is away: no bug of ours, whose trace would be worth reading
+        app()
 
 
 if __name__ == "__main__":

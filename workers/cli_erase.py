@@ -19,6 +19,8 @@ def erase(
     status: Annotated[list[str] | None, typer.Option(help="Of an earlier erasure, by its receipt.")] = None,
 ) -> None:
     """Forget users: one JSON receipt a line as soon as there is one; with --wait another when the erasure is done."""
+    if not users and not status:
+        raise typer.BadParameter("a user id, -, or --status RECEIPT is needed")
     import kafka
 
     from stream.answers import Erased

@@ -73,7 +73,8 @@ def export(path: Annotated[Path, typer.Argument(help="JSON lines; compressed whe
     from workers.cli import settings_for
 
     settings = settings_for("export")
-    counts = write_backup(settings, path)
+    with failing(OSError):
+        counts = write_backup(settings, path)
     typer.echo(f"{counts.items} items and {counts.users} users in {path}")
 
 

@@ -13,4 +13,4 @@ def failing(*errors: type[Exception], code: int = 1) -> Iterator[None]:
         yield
     except errors as error:
         typer.echo(str(error), err=True)
-        raise typer.Exit(code) from error
+        raise SystemExit(code) from error  # not typer.Exit, which means nothing outside of a command: main()

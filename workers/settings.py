@@ -153,6 +153,15 @@ class Serve(Section):
     timeout_s: float = Field(10.0, gt=0, description="of a request; of one write to a stream that is not read")
     wait_s: float = Field(2.0, ge=0, le=60, description="for min_offset at most; then the answer says stale")
 
+    @field_validator("cert_file", "key_file")
+    @classmethod
+    def _readable(cls, path: Path | None) -> Path | None:
+        try:
+            _ = path and path.read_bytes()
+        except OSError as error:
+            raise ValueError(str(error)) from error
+        return path
+
     @model_validator(mode="after")
     def _guarded(self) -> Self:
         if (self.cert_file is None) != (self.key_file is None):

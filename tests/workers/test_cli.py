@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,15 +18,15 @@ from typer.testing import CliRunner, Result
 from stream.broker import LocalBroker
 from stream.consumer import read_window
 from stream.datasets import Dataset
-from stream.events import Erasure, decode
+from stream.events import DeadLetter, Erasure, decode, encode
 from stream.jars import BrokerError
-from stream.producer import BufferFull, ClickProducer, DeliveryError
+from stream.producer import BufferFull, ClickProducer, DeliveryError, Producer
 from stream.replay import replay
 from stream.topics import Topics
 from tests.workers.service import clicks
 from workers import demo, erasure
 from workers.check import fold_offline
-from workers.cli import app
+from workers.cli import app, main
 from workers.settings import Kafka, Privacy, Settings, Trainer, Worker
 
 Upwell = Callable[..., Result]
@@ -78,6 +79,44 @@ def test_no_receipt_is_lost_with_the_wish_that_fails(
     (receipt,) = done.stdout.splitlines()
     assert json.loads(receipt)["cleared"] is False
     assert done.exit_code == 1 and "Kafka is away" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_an_erasure_of_nobody_is_refused(upwell: Upwell) -> None:
+    done = upwell("erase")
+    assert done.exit_code == 2 and "a user id" in done.stderr
+
+
+@pytest.mark.parametrize("error", [DeliveryError, BufferFull, kafka.errors.KafkaTimeoutError])
+def test_a_kafka_that_is_away_is_one_line(
+    settings: Settings, error: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def away(_: Settings) -> None:
+        raise error("nobody answers")
+
+    monkeypatch.setattr("workers.cli.settings_for", lambda role: settings)
+    monkeypatch.setattr("workers.lag.read_offsets", away)
+    monkeypatch.setattr(sys, "argv", ["upwell", "lag"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and "nobody answers" in said and len(said.splitlines()) == 1
+
+
+def test_a_dead_letter_that_is_not_there_is_not_replayed(upwell: Upwell, settings: Settings) -> None:
+    topics = settings.topics
+    letter = DeadLetter(topic=topics.clicks.name, partition=0, offset=0, cause="", key=b"u", payload=b"{", ts_ms=0)
+    with Producer(settings.connection) as producer:
+        producer.send_raw(topics.dead_letters.name, b"place", encode(letter))
+    done = upwell("dead-letters", "replay", "--offset", "0", "--offset", "999999")
+    assert (done.exit_code, done.stderr) == (1, "no dead letter 999999: nothing is sent\n")
+    assert said(settings) == []
+    done = upwell("dead-letters", "replay", "--offset", "0")
+    assert done.exit_code == 0 and said(settings) == [(b"u", b"{")]
+
+
+def test_an_export_that_cannot_be_written_says_so(upwell: Upwell, tmp_path: Path) -> None:
+    done = upwell("export", str(tmp_path / "none" / "all.jsonl"))
+    assert done.exit_code == 1 and "No such file" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_a_replay_shows_no_user_id(upwell: Upwell, settings: Settings, tmp_path: Path) -> None:

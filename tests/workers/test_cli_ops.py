@@ -213,6 +213,7 @@ def test_a_second_rollback_goes_further_back(connection: Connection) -> None:
         (b"{}\n", "line 1: none of"),
         (b'{"surprise":1}\n', "line 1: .*surprise"),
         (b'{"user_id":"u","state":[[], "", "", "x", 1]}\n', "line 1"),
+        (b'{"item":{"item_id":"\xff","title":"b"}}\n', "line 1: .*utf-8"),
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path: Path, text: bytes, cause: str) -> None:
@@ -224,4 +225,12 @@ def test_a_damaged_file_is_refused(tmp_path: Path, text: bytes, cause: str) -> N
 def test_a_compressed_file_cut_short_is_refused(tmp_path: Path) -> None:
     (tmp_path / "all.gz").write_bytes(gzip.compress(b'{"end":{"items":0,"users":0}}\n' * 50)[:-12])
     with pytest.raises(BadBackup):
+        read_backup(tmp_path / "all.gz")
+
+
+def test_a_compressed_file_that_is_damaged_is_refused(tmp_path: Path) -> None:
+    whole = bytearray(gzip.compress(bytes(range(256)) * 50))
+    whole[20:30] = b"\xff" * 10
+    (tmp_path / "all.gz").write_bytes(whole)
+    with pytest.raises(BadBackup, match=r"all\.gz"):
         read_backup(tmp_path / "all.gz")

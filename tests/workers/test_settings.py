@@ -52,6 +52,8 @@ def test_environment_wins_over_the_file(monkeypatch: pytest.MonkeyPatch, tmp_pat
         ("UPWELL_WORKER__EVENT_IDS", "100000", "worker .*history, seen and event_ids allow 1012300 bytes"),
         ("UPWELL_SERVE__CORS_ORIGINS", "https://shop.example", "UPWELL_SERVE__CORS_ORIGINS: .*JSON"),
         ("UPWELL_ARMS", "{", "UPWELL_ARMS: .*JSON"),
+        ("UPWELL_SERVE__CERT_FILE", "/nope", r"serve\.cert_file .*No such file"),
+        ("UPWELL_SERVE__KEY_FILE", "/nope", r"serve\.key_file .*No such file"),
     ],
 )
 def test_bad_variables_are_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, cause: str) -> None:

@@ -65,3 +65,5 @@ def test_a_refusal_ends_it_with_the_servers_words(fake: tuple[Fake, str], tmp_pa
     done = CliRunner().invoke(app, ["watch", "u", "--url", fake[1], "--key-file", str(key_file)])
     assert done.exit_code == 1
     assert "missing or unknown" in done.output
+    done = CliRunner().invoke(app, ["watch", "u", "--key-file", "/nope"])
+    assert done.exit_code == 1 and "No such file" in done.stderr and len(done.stderr.splitlines()) == 1
