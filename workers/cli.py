@@ -324,9 +324,7 @@ def pin_generation(
 
 
 def main() -> None:
-    with failing(
-        KafkaError, DeliveryError, BufferFull
-    ):  # Kafka is away: no bug of ours, whose trace would be worth reading
+    with failing(KafkaError, DeliveryError, BufferFull):  # Kafka is away: a trace would say no more
         app()
 
 

@@ -59,6 +59,7 @@ class LagFollower(threading.Thread):
                 for (topic, partition), end in offsets.ends.items():
                     metrics.topic_end_offset.labels(topic, str(partition)).set(end)
             except Exception as error:  # whatever it is, a gauge must not end the server
-                metrics.group_lag_clicks.clear()  # an old figure would look like a stalled partition
+                metrics.group_lag_clicks.clear()  # an old figure would look like a stalled partition,
+                metrics.topic_end_offset.clear()  # or like producers that are silent
                 log.warning("lag not read", reason=repr(error))
             time.sleep(INTERVAL_S)

@@ -7,6 +7,7 @@ import threading
 import time
 import urllib.request
 from typing import Any, Self
+from urllib.parse import quote
 
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
@@ -96,7 +97,7 @@ class Observer:
                 continue
             self.requests += 1
             try:
-                connection.request("GET", f"/v1/users/{self._user_id}/recommendations?k=10")
+                connection.request("GET", f"/v1/users/{quote(self._user_id, safe='')}/recommendations?k=10")
                 answer = connection.getresponse()
                 body = json.loads(answer.read())
                 self.failed_requests += answer.status != 200

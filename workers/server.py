@@ -5,6 +5,7 @@ the request, from the newest state that Kafka has shown.
 """
 
 import socket
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -19,7 +20,7 @@ from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
 from litestar.types import Message, Scope
 
-from workers import routes_erasure, routes_ingest, routes_ops, routes_read, routes_recommend, routes_stream
+from workers import routes_erasure, routes_ingest, routes_ops, routes_read, routes_recommend, routes_stream, tracing
 from workers.guests import OtherEncoder
 from workers.keys import OPEN, Keys
 from workers.lag import LagFollower
@@ -30,7 +31,6 @@ from workers.routes import invalid, known, nested, not_ready, other_encoder
 from workers.service import Service
 from workers.settings import Settings
 from workers.threads import compute_in_one_thread
-from workers.tracing import request_spans
 
 log = structlog.get_logger()
 
@@ -90,7 +90,7 @@ def build_app(service: Service, keys: Keys) -> Litestar:
     app = Litestar(
         [*ROUTES, routes_ops.console()],
         dependencies={"service": Provide(provide)},
-        middleware=[*request_spans(service.tracer), measured, Gate(serve, keys)],
+        middleware=[*tracing.request_spans(service.tracer), measured, Gate(serve, keys)],
         before_request=known,
         before_send=[harden],
         after_exception=[tell],
@@ -113,7 +113,7 @@ def build_app(service: Service, keys: Keys) -> Litestar:
             openapi_router=Router("/schema", route_handlers=[], opt={"scope": None}, include_in_schema=False),
         ),
         on_startup=[service.start],
-        on_shutdown=[service.stop],
+        on_shutdown=[service.stop, partial(tracing.stop, service.settings)],  # uvicorn ends by the signal again
         logging_config=None,
     )
     app.asgi_handler = with_slashes(app.asgi_handler)

@@ -39,6 +39,17 @@ def start(settings: Settings, role: str) -> list[Processor]:
     return [_add_trace]
 
 
+def stop(settings: Settings) -> None:
+    """Sends what waits. Else the interpreter's exit does it, which a process that ends by a signal does not have."""
+    if not settings.tracing:
+        return
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace import TracerProvider
+
+    if isinstance(provider := trace.get_tracer_provider(), TracerProvider):
+        provider.shutdown()
+
+
 def _add_trace(_: Any, __: str, event: Any) -> Any:
     """Of the active span, into a log line."""
     from opentelemetry.trace import get_current_span

@@ -23,11 +23,13 @@ from stream.jars import BrokerError
 from stream.producer import BufferFull, ClickProducer, DeliveryError, Producer
 from stream.replay import replay
 from stream.topics import Topics
-from tests.workers.service import clicks
+from tests.workers.console_fake import fake_api
+from tests.workers.service import clicks, until
 from workers import demo, erasure
 from workers.check import fold_offline
 from workers.cli import app, main
-from workers.settings import Kafka, Privacy, Settings, Trainer, Worker
+from workers.observe import Observer
+from workers.settings import Kafka, Privacy, Serve, Settings, Trainer, Worker
 
 Upwell = Callable[..., Result]
 
@@ -188,6 +190,19 @@ def test_a_demo_sends_and_is_judged_by_what_stands_in_the_topics(settings: Setti
     assert settings.privacy.pseudonyms
     hidden = {settings.privacy.pseudonyms.of(click.user_id) for click in sent}
     assert {key.decode() for key, _ in said(settings) if key} == fold_offline(made.events, settings).keys() == hidden
+
+
+def test_a_demo_asks_for_whatever_a_user_is_called() -> None:
+    with fake_api() as (fake, url):
+        watching = Observer(Settings(serve=Serve(port=int(url.rsplit(":", 1)[1].strip("/")))))
+        fake.clicks["a b/c?ü"] = ["i1"]
+        watching.ask_for("a b/c?ü")
+        asking = threading.Thread(target=watching._ask)
+        asking.start()
+        until(lambda: watching.requests > 1, "it has asked")
+        watching._stop.set()
+        asking.join()
+    assert watching.failed_requests == watching.empty_requests == 0
 
 
 def test_roles_of_one_machine_do_not_fight_for_a_port(

@@ -3,6 +3,7 @@
 import gzip
 import secrets
 from pathlib import Path
+from types import SimpleNamespace
 
 import kafka
 import msgspec
@@ -16,11 +17,12 @@ from stream.events import Artifact, DeadLetter, encode
 from stream.producer import ClickProducer, Producer, partition_of
 from stream.topics import Topics, WrongTopic, ensure
 from tests.workers.service import ITEMS, clicks, upwell
+from workers import metrics
 from workers.announcements import newest_model, read_announcements
 from workers.backup import NOWHERE, BadBackup, Counts, read_backup, restore, write_backup
 from workers.dead_letters import DeadLetters, place, read, resend
 from workers.generations import NothingMoves, UnknownGeneration, pin, roll_back
-from workers.lag import read_offsets
+from workers.lag import LagFollower, read_offsets
 from workers.settings import Kafka, Settings, Worker
 from workers.states import raw_states
 from workers.topic_report import describe, fix
@@ -122,6 +124,21 @@ def test_lag_is_what_the_group_has_not_committed(topics: Topics, connection: Con
     assert offsets.clicks[1] == (2, own[1], own[1] - 2)
     assert offsets.clicks[0] == (None, own[0], own[0])
     assert offsets.ends[topics.clicks.name, 1] == own[1]
+
+
+def test_what_cannot_be_read_has_no_old_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise StopIteration
+
+    metrics.group_lag_clicks.labels("0").set(7)
+    metrics.topic_end_offset.labels("clicks", "0").set(7)
+    monkeypatch.setattr("workers.lag.read_offsets", fail)
+    monkeypatch.setattr("workers.lag.time", SimpleNamespace(sleep=fail))
+    with pytest.raises(StopIteration):
+        LagFollower(Settings()).run()
+    assert [
+        sample for gauge in (metrics.group_lag_clicks, metrics.topic_end_offset) for sample in gauge._samples()
+    ] == []
 
 
 def _states() -> dict[str, UserState]:

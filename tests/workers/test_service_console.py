@@ -102,6 +102,16 @@ def test_a_click_moves_the_list_and_shows_its_path(page: Page, fake: tuple[Fake,
     page.screenshot(path=OUT / "click.png", animations="disabled")
 
 
+def test_why_a_list_is_popular(page: Page, fake: tuple[Fake, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clicks there are, on items that the generation does not know: no cold start."""
+    reason = {"source": "popular", "fallback": "generation g knows none of the items"}
+    whole = fake[0].answer
+    monkeypatch.setattr(
+        fake[0], "answer", lambda user, k: whole(user, k) | reason | {"as_of": {"partition": 1, "offset": 4}}
+    )
+    expect(opened(page, fake[1]).locator("#note")).to_have_text(f"Fallback: {reason['fallback']}")
+
+
 def test_clocks_that_differ_give_no_negative_hop(page: Page, fake: tuple[Fake, str]) -> None:
     fake[0].set(ahead_ms=3_600_000)
     opened(page, fake[1])

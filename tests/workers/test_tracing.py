@@ -5,7 +5,10 @@ import os
 import secrets
 import subprocess
 import sys
+from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
+from urllib.request import urlopen
 
 import msgspec
 import pytest
@@ -22,8 +25,9 @@ from stream.consumer import end_offsets, read_window
 from stream.producer import BufferFull, ClickProducer
 from stream.topics import Topics
 from stream.tracing import TRACEPARENT, traceparent
-from tests.workers.service import ITEMS, Collector, Service, clicks, until
+from tests.workers.service import ITEMS, Collector, Service, clicks, collecting, until
 from workers import tracing
+from workers.processes import free_port
 from workers.settings import ConfigError, Settings
 
 
@@ -63,6 +67,39 @@ def test_one_click_is_one_trace(service: Service, collector: Collector) -> None:
     assert shown.traceparent.startswith(f"00-{trace_id}-{send.span_id.hex()}-")
     assert set(answered.values()) == {None}  # clicks without a trace, lists without one
     assert user not in str(collector.spans)
+
+
+def test_a_server_that_a_signal_ends_sends_its_last_spans(
+    connection: Connection, topics: Topics, tmp_path: Path
+) -> None:
+    port = free_port()
+    with collecting() as collector:
+        environment = {
+            "UPWELL_KAFKA__BOOTSTRAP": connection.bootstrap,
+            "UPWELL_KAFKA__PREFIX": topics.prefix,
+            "UPWELL_KAFKA__PARTITIONS": "3",
+            "UPWELL_ARTIFACTS": str(tmp_path),
+            "UPWELL_CACHE": str(tmp_path),
+            "UPWELL_SERVE__PORT": str(port),
+            "UPWELL_TRACING": "true",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
+            "OTEL_BSP_SCHEDULE_DELAY": "600000",
+        }
+        own = {name: value for name, value in os.environ.items() if not name.startswith(("UPWELL_", "OTEL_"))}
+        with subprocess.Popen([sys.executable, "-m", "workers.cli", "serve"], env=own | environment) as server:
+            try:
+
+                def asked() -> bool:
+                    with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/v1/items", timeout=20):
+                        return True
+                    return False
+
+                until(asked, "it answers")
+                server.terminate()
+                server.wait(30)
+            finally:
+                server.kill()
+    assert [span.name for _, span in collector.spans] == ["GET /v1/items"]
 
 
 def test_the_producer_says_what_failed(connection: Connection, topics: Topics) -> None:

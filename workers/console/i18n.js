@@ -93,7 +93,6 @@ const TEXTS = {
   events: ["events", "事件"],
   served: ["served", "推荐"],
   popularity: ["popularity", "热门基线"],
-  noFigures: ["no figures", "暂无数据"],
   moved: ["List updated. First: {title}", "列表已更新。首位：{title}"],
   "type.view": ["view", "浏览"],
   "type.click": ["click", "点击"],

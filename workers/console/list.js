@@ -77,8 +77,8 @@ function drawFacts(answer) {
   const notes = [];
   if (answer.stale) notes.push(t("stale"));
   if (!answer.items.length) notes.push(t("nothing"));
-  else if (answer.source === "popular") notes.push(t("coldStart"));
-  if (answer.fallback && answer.source !== "popular") notes.push(t("fallback", { why: answer.fallback }));
+  else if (answer.source === "popular" && answer.as_of?.offset < 0) notes.push(t("coldStart"));
+  else if (answer.fallback) notes.push(t("fallback", { why: answer.fallback }));
   say($("note"), notes.join(" "));
   $("note").dataset.kind = answer.stale ? "warn" : "calm";
   const facts = answer.as_of?.offset >= 0 ? [t("asOf", answer.as_of)] : [];
