@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -127,26 +127,11 @@ def up(broker: Broker = None) -> None:
         os.environ["UPWELL_KAFKA__BOOTSTRAP"] = broker
     with refusing():
         _on_one_machine(settings_for("up", reach_kafka=broker is not None))
-    from stream.broker import LocalBroker
-    from stream.topics import ensure
-    from workers.processes import stop_on_signal
-    from workers.up import Roles
+    from stream.jars import BrokerError
+    from workers.up import run_up
 
-    stop = stop_on_signal()
-    with ExitStack() as stack:
-        if broker is None:
-            broker = stack.enter_context(LocalBroker(Path("data/kafka"), home=kafka_home())).bootstrap
-        environment = {"UPWELL_KAFKA__BOOTSTRAP": broker}
-        os.environ.update(environment)
-        settings = load_settings()
-        with refusing():
-            ensure(settings.topics, settings.connection)
-        roles = stack.enter_context(Roles(environment))
-        typer.echo(f"Upwell on Kafka {broker}: http://{settings.serve.host}:{settings.serve.port}/")
-        while not stop.wait(0.5):
-            if roles.failed:
-                typer.echo(f"{roles.failed} has ended for good: see its log", err=True)
-                raise typer.Exit(1)
+    with refusing(), failing(BrokerError):
+        raise typer.Exit(run_up(broker, kafka_home()))
 
 
 def _on_one_machine(settings: Settings) -> None:

@@ -7,7 +7,10 @@ to do. Every role exposes all names; those that it does not set stay 0 or withou
 import platform
 from importlib.metadata import version
 
+import structlog
 from prometheus_client import Counter, Gauge, Histogram, Info, disable_created_metrics, start_http_server
+
+log = structlog.get_logger()
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which nobody asks for
 
@@ -207,4 +210,5 @@ build.info({"version": version("upwell"), "torch": version("torch"), "python": p
 
 def serve(port: int, host: str) -> None:
     """A Prometheus exporter; port 0 takes a free one."""
-    start_http_server(port, addr=host)
+    server, _ = start_http_server(port, addr=host)
+    log.info("metrics served", url=f"http://{host}:{server.server_port}/metrics")

@@ -5,21 +5,29 @@ them in order, and a kill -9 of this process ends them too.
 """
 
 import os
+import socket
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import structlog
 
 from stream import guard
+from stream.broker import LocalBroker
+from stream.topics import ensure
+from workers.processes import free_port, stop_on_signal
+from workers.settings import Serve, Settings, load_settings
 
 log = structlog.get_logger()
 
 ROLES = ("indexer", "trainer", "worker", "serve")
 BACKGROUND = ("indexer", "trainer")  # they give way to those that answer, where all share the cores
 BACKOFF_S = 1.0
+LOOK_S = 0.5
+KAFKA, LOGS = Path("data/kafka"), Path("data/logs")
 HOPELESS = (2, 65)  # bad configuration, too many bad events: a restart would not help
 
 
@@ -71,7 +79,8 @@ class Roles:
             out.close()
         assert process.stdout is not None
         with process.stdout as first_line:
-            self.pids[role] = int(first_line.readline())
+            if pid := first_line.readline():  # none: the guard could not start it, and is found ended at the next look
+                self.pids[role] = int(pid)
         self._running[role] = process
 
     def _restart_fallen(self) -> None:
@@ -83,3 +92,54 @@ class Roles:
                 self.restarts += 1
                 log.error("role restarted", role=role, code=code)
                 self._start(role)
+
+
+def run_up(bootstrap: str | None, home: Path | None) -> int:
+    """All roles on this Kafka, or on a local one (`home`: as LocalBroker's), until a signal; the exit code.
+
+    Raises BrokerError, WrongTopic.
+    """
+    stop, own, ready = stop_on_signal(), None, False
+    with ExitStack() as stack:
+        if bootstrap is None:
+            own = stack.enter_context(LocalBroker(KAFKA, home=home))
+            bootstrap = own.bootstrap
+        os.environ["UPWELL_KAFKA__BOOTSTRAP"] = bootstrap
+        os.environ |= missing_ports(load_settings())
+        settings = load_settings()
+        ensure(settings.topics, settings.connection)
+        LOGS.mkdir(parents=True, exist_ok=True)
+        roles = stack.enter_context(Roles({}, LOGS))
+        print(f"export UPWELL_KAFKA__BOOTSTRAP={bootstrap}  # in another terminal, for upwell's commands", flush=True)
+        print(f"starting; what the roles say is in {LOGS}", flush=True)
+        while not stop.wait(LOOK_S):
+            if own and not own.running:
+                print(f"Kafka has ended: see {KAFKA / 'broker.log'}", file=sys.stderr)
+                return 1
+            if roles.failed:
+                print(f"{roles.failed} has ended for good: see {LOGS / roles.failed}.log", file=sys.stderr)
+                return 1
+            if not ready and (ready := _answers(settings.serve)):
+                scheme = "https" if settings.serve.cert_file else "http"
+                print(f"ready: {scheme}://{settings.serve.host}:{settings.serve.port}/", flush=True)
+    return 0
+
+
+def missing_ports(settings: Settings) -> dict[str, str]:
+    """Variables that give each role a port of its own where the settings leave it open: serve asks the worker's."""
+    ports = {
+        "SERVE__PORT": settings.serve.port,
+        "WORKER__METRICS_PORT": settings.worker.metrics_port,
+        "TRAINER__METRICS_PORT": settings.trainer.metrics_port,
+        "INDEXER__METRICS_PORT": settings.indexer.metrics_port,
+    }
+    return {f"UPWELL_{name}": str(free_port()) for name, port in ports.items() if port == 0}
+
+
+def _answers(serve: Serve) -> bool:
+    """uvicorn listens once all before it is done: then /livez answers, be it by HTTP or HTTPS."""
+    try:
+        socket.create_connection((serve.host, serve.port), timeout=LOOK_S).close()
+    except OSError:
+        return False
+    return True

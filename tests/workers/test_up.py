@@ -1,4 +1,4 @@
-"""The demo's processes end with it: on a signal in order, on kill -9 of the parent all the same."""
+"""What `upwell demo` and `upwell up` have started ends with them: in order, and on kill -9 of them all the same."""
 
 import json
 import os
@@ -9,15 +9,24 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from tests.workers.service import until
+from workers import up
+from workers.observe import scrape
+from workers.settings import Settings, Worker
+
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 120.0
+UPWELL = (sys.executable, "-m", "workers.cli")
+DEMO = ("demo", "--port", "0", "--rate", "50")
 
 
 def running_under(folder: Path) -> dict[int, str]:
-    """Processes that were started for this demo: their working folder is its own."""
+    """Processes that were started for this test: their working folder is its own."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -28,22 +37,28 @@ def running_under(folder: Path) -> dict[int, str]:
     return found
 
 
+def environment() -> dict[str, str]:
+    """Ours without settings, and what a process in a folder of its own needs of them."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("UPWELL_")}
+    cache = str(ROOT / ".cache" / "upwell")
+    return clean | {"PYTHONPATH": str(ROOT), "UPWELL_CACHE": cache, "UPWELL_SERVE__PORT": "0"}
+
+
 @contextmanager
-def running_demo(folder: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
-    """The demo; whatever a test finds, nothing of it outlives the test."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("UPWELL_")}
+def running(folder: Path, *command: str, **more: Any) -> Iterator[subprocess.Popen[str]]:
+    """`upwell COMMAND`; whatever a test finds, nothing of it outlives the test."""
     with subprocess.Popen(
-        [sys.executable, "-m", "workers.cli", "demo", "--port", "0", "--rate", "50", *options],
+        [*UPWELL, *command],
         cwd=folder,
-        env=environment | {"PYTHONPATH": str(ROOT), "UPWELL_CACHE": str(ROOT / ".cache" / "upwell")},
+        env=environment(),
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
         text=True,
-    ) as demo:
+        **{"stderr": subprocess.DEVNULL} | more,
+    ) as process:
         try:
-            yield demo
+            yield process
         finally:
-            demo.kill()
+            process.kill()
             for left in running_under(folder):
                 with suppress(ProcessLookupError):
                     os.kill(left, signal.SIGKILL)
@@ -61,7 +76,7 @@ def wait_until_gone(folder: Path) -> dict[int, str]:
 def test_nothing_is_left_behind(tmp_path: Path, number: signal.Signals) -> None:
     wanted = ("kafka.Kafka", "cli worker", "cli trainer", "cli indexer", "cli serve", "workers.search")
     deadline = time.monotonic() + DEADLINE_S
-    with running_demo(tmp_path) as demo:
+    with running(tmp_path, *DEMO) as demo:
         while not all(any(name in line for line in running_under(tmp_path).values()) for name in wanted):
             assert demo.poll() is None, f"ended with {demo.returncode}"
             assert time.monotonic() < deadline, running_under(tmp_path)
@@ -74,7 +89,7 @@ def test_nothing_is_left_behind(tmp_path: Path, number: signal.Signals) -> None:
 
 def test_a_check_that_does_not_hold_fails_and_still_prints_its_summary(tmp_path: Path) -> None:
     """40 events see no two swaps: the exit code says so, and the last line is the summary."""
-    with running_demo(tmp_path, "--check", "--events", "40") as demo:
+    with running(tmp_path, *DEMO, "--check", "--events", "40") as demo:
         out, _ = demo.communicate(timeout=150)
         assert demo.returncode == 1
         assert wait_until_gone(tmp_path) == {}
@@ -84,3 +99,52 @@ def test_a_check_that_does_not_hold_fails_and_still_prints_its_summary(tmp_path:
         "events", "applied", "dead_letters", "generations", "swaps", "failed_requests", "empty_requests", "hr10",
         "hr10_popularity", "click_to_recommendation_ms", "state_identical", "broker", "seconds",
     }  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_up_says_what_one_needs_and_ends_with_its_kafka(tmp_path: Path) -> None:
+    with running(tmp_path, "up", stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        export, logs, ready = (process.stdout.readline() for _ in range(3))
+        assert export.startswith("export UPWELL_KAFKA__BOOTSTRAP=127.0.0.1:") and "data/logs" in logs
+        url = ready.removeprefix("ready: ").strip()
+        assert scrape(f"{url}metrics")
+        worker_log = tmp_path / "data" / "logs" / "worker.log"
+        until(lambda: "metrics served" in worker_log.read_text(), "the worker says where its metrics are")
+        told = next(json.loads(line) for line in worker_log.read_text().splitlines() if "metrics served" in line)
+        assert scrape(told["url"])
+        (serve, *_) = (pid for pid, line in running_under(tmp_path).items() if "cli serve" in line)
+        port = told["url"].removesuffix("/metrics").rsplit(":", 1)[1]
+        assert f"UPWELL_WORKER__METRICS_PORT={port}".encode() in Path(f"/proc/{serve}/environ").read_bytes()
+
+        second = subprocess.run(
+            [*UPWELL, "up"], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60
+        )
+        assert second.returncode == 1 and len(second.stderr.splitlines()) == 1 and "is in use" in second.stderr
+
+        found = running_under(tmp_path).items()
+        (java,) = (pid for pid, line in found if "kafka.Kafka" in line and "guard" not in line)
+        os.kill(java, signal.SIGKILL)
+        assert process.wait(DEADLINE_S) == 1
+        assert process.stderr.read().splitlines()[-1] == "Kafka has ended: see data/kafka/broker.log"
+        assert wait_until_gone(tmp_path) == {}
+
+
+def test_a_role_whose_guard_cannot_fork_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "guard.py"
+    script.write_text(
+        f"import os, pathlib, sys, time\n"
+        f"once = pathlib.Path({str(tmp_path)!r}) / sys.argv[-1]\n"
+        "if not once.exists():\n    once.touch()\n    sys.exit(1)\n"
+        "print(os.getpid(), flush=True)\ntime.sleep(60)\n"
+    )
+    monkeypatch.setattr(up, "guard", SimpleNamespace(__file__=str(script)))
+    monkeypatch.setattr(up, "BACKOFF_S", 0.05)
+    with up.Roles({}) as roles:
+        until(lambda: roles.pids.keys() == set(up.ROLES), "each has been started again")
+    assert roles.restarts == len(up.ROLES)
+
+
+def test_only_a_port_that_is_left_open_is_given() -> None:
+    given = up.missing_ports(Settings(worker=Worker(metrics_port=9100)))
+    assert given.keys() == {"UPWELL_TRAINER__METRICS_PORT", "UPWELL_INDEXER__METRICS_PORT"}
