@@ -1,5 +1,6 @@
 """The command `upwell`. Heavy imports happen inside the commands: `upwell --help` does not load torch."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Annotated
 import typer
 from kafka.errors import KafkaError
 
+from stream.jars import BrokerError
 from stream.producer import BufferFull, DeliveryError
 from stream.topics import WrongTopic
 from workers import cli_arms, cli_ops, tracing
@@ -19,6 +21,7 @@ from workers.cli_keys import keys
 from workers.failing import failing
 from workers.logs import configure
 from workers.settings import ConfigError, Settings, load_settings
+from workers.up import ROLES, run_up
 from workers.watch import watch
 
 EX_CONFIG = 2
@@ -77,6 +80,8 @@ def settings_for(role: str, reach_kafka: bool = True) -> Settings:
             check_access(settings.connection)
         processors = tracing.start(settings, role)
     configure(settings.log_level, role, *processors)
+    if role not in ROLES:  # a command ends with what went wrong: Kafka's client would log it forty times before
+        logging.getLogger("kafka").setLevel(logging.CRITICAL)
     return settings
 
 
@@ -127,9 +132,6 @@ def up(broker: Broker = None) -> None:
         os.environ["UPWELL_KAFKA__BOOTSTRAP"] = broker
     with refusing():
         _on_one_machine(settings_for("up", reach_kafka=broker is not None))
-    from stream.jars import BrokerError
-    from workers.up import run_up
-
     with refusing(), failing(BrokerError):
         raise typer.Exit(run_up(broker, kafka_home()))
 
@@ -158,7 +160,6 @@ def demo(
 ) -> None:
     """The whole service on a real event stream, watched live."""
     from stream.datasets import NoDataset
-    from stream.jars import BrokerError
     from workers.demo import DemoOptions, run_demo
 
     options = DemoOptions(check, stream, events or (30_000 if check else None), rate, port, broker, kafka_home())

@@ -1,6 +1,8 @@
 """What a library writes without end is bounded, and what was left out is counted."""
 
 import logging
+import subprocess
+import sys
 
 import pytest
 
@@ -23,3 +25,19 @@ def test_a_flood_is_bounded_by_place(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first.getMessage() == f"no broker at here (and {5000 - logs.BURST} more like it in 61 s)"
     again = record(1)
     assert bounded.filter(again) and again.getMessage() == "no broker at here"
+
+
+@pytest.mark.parametrize(("role", "said"), [("lag", False), ("worker", True)])
+def test_a_command_leaves_the_last_word_to_itself(role: str, said: bool) -> None:
+    script = """if True:
+        import sys
+        from contextlib import suppress
+        import kafka
+        from workers.cli import settings_for
+        settings_for(sys.argv[1], reach_kafka=False)
+        with suppress(kafka.errors.KafkaError):
+            kafka.KafkaAdminClient(bootstrap_servers="127.0.0.1:9", bootstrap_timeout_ms=300)
+    """
+    done = subprocess.run([sys.executable, "-c", script, role], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert ("ERROR kafka" in done.stderr) is said
