@@ -123,7 +123,7 @@ class Trainer(Section):
     min_events: int = Field(300, ge=40, description="fewest new clicks worth a round")
     holdout: int = Field(400, ge=20, description="newest clicks kept from training to judge the candidate on")
     window_days: float = Field(30.0, gt=0, description="how far back the window reaches at start, by Kafka's clock")
-    window_events: int = Field(1_000_000, ge=1000, description="clicks kept for replay, newest first")
+    window_events: int = Field(1_000_000, ge=1000, description="clicks kept for replay and read at a start, the newest")
     seed: int = 0
     metrics_port: int = Field(0, ge=0, le=65535)
 

@@ -65,11 +65,13 @@ class Trainer:
         self._producer.close()
 
     def _read(self, pending: list[Read]) -> list[Read]:
-        """What was pending and what has come since, without the users who are erased."""
+        """What was pending and what has come since, without the users who are erased; the newest of it, where clicks
+        come faster than they are learned."""
         new, erased = self._window.read(), self._window.erased
         if erased and self._learner is not None:
             self._learner.forget(erased)
-        return [read for read in pending if read.click.user_id not in erased] + new
+        kept = [read for read in pending if read.click.user_id not in erased] + new
+        return kept[-self._config.window_events :]
 
     def _resume(self) -> list[Read]:
         """The window; after a restart with the newest model's weights, and only what it has not been trained on."""

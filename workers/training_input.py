@@ -1,7 +1,9 @@
 """What the trainer reads: the window of clicks, and the text vectors of the newest encoder."""
 
+import itertools
 import threading
 import time
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -25,8 +27,13 @@ class Read(NamedTuple):
     offset: int
 
 
+Arrived = tuple[int, int, int, Click | Erasure]  # Kafka's stamp, partition, offset
+_arrival = itemgetter(0, 1, 2)
+
+
 class Window:
-    """The clicks since `trainer.window_days` ago, each once, in the order in which Kafka took them.
+    """The clicks since `trainer.window_days` ago, each once, in the order in which Kafka took them: the newest
+    `trainer.window_events` of a read.
 
     A user's clicks before an erasure are left out; `erased` names the users of the last read whose clicks of the
     reads before it are to be forgotten, too.
@@ -41,23 +48,32 @@ class Window:
 
     def read(self) -> list[Read]:
         """What has come since the last call, up to now."""
+        self.erased, reads = {}, list[Read]()
+        for _, partition, offset, event in self._newest():
+            if isinstance(event, Erasure):
+                self.erased[event.user_id] = offset
+            elif self._is_new(digest(event.event_id)):
+                reads.append(Read(event, partition, offset))
+        return [read for read in reads if read.offset > self.erased.get(read.click.user_id, -1)]
+
+    def _newest(self) -> list[Arrived]:
+        """The newest clicks and every erasure, in order. At most twice the window is held: a month may be 100 of it."""
+        most, clicks, erasures = self._settings.trainer.window_events, list[Arrived](), list[Arrived]()
         since_ms = None if self.offsets else self._since_ms
-        batches = read_window(self._settings.connection, self._topic, since_ms=since_ms, offsets=self.offsets)
-        records = [record for batch in batches for record in batch if record.timestamp >= self._since_ms]
-        for record in records:
+        batches = read_window(self._settings.connection, self._topic, since_ms=since_ms, offsets=dict(self.offsets))
+        for record in itertools.chain.from_iterable(batches):
+            if record.timestamp < self._since_ms:
+                continue
             self.offsets[record.partition] = max(record.offset + 1, self.offsets.get(record.partition, 0))
-        records.sort(key=lambda record: (record.timestamp, record.partition, record.offset))
-        self.erased, reads = {}, []
-        for record in records:
             try:
                 event = decode_record(record.value, record.key, record.timestamp)
             except BadEvent:
                 continue  # the worker sends it to the dead letters
-            if isinstance(event, Erasure):
-                self.erased[event.user_id] = record.offset
-            elif self._is_new(digest(event.event_id)):
-                reads.append(Read(event, record.partition, record.offset))
-        return [read for read in reads if read.offset > self.erased.get(read.click.user_id, -1)]
+            kept = erasures if isinstance(event, Erasure) else clicks  # an old click may wait in the trainer for it
+            kept.append((record.timestamp, record.partition, record.offset, event))
+            if len(clicks) > 2 * most:
+                clicks = sorted(clicks, key=_arrival)[-most:]
+        return sorted([*sorted(clicks, key=_arrival)[-most:], *erasures], key=_arrival)
 
     def _is_new(self, event: bytes) -> bool:
         new = event not in self._ids

@@ -17,7 +17,7 @@ from model.model import Model
 from model.sampling import Events
 from stream.broker import LocalBroker
 from stream.consumer import end_offsets
-from stream.events import Artifact, ItemVector, encode
+from stream.events import Artifact, Click, ItemVector, encode
 from stream.producer import Producer
 from stream.topics import Topics
 from tests.workers.service import upwell
@@ -25,6 +25,7 @@ from workers.announcements import newest_model
 from workers.settings import Kafka, Settings
 from workers.settings import Trainer as TrainerSettings
 from workers.trainer import Trainer
+from workers.training_input import Read
 
 ITEMS, TEXT = [f"i{row}" for row in range(24)], np.eye(24, 8, dtype=np.float32) + 1  # (24, 8)
 CONFIG = ModelConfig(text_dim=8, projected_text_dim=4, covisitation_rank=4)
@@ -151,3 +152,12 @@ def test_a_restarted_trainer_knows_the_texts_that_have_come_since(settings: Sett
     assert learner is not None
     assert dict(zip(learner.ids, learner.text().tolist(), strict=True)) == dict(zip(ITEMS, TEXT.tolist(), strict=True))
     assert learner.config == ModelConfig(window_events=5_000).shaped_like(CONFIG)
+
+
+def test_what_waits_to_be_learned_is_no_more_than_the_window(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(settings, threading.Event())
+    reads = [Read(Click(event_id=f"e{at}", user_id="u", item_id="i", ts_ms=at), 0, at) for at in range(7_000)]
+    monkeypatch.setattr(trainer._window, "read", lambda: reads[4_000:])
+    assert trainer._read(reads[:4_000]) == reads[-5_000:]

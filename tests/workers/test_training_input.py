@@ -1,0 +1,66 @@
+"""The trainer's window, without a Kafka: how much of it is held, in which order, and which click is new."""
+
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from stream.events import Click, Erasure, Event, encode
+from tests.records import Record
+from workers import training_input
+from workers.settings import Settings
+from workers.settings import Trainer as TrainerSettings
+from workers.training_input import Window
+
+NOW_MS = time.time_ns() // 1_000_000
+NEWEST = 1_000
+
+
+def record(user_id: str, event_id: str, offset: int, partition: int = 0) -> Record:
+    click = Click(event_id=event_id, user_id=user_id, item_id="i", ts_ms=NOW_MS)
+    return Record(user_id.encode(), encode(click), offset, "clicks", partition, NOW_MS + offset)
+
+
+@pytest.fixture
+def window(monkeypatch: pytest.MonkeyPatch) -> Callable[[Iterator[list[Record]]], Window]:
+    def made(batches: Iterator[list[Record]]) -> Window:
+        monkeypatch.setattr(training_input, "read_window", lambda *_, **__: batches)
+        return Window(Settings(trainer=TrainerSettings(window_events=NEWEST)))
+
+    return made
+
+
+def month(partitions: int, each: int) -> Iterator[list[Record]]:
+    """One partition after the other, as Kafka may give them; their clicks arrived in turns."""
+    for partition in range(partitions):
+        for start in range(0, each, 500):
+            yield [record(f"u{partition}", f"e{partition}-{at}", at, partition) for at in range(start, start + 500)]
+
+
+def test_of_a_long_window_the_newest_clicks_are_read_and_no_more_are_held(
+    window: Callable[[Iterator[list[Record]]], Window],
+) -> None:
+    read = window(month(3, 20_000))
+    tracemalloc.start()
+    reads = read.read()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    newest = [(at, partition) for at in range(20_000) for partition in range(3)][-NEWEST:]
+    assert [(one.offset, one.partition) for one in reads] == newest
+    assert read.offsets == dict.fromkeys(range(3), 20_000)
+    assert peak < 5_000 * NEWEST  # bytes: two windows are 1.4 MB, all 60,000 clicks 40
+
+
+def test_an_erasure_is_heeded_however_many_clicks_come_after_it(
+    window: Callable[[Iterator[list[Record]]], Window],
+) -> None:
+    """The trainer may hold older clicks of that user."""
+
+    def batches() -> Iterator[list[Record]]:
+        wish: Event = Erasure(event_type="erase", user_id="gone", requested_ms=NOW_MS)
+        yield [record("gone", "e", 0), Record(b"gone", encode(wish), 1, timestamp=NOW_MS + 1)]
+        yield [record("u", f"e{at}", at) for at in range(2, 3_000)]
+
+    read = window(batches())
+    assert len(read.read()) == NEWEST and read.erased == {"gone": 1}
