@@ -52,7 +52,7 @@ class Window:
         for _, partition, offset, event in self._newest():
             if isinstance(event, Erasure):
                 self.erased[event.user_id] = offset
-            elif self._is_new(digest(event.event_id)):
+            elif self._is_new(digest(f"{event.user_id}\0{event.event_id}")):  # once a user, as in the states
                 reads.append(Read(event, partition, offset))
         return [read for read in reads if read.offset > self.erased.get(read.click.user_id, -1)]
 

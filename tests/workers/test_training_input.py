@@ -64,3 +64,10 @@ def test_an_erasure_is_heeded_however_many_clicks_come_after_it(
 
     read = window(batches())
     assert len(read.read()) == NEWEST and read.erased == {"gone": 1}
+
+
+def test_an_event_id_counts_once_a_user(window: Callable[[Iterator[list[Record]]], Window]) -> None:
+    """As in the users' states: a client may number its own clicks."""
+    sent = [record("u", "1", 0), record("v", "1", 1), record("u", "1", 2), record("u", "2", 3)]
+    reads = window(iter([sent])).read()
+    assert [(one.click.user_id, one.click.event_id) for one in reads] == [("u", "1"), ("v", "1"), ("u", "2")]
