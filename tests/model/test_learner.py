@@ -257,6 +257,31 @@ def test_what_is_resumed_goes_on_with_its_weights_and_counts_from_the_window(tra
         torch.testing.assert_close(new.tower.state_dict()[name], weight)
 
 
+def test_what_is_resumed_knows_the_items_that_its_window_has_lost() -> None:
+    """The window: ten items, half of them new in it. The others stay what they were: seen, learned, and not new."""
+    made, items = learner(), [ITEMS[row % 30] for row in range(200)] + [ITEMS[25 + row % 10] for row in range(50)]
+    users, stamps = [row % 7 for row in range(250)], np.arange(250) * 1000
+    events = Events(users, items, np.ones(250, np.float32), stamps)
+    made.learn(events)
+    again, old = resumed(made.model()), made.model()
+    again.absorb(events.slice(200, 250))
+    np.testing.assert_array_equal(again._counts, made._counts)
+    for name in ("tower.items", "tower.bias"):
+        torch.testing.assert_close(again.model().arrays[name], old.arrays[name], rtol=1e-4, atol=1e-5)
+    again.learn(Events([8], [ITEMS[0]], np.ones(1, np.float32), np.array([300_000])))
+    made.learn(Events([8], [ITEMS[0]], np.ones(1, np.float32), np.array([300_000])))
+    newness, before = (one.model().arrays["popularity"][:, -2:] for one in (again, made))
+    assert not newness[:30].any() and newness[30:35].all() and torch.equal(newness[30:], before[30:])
+
+
+@pytest.mark.parametrize("clicks", [1, 2, 57, 3000])
+def test_counts_are_read_off_a_saved_model(clicks: int) -> None:
+    made = learner()
+    made.learn(chain(300, 0.2))
+    made._counts[:] = clicks
+    assert set(resumed(made.model())._counts.tolist()) == {float(clicks)}
+
+
 def test_what_is_resumed_scores_its_first_events_by_the_vectors_it_had(trained: Learner) -> None:
     again, renewed = (resumed(trained.model()) for _ in range(2))
     for learner in (again, renewed):
