@@ -104,6 +104,9 @@ class EventLog:
 
     Events are numbered from 0 and keep their number; `start` is the oldest one still held. With
     `exclude_seen`, only the first positive event of a user on an item is something to predict.
+
+    Each time the ring has turned, users without an event in it are forgotten: who comes back is a stranger. Kept of all
+    users ever, `consumed` would grow for as long as the process lives.
     """
 
     def __init__(self, capacity: int, exclude_seen: bool) -> None:
@@ -111,6 +114,7 @@ class EventLog:
         self.user_index: dict[Hashable, int] = {}
         self.consumed: list[set[int]] = []  # per user, exact: items with a positive event
         self._last: list[int] = []  # per user, number of the newest event
+        self._free: list[int] = []  # indices of nobody, to be given away again
         self._whole = {name: np.zeros(0, np.int64) for name in ("user", "row", "ts", "previous")}
         self._real = {name: np.zeros(0, np.float32) for name in ("weight", "goal")}
 
@@ -129,14 +133,20 @@ class EventLog:
             self._whole["previous"][slot], self._last[index] = self._last[index], number
         self._whole["user"][slots], self._whole["row"][slots], self._whole["ts"][slots] = indices, rows, ts_ms
         self._real["weight"][slots], self._real["goal"][slots] = weights, self._goals(indices, rows, weights)
+        turns = self.count // self.capacity
         self.count += len(rows)
+        if self.count // self.capacity > turns:
+            self._release([user for user, index in self.user_index.items() if self._last[index] < self.start])
         return numbers
 
     def _index(self, user: Hashable) -> int:
-        index = self.user_index.setdefault(user, len(self._last))
-        if index == len(self._last):
-            self._last.append(-1)
-            self.consumed.append(set())
+        index = self.user_index.get(user)
+        if index is None:
+            if not self._free:
+                self._free.append(len(self._last))
+                self._last.append(-1)
+                self.consumed.append(set())
+            index = self.user_index[user] = self._free.pop()
         return index
 
     def _goals(self, indices: Rows, rows: Rows, weights: Floats) -> Floats:
@@ -151,21 +161,27 @@ class EventLog:
 
     def forget(self, users: Collection[Hashable]) -> None:
         """Empties the places of these users' events; who comes back is a stranger."""
-        indices = [self.user_index.pop(user) for user in users if user in self.user_index]
-        for index in indices:
-            self._last[index], self.consumed[index] = -1, set()
+        indices = self._release(users)
         places = np.isin(self._whole["user"], indices)
         for name, column in self._whole.items():
             column[places] = 0 if name in ("row", "ts") else -1
         for real in self._real.values():
             real[places] = 0
 
+    def _release(self, users: Collection[Hashable]) -> list[int]:
+        """The indices that these users had: other users get them, so that no event of theirs may stay in the ring."""
+        indices = sorted(self.user_index.pop(user) for user in users if user in self.user_index)  # a set has no order
+        for index in indices:
+            self._last[index], self.consumed[index] = -1, set()
+        self._free += indices
+        return indices
+
     def users(self, numbers: Rows) -> Rows:
         """(B,) user index of each event, -1 of one forgotten."""
         return self._whole["user"][numbers % self.capacity]
 
     def past(self, user: Hashable, length: int) -> tuple[list[Past], set[int]]:
-        """The user's newest events, oldest first, and the rows consumed ever; empty for a stranger."""
+        """The user's newest events, oldest first, and the rows consumed; empty for a stranger."""
         index = self.user_index.get(user)
         if index is None:
             return [], set()
@@ -174,7 +190,7 @@ class EventLog:
         return [event for event in columns if event[0] >= 0], set(self.consumed[index])
 
     def consumers(self, num_items: int) -> tuple[Rows, Rows]:
-        """(N,) users who have ever consumed each item, and (N,) those of them who have consumed another one too."""
+        """(N,) users known who have consumed each item, and (N,) those of them who have consumed another one too."""
         counts = np.array([len(taken) for taken in self.consumed], np.int64)  # (users,)
         rows = np.fromiter(itertools.chain.from_iterable(self.consumed), np.int64, counts.sum())
         busy = np.repeat(counts > 1, counts)

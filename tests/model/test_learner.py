@@ -356,6 +356,27 @@ def test_only_the_first_positive_event_on_an_item_is_something_to_predict() -> N
         assert log.consumed == [{1, 2}]
 
 
+def test_users_without_an_event_in_the_ring_are_forgotten_as_it_turns() -> None:
+    """ "once" clicks at the start, "often" every fourth time, everybody else twice in a row."""
+    log, users = EventLog(8, exclude_seen=True), list[str]()
+
+    def goal(user: str, row: int) -> float:
+        """Of one more event."""
+        users.append(user)
+        number = log.append([user], np.array([row]), np.ones(1, np.float32), np.array([len(users)]))
+        return float(log.ending_at(number, 1).goals[0, 0])
+
+    assert goal("once", 7) == 1
+    for at in range(100):
+        goal("often" if at % 4 == 0 else f"u{at // 2}", at)
+        held = np.arange(log.start, log.count)
+        assert log.users(held).tolist() == [log.user_index[users[number]] for number in held]
+        assert len(set(log.user_index.values())) == len(log.user_index)
+    assert log.past("often", 50)[1] == set(range(0, 100, 4)) and goal("often", 0) == 0
+    assert log.past("once", 50) == ([], set()) and goal("once", 7) == 1
+    assert len(log.consumed) == len(log._last) < 16 < len(set(users))
+
+
 def test_shuffling_moves_only_within_a_stamp() -> None:
     rows, stamps = np.array([[-1, 1, 2, 3, 4]]), np.array([[0, 5, 5, 5, 6]])
     window = Padded(rows, rows.astype(np.float32), stamps, rows.astype(np.float32))
