@@ -87,11 +87,8 @@ class Indexer:
                 self._take_model(decode(record.value, Artifact))
             elif record.topic == self._topics.items.name:
                 self._take_item(record)
-            elif record.value is not None:
-                vector = decode(record.value, ItemVector)
-                if vector.encoder == self._encoder.name:
-                    self._hashes[vector.item_id] = vector.text_hash
-                    self._vectors[vector.item_id] = np.frombuffer(vector.vector, "<f2").astype(np.float32)
+            else:
+                self._take_vector(record)
         except BadEvent as error:
             log.warning("record passed over", topic=record.topic, offset=record.offset, cause=str(error))
 
@@ -110,6 +107,15 @@ class Indexer:
                 self._producer.send_raw(self._topics.vectors.name, item_id.encode(), None)
         else:
             self._pending[item_id] = item
+
+    def _take_vector(self, record: Any) -> None:
+        item_id, vector = decode_item(record.value, record.key, ItemVector)
+        if vector is None:  # removed: what stands before it on the topic may have been taken after the item's own null
+            self._vectors.pop(item_id, None)
+            self._hashes.pop(item_id, None)
+        elif vector.encoder == self._encoder.name:
+            self._hashes[item_id] = vector.text_hash
+            self._vectors[item_id] = np.frombuffer(vector.vector, "<f2").astype(np.float32)
 
     def _encode(self, stop: threading.Event) -> None:
         """Text vectors of the pending items whose text is new, in groups, onto the vectors topic."""

@@ -1,5 +1,6 @@
 """What a generation is made of, whatever is announced, damaged or rolled back: on a real Kafka, without an encoder."""
 
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from model.learner import Learner
 from model.model import Model
 from model.sampling import Events
 from stream.broker import LocalBroker
-from stream.events import Artifact, encode
+from stream.events import Artifact, Item, ItemVector, encode
 from stream.producer import Producer
 from stream.topics import Topics
 from workers import indexer
@@ -213,3 +214,40 @@ def test_another_installation_s_generations_are_not_deleted(settings: Settings, 
     names = {generation.name for generation in published(settings)}
     assert len(names) == settings.indexer.keep == len(list(Path(settings.store, "generations").iterdir()))
     assert other.exists() and str(Path(settings.store).parent) == settings.artifacts
+
+
+def take(settings: Settings, one: Indexer, topic: str, item_id: str, value: bytes | None) -> None:
+    one._take(SimpleNamespace(topic=getattr(settings.topics, topic).name, key=item_id.encode(), value=value, offset=0))
+
+
+class Encodes:
+    """An encoder that gives every text the same vector, and says which texts it was given."""
+
+    name, dim, device = "e", 64, "cpu"
+
+    def __init__(self) -> None:
+        self.given: list[str] = []
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        self.given += texts
+        return np.ones((len(texts), 64), np.float32)
+
+
+@pytest.mark.parametrize("items_first", [True, False])
+def test_a_removed_item_comes_back_after_a_restart(settings: Settings, items_first: bool) -> None:
+    """In whatever order the two topics are read, and both may hold what was there before the nulls."""
+    one, encoder, item = Indexer(settings), Encodes(), encode(Item(item_id="x", title="X"))
+    one._encoder = encoder  # type: ignore[assignment]
+    take(settings, one, "items", "x", item)
+    one._encode(threading.Event())
+    text_hash = one._hashes["x"]
+    vector = ItemVector(item_id="x", encoder="e", text_hash=text_hash, vector=bytes(128))
+    again = Indexer(settings)
+    again._encoder = encoder  # type: ignore[assignment]
+    for topic, value in [("items", item), ("vectors", encode(vector))][:: 1 if items_first else -1]:
+        take(settings, again, topic, "x", value)
+        take(settings, again, topic, "x", None)
+    assert not again._vectors and not again._hashes
+    take(settings, again, "items", "x", item)
+    again._encode(threading.Event())
+    assert len(encoder.given) == 2 and set(again._vectors) == {"x"}
