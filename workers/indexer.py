@@ -67,6 +67,7 @@ class Indexer:
         self._unbuilt = False  # no generation holds it yet
         self._base: Base | None = None  # the newest generation's, as far as this process knows
         self._indexed: set[str] = set()  # its items
+        self._encoded: set[str] = set()  # items with a text that is newer than the newest build
         self._not_before = 0.0  # monotonic time of the next build, after one that failed
 
     def run(self, stop: threading.Event) -> None:
@@ -130,6 +131,7 @@ class Indexer:
             metrics.encoded_items.inc(len(part))
             for item_id, vector in zip(part, vectors, strict=True):
                 self._vectors[item_id], self._hashes[item_id] = vector, hashes[item_id]
+                self._encoded.add(item_id)
                 event = ItemVector(
                     item_id=item_id,
                     encoder=self._encoder.name,
@@ -166,8 +168,12 @@ class Indexer:
             self._unbuilt = all(g.parent != model.name and g.created_ms < model.created_ms for g in generations)
 
     def _due(self, base: Base) -> bool:
-        """A model that no generation holds, or as many new items as `indexer.fresh_items`, or a first generation."""
-        fresh = len(self._vectors.keys() - self._indexed)
+        """A model that no generation holds, or as many new items as `indexer.fresh_items`, or a first generation.
+
+        Where texts alone serve, a corrected one counts as new: no model is to come with it.
+        """
+        known = self._indexed if base.parent else self._indexed - self._encoded
+        fresh = len(self._vectors.keys() - known)
         return base.generation is None or self._unbuilt or fresh >= self._settings.indexer.fresh_items
 
     def _newest(self) -> Base:
@@ -202,7 +208,7 @@ class Indexer:
         base = base._replace(model=self._covering(base.model))
         artifact = self._publish(base)
         self._base, self._unbuilt = base._replace(generation=artifact.name), False
-        self._indexed = set(base.model.ids)
+        self._indexed, self._encoded = set(base.model.ids), set()
         self._producer.send_raw(self._topics.generations.name, artifact.name.encode(), encode(artifact))
         serving = {wanted.name for wanted in read_announcements(self._settings).wanted()[:1]}
         for pruned in self._prune(serving):

@@ -251,3 +251,32 @@ def test_a_removed_item_comes_back_after_a_restart(settings: Settings, items_fir
     take(settings, again, "items", "x", item)
     again._encode(threading.Event())
     assert len(encoder.given) == 2 and set(again._vectors) == {"x"}
+
+
+def correct(settings: Settings, one: Indexer, items: int) -> None:
+    one._encoder = Encodes()  # type: ignore[assignment]
+    for item_id in ITEMS[:items]:
+        take(settings, one, "items", item_id, encode(Item(item_id=item_id, title="Corrected")))
+    one._encode(threading.Event())
+
+
+@pytest.mark.parametrize("restarted", [True, False])
+def test_where_texts_alone_serve_corrected_ones_are_as_good_as_new(settings: Settings, restarted: bool) -> None:
+    one = started(settings)
+    if restarted:
+        one = Indexer(settings)
+        one._vectors = dict(zip(ITEMS[:20], TEXT, strict=False))
+    correct(settings, one, 5)
+    for _ in range(3):
+        one._build_if_due()
+    assert [ids(generation) for generation in published(settings)] == [(None, 20)] * 2
+    model = Model.load(Path(published(settings)[-1].url.removeprefix("file://")) / "model")
+    corrected = model.arrays["text.items"].numpy()[[model.ids.index(item_id) for item_id in ITEMS[:6]]]
+    assert np.allclose(corrected[:5], corrected[0]) and not np.allclose(corrected[5], corrected[0])
+
+
+def test_a_model_s_corrected_texts_come_with_the_next_model(settings: Settings) -> None:
+    one = started(settings, 20, trained(settings, "m1", 1))
+    correct(settings, one, 20)
+    one._build_if_due()
+    assert [ids(generation) for generation in published(settings)] == [("m1", 20)]
