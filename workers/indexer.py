@@ -146,18 +146,24 @@ class Indexer:
 
     def _build_if_due(self) -> None:
         """Build, check, publish, announce. A model or an index that fails its checks changes nothing."""
+        began = time.monotonic()
         try:
             if self._base is None:
                 self._resume()
             elif self._due(self._base):
                 self._build()
         except OSError as error:  # the store is full or out of reach: nothing is said about the model
-            log.error("generation not stored", reason=str(error), retry_s=RETRY_S)
-            self._not_before = time.monotonic() + RETRY_S
+            log.error("generation not stored", reason=str(error))
+            self._wait(began)
         except (DamagedGeneration, RecallTooLow, ValueError) as error:
             log.error("generation not built", model=self._announced and self._announced.name, reason=str(error))
             self._unbuilt = False
-            self._not_before = time.monotonic() + RETRY_S
+            self._wait(began)
+
+    def _wait(self, began: float) -> None:
+        """No build for as long as the failed one took: the same items may fail for ever, each time minutes."""
+        now = time.monotonic()
+        self._not_before = now + max(RETRY_S, now - began)
 
     def _resume(self) -> None:
         """After a start: the newest model has had its turn where a generation holds it, or is younger than it."""

@@ -1,6 +1,7 @@
 """What a generation is made of, whatever is announced, damaged or rolled back: on a real Kafka, without an encoder."""
 
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from model.checkpoint import publish_model
 from model.config import ModelConfig
 from model.learner import Learner
 from model.model import Model
+from model.probes import RecallTooLow
 from model.sampling import Events
 from stream.broker import LocalBroker
 from stream.events import Artifact, Item, ItemVector, encode
@@ -280,3 +282,20 @@ def test_a_model_s_corrected_texts_come_with_the_next_model(settings: Settings) 
     correct(settings, one, 20)
     one._build_if_due()
     assert [ids(generation) for generation in published(settings)] == [("m1", 20)]
+
+
+@pytest.mark.parametrize(("took_s", "wait_s"), [(600.0, 600.0), (0.1, indexer.RETRY_S)])
+@pytest.mark.parametrize("error", [RecallTooLow("recall@20"), OSError("full")])
+def test_a_build_that_fails_is_tried_again_after_as_long_as_it_took(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, error: Exception, took_s: float, wait_s: float
+) -> None:
+    one, now = started(settings), [time.monotonic()]
+
+    def failing(*_: object, **__: object) -> None:
+        now[0] += took_s
+        raise error
+
+    monkeypatch.setattr(indexer, "build_generation", failing)
+    monkeypatch.setattr(indexer, "time", SimpleNamespace(**vars(time) | {"monotonic": lambda: now[0]}))
+    more(one, 30)
+    assert one._not_before - now[0] == pytest.approx(wait_s)
