@@ -26,11 +26,11 @@ def width(path: Path) -> int:
     return (label_at - point_at) // 4
 
 
-def check(path: Path, shape: tuple[int, int], points: Callable[[Rows], Vectors]) -> None:
+def check(path: Path, shape: tuple[int, int], points: Callable[[Rows], Vectors], lifted: bool) -> None:
     """ValueError unless the lowest layer holds `points` of the labels 0..G-1, once each, and links lead to points.
 
-    shape: (G, W). The last column may differ by rounding: another processor lifts otherwise. The upper layers, a
-    twentieth of the file, are not looked at.
+    shape: (G, W). Where the points are lifted, the last column may differ by rounding: another processor lifts
+    otherwise. The upper layers, a twentieth of the file, are not looked at.
     """
     num_points, width = shape
     _, _, count, size, label_at, point_at, _, entry, _, most_links, *_ = _header(path)
@@ -47,16 +47,27 @@ def check(path: Path, shape: tuple[int, int], points: Callable[[Rows], Vectors])
     if not np.array_equal(np.sort(layer["label"]), np.arange(count)):
         raise ValueError(f"{path.name}: its labels are not one for each point")
     for start in range(0, count, _POINTS_AT_ONCE):
-        _check_records(path.name, layer[start : start + _POINTS_AT_ONCE], count, points)
+        _check_records(path.name, layer[start : start + _POINTS_AT_ONCE], count, points, lifted)
 
 
-def _check_records(name: str, part: NDArray[np.void], count: int, points: Callable[[Rows], Vectors]) -> None:
+def _check_records(
+    name: str, part: NDArray[np.void], count: int, points: Callable[[Rows], Vectors], lifted: bool
+) -> None:
     found, truth = part["point"], points(part["label"].astype(np.int64))  # (b, W)
-    if not np.array_equal(found[:, :-1], truth[:, :-1]) or not np.allclose(found[:, -1], truth[:, -1], 1e-4, 1e-4):
+    if not np.array_equal(found[:, :-1], truth[:, :-1]) or not _same_last(found, truth, lifted):
         raise ValueError(f"{name}: holds other points")
     linked = np.arange(part["links"].shape[1]) < part["num_links"][:, None]  # (b, L)
     if (part["num_links"] > part["links"].shape[1]).any() or (part["links"][linked] >= count).any():
         raise ValueError(f"{name}: a link leads nowhere")
+
+
+def _same_last(found: Vectors, truth: Vectors, lifted: bool) -> bool:
+    """Whether points (b, W) have the same last column. Lifted, it is the root of a difference: of the longest vectors
+    the root of rounding alone. So squares are compared, signed, by the squared length that all points share."""
+    if not lifted:
+        return np.array_equal(found[:, -1], truth[:, -1])
+    last, longest = found[:, -1].astype(np.float64), np.square(truth).sum(axis=1).max()
+    return np.allclose(last * np.abs(last), truth[:, -1] ** 2, rtol=0, atol=1e-4 * longest)
 
 
 def _header(path: Path) -> tuple[int, ...]:

@@ -168,7 +168,7 @@ class HnswIndex:
         """
         copies, lifted = Copies(vectors), hnsw_file.width(path) == vectors.shape[1] + 1
         points, dim = _points(vectors, copies, lifted, scale)
-        hnsw_file.check(path, (len(copies), dim), points)
+        hnsw_file.check(path, (len(copies), dim), points, lifted)
         graph = hnswlib.Index(space="l2" if lifted else "ip", dim=dim)
         graph.load_index(os.fspath(path), max_elements=len(copies))
         return cls(graph, vectors, copies, lifted, ef, 1, scale)

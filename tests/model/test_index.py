@@ -184,6 +184,25 @@ def test_a_file_of_other_vectors_is_refused(lifted: bool, tmp_path: Path) -> Non
         HnswIndex.load(tmp_path / "index", VECTORS[::-1])
 
 
+def test_a_graph_lifted_on_another_processor_is_taken_for_the_same(tmp_path: Path) -> None:
+    """Which adds up squares in another order: of vectors of one length, all that is lifted is rounding."""
+    unit = VECTORS / np.linalg.norm(VECTORS, axis=1, keepdims=True)
+    HnswIndex.build(unit).save(tmp_path / "index")
+    data = bytearray((tmp_path / "index").read_bytes())
+    last = np.ndarray(N, "<f4", data, 96 + 132 + 4 * D, (208,))  # of records of 4 + 128 + 68 + 8 bytes
+    squares = np.cumsum(unit[:, ::-1] ** 2, axis=1, dtype=np.float32)[:, -1]
+    elsewhere = np.sqrt(squares.max() - squares)
+    assert 3e-4 < np.abs(last - elsewhere).max() < 3e-3
+    for shift in (0.0, 0.1, -0.1):
+        last[:] = elsewhere + shift
+        (tmp_path / "index").write_bytes(data)
+        if shift:
+            with pytest.raises(ValueError, match="other points"):
+                HnswIndex.load(tmp_path / "index", unit)
+        else:
+            HnswIndex.load(tmp_path / "index", unit)
+
+
 def loud() -> tuple[Vectors, Vectors, Vectors]:
     """Items (N, D), half of whose columns are eight times the others and hardly weighed by queries (40, D); scale."""
     weight = np.repeat([1.0, 8.0], D // 2).astype(np.float32)
