@@ -262,7 +262,10 @@ class Learner:
     def model(self) -> Model:
         """A frozen model with everything learned so far; copies, so later learning leaves it alone."""
         self._renew_items()
-        return self._view().frozen()
+        view = self._view()
+        unclicked = torch.from_numpy(self._counts == 0).to(self.device)
+        view.arrays["tower.bias"] = torch.where(unclicked, view.unclicked_bias(self._items), view.arrays["tower.bias"])
+        return view.frozen()
 
     def _renew_items(self) -> None:
         self._items = self._vectors(torch.arange(len(self._counts), device=self.device))
@@ -303,8 +306,9 @@ class Learner:
 def _counts_of(model: Model) -> Floats:
     """(N,) positive events on each item, read off its gate n / (n + prior), the saved share of the learned bias.
 
-    Exact up to some 3,000; float32 loses digits of more, which the gate would not show. 0 where no bias is learned.
+    Exact up to some 3,000; float32 loses digits of more, which the gate would not show. 0 where no bias is learned:
+    there it is `Model.unclicked_bias`.
     """
-    learned, gated = (model.arrays[name].double() for name in ("tower.ids", "tower.bias"))
-    gate = (gated / learned[:, -1]).nan_to_num(0.0).clamp(0, 1 - 2**-24)  # (N,)
+    learned, gated = model.arrays["tower.ids"][:, -1].double(), model.arrays["tower.bias"].double()  # (N,) each
+    gate = torch.where(learned == 0, 0.0, gated / learned).clamp(0, 1 - 2**-24)
     return np.asarray((model.config.id_prior * gate / (1 - gate)).round().float().cpu().numpy())

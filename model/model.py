@@ -132,12 +132,25 @@ class Model:
             ),
             "text.items": TEXT_GAIN * (unit @ arrays["text.projection"]),  # (M, P)
         }
+        new["tower.bias"] = self.unclicked_bias(new["tower.items"])
         grown = {
             name: torch.cat([arrays[name], new.get(name, arrays[name].new_zeros(len(ids), *shape[1:]))])
             for name, shape in array_shapes(config, len(self.ids)).items()
             if name in PER_ITEM
         }
         return Model(config, [*self.ids, *ids], arrays | grown, self.tower)
+
+    @torch.no_grad()
+    def unclicked_bias(self, items: Tensor) -> Tensor:
+        """(M,) tower biases of items (M, d) that nobody has clicked: to a stranger all are like the mean of the catalogue.
+
+        What a stranger would click among the items of before says nothing of a new one. Without it unseen items were
+        ranked by that for everybody, on online-retail worse than by chance (docs/quality.md).
+        """
+        nobody = pad([History(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64))], 1)
+        stranger = self.user_parts(nobody, np.zeros(1, np.int64))["tower"][0, :-1]  # (d,)
+        known = self.arrays["tower.items"] @ stranger  # (N,)
+        return known.sum() / max(1, len(known)) - items @ stranger
 
     def tastes(self, rows: NDArray[np.int64]) -> Floats:
         """(M, d) tower vectors of rows (M,), of length 1: how alike items are by text and behaviour together."""

@@ -152,6 +152,18 @@ def test_an_item_never_seen_is_its_text_however_much_is_learned() -> None:
     np.testing.assert_allclose(extended[40], extended[41], rtol=1e-4, atol=1e-5)
 
 
+def test_what_strangers_click_says_nothing_of_an_item_that_nobody_has() -> None:
+    """In the model or behind it: the tower scores all of them alike, as it does the mean item, and clicked ones not."""
+    made, unseen = learner(), np.random.default_rng(3).normal(size=(6, 16)).astype(np.float32)
+    made.add_items(["a", "b", "c"], unseen[:3])
+    made.learn(chain(400, 0.2))
+    model = made.model().extended(["d", "e", "f"], unseen[3:])
+    tower = slice(CONFIG.tower_dim + 1)
+    stranger, known = model.user_vectors([NOBODY, HISTORY], [0, 4000])[:, tower] @ model.item_vectors()[:, tower].T
+    assert np.ptp(stranger[40:]) < 1e-4 < 0.01 < np.ptp(stranger[:40])
+    assert np.ptp(known[40:]) > 0.01  # to whom has a history they are not alike
+
+
 def test_an_unknown_item_in_an_event_joins_without_text() -> None:
     made = learner()
     made.learn(Events(["u", "u"], ["stranger", ITEMS[0]], np.ones(2, np.float32), np.array([1, 2])))
