@@ -142,7 +142,7 @@ class Model:
 
     @torch.no_grad()
     def unclicked_bias(self, items: Tensor) -> Tensor:
-        """(M,) tower biases of items (M, d) that nobody has clicked: to a stranger all are like the mean of the catalogue.
+        """(M,) tower biases of items (M, d) that nobody has clicked: to a stranger all are like the mean item.
 
         What a stranger would click among the items of before says nothing of a new one. Without it unseen items were
         ranked by that for everybody, on online-retail worse than by chance (docs/quality.md).
