@@ -17,6 +17,7 @@ import structlog
 
 from stream import guard
 from stream.broker import LocalBroker
+from stream.kraft import require_free
 from stream.topics import ensure
 from workers.processes import free_port, stop_on_signal
 from workers.settings import Serve, Settings, load_settings
@@ -97,8 +98,10 @@ class Roles:
 def run_up(bootstrap: str | None, home: Path | None) -> int:
     """All roles on this Kafka, or on a local one (`home`: as LocalBroker's), until a signal; the exit code.
 
-    Raises BrokerError, WrongTopic.
+    Raises BrokerError, also where serve's port is taken: another program would answer in its place; WrongTopic.
     """
+    if port := load_settings().serve.port:
+        require_free(port)
     stop, own, ready = stop_on_signal(), None, False
     with ExitStack() as stack:
         if bootstrap is None:

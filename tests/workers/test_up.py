@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from stream.jars import BrokerError
 from tests.workers.service import until
 from workers import up
 from workers.observe import scrape
@@ -143,6 +145,18 @@ def test_a_role_whose_guard_cannot_fork_is_started_again(tmp_path: Path, monkeyp
     with up.Roles({}) as roles:
         until(lambda: roles.pids.keys() == set(up.ROLES), "each has been started again")
     assert roles.restarts == len(up.ROLES)
+
+
+def test_a_port_that_is_taken_is_told_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """serve would be restarted for ever, and "ready" said of whoever listens there."""
+    monkeypatch.chdir(tmp_path)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setenv("UPWELL_SERVE__PORT", str(port := taken.getsockname()[1]))
+        with pytest.raises(BrokerError, match=f"port {port} is taken"):
+            up.run_up(None, None)
+    assert not list(tmp_path.iterdir())
 
 
 def test_only_a_port_that_is_left_open_is_given() -> None:
