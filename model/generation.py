@@ -105,8 +105,8 @@ def build_generation(
 
 def _seal(building: Path, folder: Path) -> None:
     """Flush every file and directory, then rename: after a power cut the folder is whole or absent."""
-    building.chmod(0o755)  # mkdtemp's is for one user alone
     for path in [*building.rglob("*"), building]:
+        path.chmod(0o755 if path.is_dir() else 0o644)  # mkdtemp's and safetensors' are for one user alone
         _sync(path)
     building.rename(folder)
     _sync(folder.parent)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from model import probes
+from model import generation, probes
 from model.config import ModelConfig
 from model.generation import build_generation, fetch, prune, publish
 from model.index import ExactIndex
@@ -75,6 +75,40 @@ def test_what_is_built_is_whole(built: Path, model: Model) -> None:
 def test_the_same_model_builds_the_same_files(built: Path, model: Model, tmp_path: Path) -> None:
     manifest = build(tmp_path / "g2", model)
     assert manifest.files == verify(built).files and manifest.model_sha256 == verify(built).model_sha256
+
+
+def test_the_figure_of_the_index_is_its_own(model: Model, tmp_path: Path) -> None:
+    """Not that of the generation before, whose figures an index of the same model takes over."""
+    manifest = build(tmp_path / "g", model, metrics={"recall@20": 0.5, "ndcg@10": 0.125})
+    assert manifest.metrics["recall@20"] >= 0.95 and manifest.metrics["ndcg@10"] == 0.125
+
+
+def test_all_of_it_is_on_the_disk_before_its_name_is(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut must leave no folder that only looks whole."""
+    synced, left = list[Path](), list[set[Path]]()
+    sync, rename = generation._sync, Path.rename
+
+    def noted(path: Path) -> None:
+        synced.append(path)
+        sync(path)
+
+    def renamed(building: Path, to: Path) -> Path:
+        left.append({building, *building.rglob("*")} - set(synced))
+        synced.clear()
+        return rename(building, to)
+
+    monkeypatch.setattr(generation, "_sync", noted)
+    monkeypatch.setattr(Path, "rename", renamed)
+    build(tmp_path / "g", model)
+    assert left == [set()] and synced == [tmp_path]
+
+
+def test_a_generation_can_be_read_by_other_users(built: Path) -> None:
+    """mkdtemp's folder and the files of safetensors are for their owner alone: roles need not run as one user."""
+    for path in (built, *built.rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644), path
 
 
 class Changed:
@@ -237,6 +271,15 @@ def test_a_graph_without_links_is_seen_by_the_probes(folder: Path) -> None:
         load_index(folder, verify(folder))
 
 
+def test_probes_that_are_off_by_a_hundredth_are_not_the_processor_s_rounding(folder: Path) -> None:
+    stored = load_file(folder / "probes.safetensors")
+    for name, file in (("scores", "items.npy"), ("found", "index.hnsw")):
+        save_file(stored | {name: stored[name] * np.float32(1.01)}, folder / "probes.safetensors")
+        rewrite(folder, files=verify_files(folder))
+        with pytest.raises(DamagedGeneration, match=rf"{file}: .* answered otherwise"):
+            load_index(folder, verify(folder))
+
+
 def rewrite(folder: Path, **changes: Any) -> None:
     """An edited manifest that is right in itself."""
     path = folder / "manifest.json"
@@ -370,3 +413,15 @@ def test_the_newest_are_kept(folder: Path, store: str) -> None:
     assert sorted(Path(path).name for path in memory.ls(store, detail=False)) == ["a", "b", "coming"]
     with pytest.raises(ValueError, match="at least 1"):
         prune(store, keep=0)
+
+
+def test_what_is_no_whole_generation_is_neither_counted_nor_deleted(folder: Path, store: str) -> None:
+    memory = fsspec.filesystem("memory")
+    for version, created_ms in (("a", 1000), ("b", 2000)):
+        rewrite(folder, version=version, created_ms=created_ms)
+        publish(folder, store)
+    rewrite(folder, version="c", created_ms=0)
+    memory.put(str(folder), f"{store}/.building-c", recursive=True)  # about to be renamed
+    memory.pipe_file(f"{store}/damaged/manifest.json", b"{")
+    assert prune(store, keep=2) == []
+    assert memory.exists(f"{store}/.building-c/manifest.json") and memory.exists(f"{store}/damaged/manifest.json")
