@@ -68,6 +68,13 @@ def factors(stream: Stream, rank: int, rounds: int) -> tuple[Factors, NDArray[np
 STREAM: Stream = [(user, int(item), 1.0) for user in range(30) for item in np.roll(np.arange(ITEMS), user)[:4]]
 
 
+def test_counts_are_damped_by_how_often_either_item_is_touched() -> None:
+    """Else whatever is popular is everything's neighbour."""
+    covisitation, touched = fed(STREAM), np.linspace(0, 50, ITEMS)
+    expected = covisitation.counts().toarray() / (touched[:, None] + 1) ** 0.3 / (touched + 10) ** 0.5
+    np.testing.assert_allclose(covisitation.damped(touched).toarray(), expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("rank", [2, 4, ITEMS, ITEMS + 3])
 def test_factors_are_the_best_of_their_rank(rank: int) -> None:
     found, damped = factors(STREAM, rank, rounds=20)
@@ -97,3 +104,9 @@ def test_only_the_largest_pairs_are_kept() -> None:
     stream += [(7, item, 1.0) for item in (2, 3, 4, 5)]
     counts = fed(stream, size=len(stream), max_pairs=1).counts()
     assert counts.nnz == 2 and counts[0, 1] == counts[1, 0] > 0
+
+
+def test_a_dislike_is_as_large_a_pair_as_a_like() -> None:
+    pairs: Stream = [(0, 0, 1.0), (0, 1, 1.0), (1, 2, 1.0), (1, 3, -5.0)]
+    counts = fed(pairs, size=len(pairs), max_pairs=1).counts()
+    assert counts.nnz == 2 and counts[2, 3] == counts[3, 2] < 0

@@ -20,6 +20,12 @@ def test_drift_is_the_shift_in_standard_deviations() -> None:
     assert drift(before, after) == pytest.approx(2 / np.sqrt(16), abs=0.03)
 
 
+def test_drift_is_the_same_either_way() -> None:
+    rng = np.random.default_rng(0)
+    wide, narrow = 3 * rng.normal(size=(500, 8)), rng.normal(size=(500, 8)) + 1
+    assert drift(wide, narrow) == pytest.approx(drift(narrow, wide))
+
+
 def test_of_too_little_nothing_is_said() -> None:
     assert np.isnan(drift(np.zeros((0, 4)), np.ones((5, 4))))
     assert np.isnan(drift(np.ones((5, 4)), np.ones((5, 4))))

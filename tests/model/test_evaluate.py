@@ -143,6 +143,12 @@ def test_repeats_are_scored_only_when_seen_items_may_be_recommended() -> None:
     assert len(outcome.new().ranks) == 2 and len(outcome.open().ranks) == 3
 
 
+def test_what_was_only_disliked_is_neither_seen_nor_consumed() -> None:
+    """As served: a dislike keeps no item out of the evaluation's lists, and offers none that nobody has liked."""
+    own = replayed(PopularityArm(12), stream([0, 0], [1, 1], [-1.0, 1.0]), ITEMS, "line")
+    assert len(own.new().ranks) == 1 and own.ranks.tolist() == [np.inf]
+
+
 def test_repeats_have_a_figure_of_their_own() -> None:
     outcome = replayed(PopularityArm(12), stream([0, 1, 0, 0, 2], [1, 1, 2, 1, 2]), ITEMS, "line")
     assert outcome.repeat.tolist() == [False, False, False, True, False]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.config import ModelConfig
-from model.gate import Slice, judge
+from model.gate import Slice, hold_out, judge
 from model.learner import Learner
 from model.model import Model
 from model.sampling import Events, History
@@ -84,6 +84,14 @@ def test_scores_that_overflow_are_refused() -> None:
     assert model.finite() and not judge(model, None, held_out(), TEXT).accepted
 
 
+def test_a_serving_model_whose_scores_overflow_is_replaced() -> None:
+    broken = good()
+    broken.arrays["popularity"].fill_(-3e38)
+    broken.arrays["mix"].fill_(3e38)
+    verdict = judge(good(), broken, held_out(), TEXT)
+    assert verdict.accepted and verdict.reason == "a score of the serving model is not finite"
+
+
 def test_the_first_model_needs_only_finite_weights() -> None:
     assert judge(learner().model(), None, held_out(), TEXT).accepted
 
@@ -94,6 +102,38 @@ def in_order(rows: list[int]) -> Model:
     model.arrays["mix"].zero_()[:, -1] = 1.0
     model.arrays["popularity"][rows, -1] = torch.arange(30.0, 0.0, -1.0)
     return model
+
+
+def test_what_its_user_has_consumed_does_not_stand_before_a_target() -> None:
+    """The list would leave it out; each event has its own, whichever events count."""
+    first, evens = in_order([*range(0, 30, 2), *range(1, 30, 2)]), np.arange(0, 30, 2)
+    consumed = [np.append(rows, rows[0] + 1) if line < 5 else evens for line, rows in enumerate(held_out().consumed)]
+    metrics = judge(first, None, replace(held_out(), consumed=consumed), TEXT).metrics
+    assert metrics["candidate_mean_rank"] == pytest.approx(np.exp(np.log(np.arange(6, 16)).mean()))
+
+
+def test_more_events_than_are_ranked_at_once_are_each_ranked_after_their_own_past() -> None:
+    one = held_out()
+    events = Events([*one.events.users] * 20, [*one.events.items] * 20, np.tile(ONES[:15], 20), np.full(300, 99_000))
+    many = Slice(events, [*one.histories] * 20, [*one.consumed] * 20, MANY, MANY)
+    for model in (good(), learner().model()):  # all ranks are 1; ranks of all kinds
+        few, all_ = (judge(model, None, slice_, TEXT).metrics for slice_ in (one, many))
+        assert all_ == pytest.approx(few | {"events": 300.0}, rel=1e-9)
+
+
+def test_held_out_events_know_what_their_users_did_before() -> None:
+    """In the window and in the slice; what is disliked is in the history and may still be recommended."""
+    made = learner()
+    made.learn(Events(["u"] * 7, ITEMS[:7], ONES[:7], np.arange(7) * 1000))
+    users, items = ["u", "new", "u", "u", "u", "new"], [ITEMS[row] for row in (20, 9, 21, 22, 23, 8)]
+    weights = np.array([-1, 1, 1, 1, 1, 1], np.float32)
+    slice_ = hold_out(made, Events(users, items, weights, np.arange(7, 13) * 1000))
+    seven = [*range(7)]
+    assert [past.rows.tolist() for past in slice_.histories] == [
+        seven, [], [*seven, 20], [*seven[1:], 20, 21], [*seven[2:], 20, 21, 22], [9]
+    ]  # fmt: skip
+    assert slice_.histories[2].weights.tolist() == [*[1.0] * 7, -1.0]
+    assert [rows.tolist() for rows in slice_.consumed] == [seven, [], seven, [*seven, 21], [*seven, 21, 22], [9]]
 
 
 def test_luck_at_the_top_does_not_pass_for_learning() -> None:
@@ -115,6 +155,23 @@ def test_a_much_clicked_item_is_looked_at_though_no_stranger_is_shown_it() -> No
     assert judge(hidden, learner().model(), replace(held_out(), busy_users=fakes, events=once), TEXT).accepted
 
 
+def test_clicks_that_tell_nothing_are_looked_at_for_fakes_all_the_same() -> None:
+    """The same made-up users again and again: all of their clicks but the first are on a consumed item."""
+    fakes, slice_ = MANY.copy(), held_out()
+    fakes[29] = 0
+    hidden = in_order([*range(1, 29, 2), *range(0, 30, 2), 29])
+    again = [np.append(rows, 29) if line == 14 else rows for line, rows in enumerate(slice_.consumed)]
+    assert not judge(hidden, learner().model(), replace(slice_, busy_users=fakes, consumed=again), TEXT).accepted
+
+
+def test_all_twenty_items_for_strangers_are_looked_at() -> None:
+    shown, blank = in_order([*range(1, 30, 2), *range(0, 30, 2)]), learner().model()  # clicked are the odd ones
+    for row, accepted in ((8, False), (10, True)):  # the 20th and the 21st
+        fakes = MANY.copy()
+        fakes[row] = 0
+        assert judge(shown, blank, replace(held_out(), busy_users=fakes), TEXT).accepted == accepted
+
+
 def test_an_item_for_strangers_needs_users_who_do_something_else() -> None:
     model, slice_ = good(), held_out()
     blank = learner().model()
@@ -129,6 +186,12 @@ def test_an_item_for_strangers_needs_users_who_do_something_else() -> None:
     few, none = MANY.copy(), MANY.copy()
     few[first], none[first] = 19, 0  # too few users to tell
     assert judge(model, blank, replace(slice_, users=few, busy_users=none), TEXT).accepted
+
+
+def test_where_few_users_have_done_two_things_none_looks_made_up() -> None:
+    """A young stream: it is the usual share that an item is held against."""
+    young = replace(held_out(), busy_users=np.full(30, 6))  # of 60 each
+    assert judge(good(), learner().model(), young, TEXT).accepted
 
 
 def test_a_slice_with_little_to_compare_is_no_evidence() -> None:
@@ -166,6 +229,12 @@ def test_a_serving_model_with_fewer_items_is_scored_as_the_fresh_segment_would_s
     few = learner(items=20).model()
     metrics = judge(learner().model(), few, held_out(), TEXT).metrics
     assert metrics["serving_ndcg@10"] > 0  # texts still rank
+
+
+def test_what_the_serving_model_does_not_know_has_its_own_text() -> None:
+    """Without that it ranks items by others' texts, and any candidate is better."""
+    metrics = judge(learner().model(), learner(items=20).model(), held_out(), TEXT).metrics
+    assert metrics["serving_mean_rank"] == pytest.approx(metrics["candidate_mean_rank"], rel=0.1), metrics
 
 
 def _in_rows_of(order: np.ndarray) -> Slice:

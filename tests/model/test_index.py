@@ -231,6 +231,17 @@ def test_a_query_that_the_scale_was_not_made_for_is_scanned() -> None:
     assert recall(index.search_graph(quiet, 20)[1], truth[:40]) < 0.9
 
 
+def test_odd_is_what_words_are_and_users_are_not() -> None:
+    """Mean squares of 43 times the usual one and more against 1.9 and less (model.index.ODD)."""
+    vectors, _, scale = loud()
+    index, usual = HnswIndex.build(vectors[:200], scale=scale), len(scale) / np.square(scale).sum()
+    low, high = (1 / end**2 / usual for end in (scale.max(), scale.min()))  # of a query of one column
+    for times, odd in ((1.9, False), (43.0, True)):
+        query, share = np.zeros((1, len(scale)), np.float32), (times - low) / (high - low)
+        query[0, scale.argmin()], query[0, scale.argmax()] = share**0.5, (1 - share) ** 0.5
+        assert index._odd(query).tolist() == [odd]
+
+
 def test_a_scaled_graph_is_loaded_with_its_scale_alone(tmp_path: Path) -> None:
     vectors, queries, scale = loud()
     built = HnswIndex.build(vectors, scale=scale)

@@ -108,6 +108,14 @@ def test_survives_the_wire_and_leaves_its_input_alone(events: list[C]) -> None:
     assert apply_clicks(half, numbered(events[:10]), LIMITS) is half
 
 
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=4))
+def test_a_weight_is_kept_as_it_is_and_what_is_disliked_is_seen(weights: list[float]) -> None:
+    events = [Applied(C(f"e{at}", f"i{at}", at), weight, at) for at, weight in enumerate(weights)]
+    state = apply_clicks(EMPTY, events, LIMITS)
+    assert state.history == tuple(Entry(f"i{at}", weight, at) for at, weight in enumerate(weights))
+    assert state.seen == b"".join(digest(f"i{at}") for at in range(len(weights)))
+
+
 def test_late_events_take_their_place_in_time() -> None:
     late = [C("a", "x", 30), C("b", "y", 10), C("c", "z", 30)]
     state = apply_clicks(EMPTY, numbered(late), LIMITS)
