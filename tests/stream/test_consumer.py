@@ -4,11 +4,14 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import kafka
 import pytest
 from kafka import TopicPartition
 
+from stream import consumer as consumer_module
 from stream.connection import Connection
 from stream.consumer import Record, read_window, tail
 from stream.topics import Topics
@@ -119,6 +122,38 @@ def test_a_window_ends_where_it_ended_at_its_start(
         send(producer, topic, range(100, 150), partition=1)
     assert seen == list(range(100))
     assert batches > 1
+
+
+class Stalled(SimpleNamespace):
+    """A consumer of one partition that holds ten records and gives none."""
+
+    def __init__(self) -> None:
+        super().__init__(close=lambda: None, assign=lambda _: None, seek=lambda *_: None, pause=lambda *_: None)
+
+    def partitions_for_topic(self, topic: str) -> set[int]:
+        return {0}
+
+    def end_offsets(self, partitions: list[Any]) -> dict[Any, int]:
+        return dict.fromkeys(partitions, 10)
+
+    def beginning_offsets(self, partitions: list[Any]) -> dict[Any, int]:
+        return dict.fromkeys(partitions, 0)
+
+    def poll(self, timeout_ms: int) -> dict[Any, Any]:
+        return {}
+
+    def position(self, part: TopicPartition) -> int:
+        return 0
+
+
+def test_a_read_that_makes_no_progress_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """kafka-python's known stalls: a role that waits for ever at its start looks alive."""
+    monkeypatch.setattr(consumer_module, "STALL_S", 0.05)
+    monkeypatch.setattr(consumer_module, "open_consumer", lambda *_, **__: Stalled())
+    polls = read_window(Connection("127.0.0.1:1"), "t")
+    with pytest.raises(TimeoutError, match=r"no progress for 0\.05 s"):
+        for _ in range(1_000_000):
+            next(polls)
 
 
 def test_a_tail_catches_up_once_and_goes_on(

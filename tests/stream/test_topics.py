@@ -6,7 +6,7 @@ import pytest
 from kafka.admin import ConfigResource
 
 from stream.connection import Connection
-from stream.topics import Topics, WrongTopic, ensure
+from stream.topics import DAY_MS, Topics, WrongTopic, ensure
 
 
 def test_the_cluster_has_what_the_table_says(connection: Connection, topics: Topics) -> None:
@@ -43,6 +43,12 @@ def test_nothing_of_a_user_is_kept_for_longer_than_the_window() -> None:
                 steps = ("segment.ms", "max.compaction.lag.ms", "max.compaction.lag.ms", "delete.retention.ms")
                 assert sum(int(config[step]) for step in steps) <= window_ms / 2
             assert int(config["segment.ms"]) <= window_ms / 10
+
+
+def test_lists_are_kept_for_a_day_at_most() -> None:
+    """Every list sent, each with ids of what its user did: a day of them is what a server reads at its start."""
+    for days in (30.0, 1.0, 0.001):
+        assert int(Topics("x", clicks_days=days).recommendations.config()["retention.ms"]) <= DAY_MS
 
 
 def test_ensure_from_several_processes_at_once(connection: Connection) -> None:

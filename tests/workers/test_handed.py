@@ -1,4 +1,7 @@
-"""Gaps in what Faust hands on, on the real broker."""
+"""Gaps in what Faust hands on, on the real broker; when it is fetched again or given up, without one."""
+
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -82,3 +85,47 @@ async def test_what_was_forgotten_meanwhile_is_not_remembered(monkeypatch: pytes
     monkeypatch.setattr(handed, "_committed", rebalance)
     assert await handed.behind({3: 200}) == {}
     assert not handed._next
+
+
+@pytest.fixture
+def handed(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Kafka has committed 5 of partition 0 and nothing of 1; `there` is what a read of a gap finds."""
+    made: Any = Handed(Settings())
+    made.there = []
+    monkeypatch.setattr(made, "_committed", lambda: {0: 5})
+    monkeypatch.setattr(made, "_between", lambda *_: made.there)
+    monkeypatch.setattr("workers.handed.STUCK_S", 0.0)
+    return made
+
+
+async def hand(handed: Any, partition: int, *offsets: int) -> list[int]:
+    records = [SimpleNamespace(offset=offset) for offset in offsets]
+    return [record.offset for record in await handed.complete(partition, records)]
+
+
+async def test_only_what_stands_still_below_its_end_is_fetched_again(handed: Any) -> None:
+    assert await hand(handed, 0, 5, 6, 7) == [5, 6, 7]
+    assert await handed.behind({0: 20}) == {}  # the first look
+    await hand(handed, 0, 8)
+    assert await handed.behind({0: 20}) == {}  # it has moved
+    assert await handed.behind({0: 20, 1: 4}) == {0: 9}  # and stands; what is committed of 0 is no news
+    assert await handed.behind({0: 20, 1: 4}) == {1: 0}  # once for each
+    await hand(handed, 0, *range(9, 20))
+    assert await handed.behind({0: 20}) == await handed.behind({0: 20}) == {}  # at its end
+
+
+async def test_a_gap_without_a_click_is_no_reason_to_give_up(handed: Any) -> None:
+    """A transaction's marker: the partition stands below its end for good."""
+    for _ in range(4):
+        await handed.behind({0: 6})
+    handed.there = [SimpleNamespace(offset=5)]
+    with pytest.raises(Stuck):
+        await handed.behind({0: 6})
+
+
+async def test_of_a_partition_that_was_away_nothing_is_remembered(handed: Any) -> None:
+    for _ in range(2):
+        await handed.behind({0: 6})
+    handed.there = [SimpleNamespace(offset=5)]
+    handed.forget([0])
+    assert [await handed.behind({0: 6}) for _ in range(2)] == [{}, {0: 5}]

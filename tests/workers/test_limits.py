@@ -98,6 +98,7 @@ def test_each_route_wants_its_scope_and_no_other(of: dict[str, str], file: Path)
 def test_a_ticket_opens_one_user_s_stream_for_a_minute_and_nothing_else(
     of: dict[str, str], file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert TICKET_S == 60
     now = time.time()
     keys = load_keys(Serve(keys_file=file))
     with client(keys) as api, client(keys) as another, client(OPEN) as open_to_all:
@@ -187,6 +188,17 @@ def test_a_bucket_fills_at_its_rate() -> None:
     assert [buckets.wait_s("a", 9.0) for _ in range(4)] == pytest.approx([0, 0, 0, 0.1])
 
 
+def test_of_so_many_callers_the_longest_silent_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who calls from ever new addresses fills no memory, and gets no fresh bucket for it."""
+    monkeypatch.setattr("workers.limits.MAX_CALLERS", 3)
+    buckets = Buckets(rate=1, burst=1)
+    assert [buckets.wait_s(caller, 0.0) for caller in "abc"] == [0, 0, 0]
+    assert buckets.wait_s("a", 0.1) > 0  # b is the longest silent now
+    assert buckets.wait_s("d", 0.2) == 0
+    assert len(buckets._left) == 3
+    assert all(buckets.wait_s(caller, 0.3) > 0 for caller in "acd")
+
+
 def test_one_caller_is_slowed_and_the_other_is_not(of: dict[str, str], file: Path) -> None:
     with client(load_keys(Serve(keys_file=file)), rate=0.01, burst=3) as api:
         read = {"Authorization": f"Bearer {of['read']}"}
@@ -197,6 +209,22 @@ def test_one_caller_is_slowed_and_the_other_is_not(of: dict[str, str], file: Pat
         guesses = [api.get("/v1/items", headers={"Authorization": "Bearer guess"}).status_code for _ in range(5)]
         assert guesses == [401, 401, 401, 429, 429]
         assert api.get("/livez").status_code == 200
+
+
+async def test_each_address_has_a_bucket_of_its_own() -> None:
+    """Where no keys are asked for, one busy caller does not shut the others out."""
+
+    @get("/quick", sync_to_thread=False, **route("read"))
+    def quick() -> str:
+        return "done"
+
+    app = Litestar([quick], middleware=[Gate(Serve(rate=0.01, burst=2), OPEN)])
+    found = {}
+    for host in ("10.0.0.1", "10.0.0.2"):
+        transport = ASGITransport(app, client=(host, 1))  # type: ignore[arg-type]
+        async with AsyncClient(transport=transport, base_url="http://localhost") as api:
+            found[host] = [(await api.get("/quick")).status_code for _ in range(3)]
+    assert [*found.values()] == [[200, 200, 429]] * 2
 
 
 def test_too_much_at_once_is_refused_and_what_takes_too_long_is_ended() -> None:
@@ -222,6 +250,29 @@ def test_too_much_at_once_is_refused_and_what_takes_too_long_is_ended() -> None:
             assert (await api.get("/slow")).status_code == 200
 
     asyncio.run(at_once())
+
+
+async def test_probes_are_answered_while_all_requests_are_taken() -> None:
+    """Else Kubernetes ends a server for being busy."""
+    begun, released = asyncio.Event(), asyncio.Event()
+
+    @get("/slow", **route("read"))
+    async def slow() -> str:
+        begun.set()
+        await released.wait()
+        return "done"
+
+    @get("/alive", sync_to_thread=False, **route(None))
+    def alive() -> str:
+        return "alive"
+
+    app = Litestar([slow, alive], middleware=[Gate(Serve(max_requests=1), OPEN)])
+    async with AsyncClient(transport=ASGITransport(app), base_url="http://localhost") as api:  # type: ignore[arg-type]
+        busy = asyncio.create_task(api.get("/slow"))
+        await begun.wait()
+        statuses = [(await api.get(path)).status_code for path in ("/slow", "/alive")]
+        released.set()
+        assert statuses == [503, 200] and (await busy).status_code == 200
 
 
 def test_bodies_batches_and_streams_are_bounded() -> None:
@@ -345,6 +396,35 @@ def test_every_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch)
         key = keys.find(f"Bearer {given}")
         assert (key and key.name) == found
         assert compared == [(kept, sha256(given.encode()).digest()) for kept in hashes]
+
+
+def test_a_key_has_256_random_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the one round of SHA-256 rests on."""
+    asked: list[int] = []
+
+    def token(num_bytes: int) -> str:
+        asked.append(num_bytes)
+        return "x" * 43
+
+    monkeypatch.setattr("workers.keys.secrets.token_urlsafe", token)
+    assert new_key("k", ["read"])[0] == "upwell_" + "x" * 43
+    assert asked == [32]
+
+
+def test_a_ticket_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How far a forged MAC is right does not show in the time."""
+    compared: list[tuple[str, str]] = []
+
+    def compare(one: str, other: str) -> bool:
+        compared.append((one, other))
+        return one == other
+
+    key = _parsed(new_key("k", ["read"])[1])
+    ticket = key.ticket("u", 100)
+    forged = ticket[:-1] + ("0" if ticket[-1] != "0" else "1")
+    monkeypatch.setattr("workers.keys.hmac.compare_digest", compare)
+    assert [Keys([key]).redeem(given, "u", 99) for given in (ticket, forged)] == [key, None]
+    assert compared == [(ticket, ticket), (ticket, forged)]
 
 
 def test_headers_and_origins(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,17 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from model.manifest import DamagedGeneration
 from stream.events import Artifact
 from tests.workers.service import until
-from workers.live import Live
+from workers import live as live_module
+from workers.live import Live, NotReady
 from workers.search import SearchProcessDied
 from workers.settings import Settings
 
@@ -94,3 +97,73 @@ def test_what_is_rolled_back_to_is_not_on_trial(live: Any) -> None:
     assert names(live) == ("g1", None) and taken_back.search.closed
     announce(live, 3)
     assert names(live) == ("g3", "g1")
+
+
+def failing(live: Any, monkeypatch: pytest.MonkeyPatch, *errors: Exception) -> None:
+    """The next loads raise these."""
+    load, left = live._load, list(errors)
+
+    def one(announced: Any) -> Any:
+        if left:
+            live.loads.append(announced.name)
+            raise left.pop(0)
+        return load(announced)
+
+    monkeypatch.setattr(live, "_load", one)
+
+
+def test_what_was_refused_is_not_loaded_again(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each load reads all of it: the next announcement, of another one, would begin with the bad one again."""
+    announce(live, 1)
+    failing(live, monkeypatch, DamagedGeneration("bad"))
+    announce(live, 2)
+    live._serve_wanted()
+    assert live.loads == ["g1", "g2"] and names(live) == ("g1", None)
+
+
+def test_a_store_out_of_reach_is_asked_again_after_a_while(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says nothing of the generation: which is served as soon as the store is back, and not asked for in a loop."""
+    announce(live, 1)
+    failing(live, monkeypatch, OSError("away"))
+    now = [1000.0]
+    monkeypatch.setattr("workers.live.time.monotonic", lambda: now[0])
+    announce(live, 2)
+    assert names(live) == ("g1", None) and not live.due
+    now[0] += live_module.RETRY_S + 1
+    assert live.due
+    live._serve_wanted()
+    assert names(live) == ("g2", "g1") and not live.due
+
+
+def test_a_role_without_a_trial_keeps_no_second_generation(live: Any) -> None:
+    live._keep_previous = False
+    announce(live, 1)
+    before = live.snapshot
+    announce(live, 2)
+    assert names(live) == ("g2", None) and before.search.closed
+
+
+def test_a_search_that_never_comes_back_is_said_to_be_away(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_module, "RESTART_S", 0.1)
+    announce(live, 1)
+
+    def dead(_: Loaded) -> None:
+        raise SearchProcessDied("dead")
+
+    with pytest.raises(NotReady, match="search of g1: dead"):
+        live.use(dead)
+
+
+def test_a_generation_that_cannot_be_used_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[bool] = []
+
+    class Search:
+        def __init__(self, *_: Any) -> None: ...
+
+        def close(self) -> None:
+            closed.append(True)
+
+    monkeypatch.setattr(live_module, "SearchProcess", Search)
+    monkeypatch.setattr(live_module, "fetch", lambda *_, **__: Path("nowhere"))
+    made: Any = Live(Settings())
+    assert not made._swap(generation(1)) and closed == [True]

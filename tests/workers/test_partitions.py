@@ -61,6 +61,34 @@ async def test_what_waits_is_worked_off_at_once_in_its_order_and_beside_the_othe
     assert work.got[4:] == [("a", [*range(8, 20)])]  # one batch is never cut
 
 
+async def test_together_are_as_many_as_the_bound_says() -> None:
+    work = Work(most=4)
+    for first in range(0, 8, 2):
+        await work.put("a", first, first + 1)
+    work.gates["a"].set()
+    await until_idle(work, "a")
+    assert work.got == [("a", [0, 1]), ("a", [2, 3, 4, 5]), ("a", [6, 7])]
+
+
+async def test_room_for_a_part_of_what_is_too_much_lets_nobody_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Faust has fetched stays with Faust: the bound on memory holds while a slow partition holds on to its own."""
+    monkeypatch.setattr(partitions_module, "ROOM", 3)
+    work = Work()
+    await work.put("b", 100)
+    await work.put("a", 0, 1, 2, 3)
+    late = asyncio.create_task(work.put("a", 4))
+    await asyncio.sleep(0)
+    work.gates["b"].set()
+    await until_idle(work, "b")
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert work.partitions.full and not late.done()
+    work.gates["a"].set()
+    await late
+    await until_idle(work, "a")
+    assert work.got[-1] == ("a", [4]) and not work.partitions.full
+
+
 async def test_a_partition_taken_away_leaves_nothing_that_a_rebalance_waits_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -104,3 +104,9 @@ def test_a_closed_search_says_so(snapshot: Snapshot) -> None:
     other.close()
     with pytest.raises(SearchProcessDied):
         other.search(np.zeros((1, snapshot.model.dim), np.float32), 1)
+
+
+def test_one_known_item_makes_a_list_personal(snapshot: Snapshot) -> None:
+    """Whatever else is in the history: who came from an older catalogue is no stranger."""
+    for items, known in ((["i1", "unknown"], True), (["unknown"], False), ([], False)):
+        assert snapshot.knows(query(items, set()).history) == known
