@@ -75,7 +75,7 @@ def test_bad_variables_are_named(monkeypatch: pytest.MonkeyPatch, name: str, val
         ("[arms.'no spaces']\nshare = 0.5\n", "arms"),
         ("[worker]\nk = 5\n[arms.draws]\nshare = 0.5\nexplore = 0.1\n", "worker.k has to be at least 10"),
         ("[serve]\nwait_s = 10\n", "must be below timeout_s"),
-        ("[serve]\ncert_file = 'x'\n", "belong together"),
+        ("[serve]\ncert_file = '/dev/null'\n", "belong together"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, text: str, cause: str) -> None:
