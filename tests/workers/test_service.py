@@ -319,6 +319,8 @@ def test_the_worker_killed_amid_clicks_loses_and_doubles_nothing(service: Servic
         os.kill(killed, signal.SIGKILL)
         until(lambda killed=killed: service.roles.pids["worker"] != killed, "the worker is started again")  # type: ignore[misc]
         until(lambda sent=sent: count_applied(mine[:sent], service.states()) == sent, "every click is in a state once")  # type: ignore[misc]
+        ends = sum(end_offsets(service.settings.connection, service.settings.topics.clicks.name).values())
+        until(lambda ends=ends: num_committed(service.settings) == ends, "its successor has read the rest")  # type: ignore[misc]
         duplicates += service.metric("upwell_clicks_total{duplicate}")
     states = [decode_state(raw) for user_id, raw in service.states().items() if user_id.startswith("kill-")]
     assert sum(state.applied for state in states) == sent

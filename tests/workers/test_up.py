@@ -159,6 +159,8 @@ def test_a_port_that_is_taken_is_told_before_anything_starts(tmp_path: Path, mon
     assert not list(tmp_path.iterdir())
 
 
-def test_only_a_port_that_is_left_open_is_given() -> None:
+def test_only_a_port_that_is_left_open_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("UPWELL_")]:  # the suite's service has all of them
+        monkeypatch.delenv(name)
     given = up.missing_ports(Settings(worker=Worker(metrics_port=9100)))
     assert given.keys() == {"UPWELL_TRAINER__METRICS_PORT", "UPWELL_INDEXER__METRICS_PORT"}
