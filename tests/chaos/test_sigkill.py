@@ -30,4 +30,5 @@ def test_killed_at_random(connection: Connection, generation: Artifact, tmp_path
         verdict = judge(fleet.settings, clicks) | {"kills": kills, "redelivered": fleet.redelivered}
     report("sigkill", long, began, verdict)
     assert holds(verdict)
+    assert not [one for one in fleet.exits if one[1] != -signal.SIGKILL]  # says how, where one ended by itself
     assert len(fleet.exits) == kills
