@@ -1,6 +1,5 @@
 """The files of a one-node Kafka under its folder: settings, logging, and who it is (kept across restarts)."""
 
-import contextlib
 import json
 import secrets
 import socket
@@ -8,8 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stream.jars import BrokerError
-
-PORTS = range(20000, 32768)  # below the range of outgoing ports: no client can sit on the broker's port
+from stream.ports import free_port
 
 LOG4J = """\
 Configuration:
@@ -35,7 +33,7 @@ def configure(folder: Path, port: int | None) -> Identity:
     """
     kept = folder / "broker.json"
     last = json.loads(kept.read_text()) if kept.exists() else {}
-    identity = Identity(port or last.get("port") or _free_port(), last.get("cluster") or _cluster_id())
+    identity = Identity(port or last.get("port") or free_port(), last.get("cluster") or _cluster_id())
     require_free(identity.port)
     kept.write_text(json.dumps(asdict(identity)))
     (folder / "log4j2.yaml").write_text(LOG4J)
@@ -45,7 +43,7 @@ def configure(folder: Path, port: int | None) -> Identity:
 
 
 def _settings(folder: Path, identity: Identity) -> dict[str, object]:
-    client, controller = f"127.0.0.1:{identity.port}", f"127.0.0.1:{_free_port()}"
+    client, controller = f"127.0.0.1:{identity.port}", f"127.0.0.1:{free_port()}"
     return {
         "process.roles": "broker,controller",
         "node.id": 1,
@@ -82,14 +80,6 @@ def require_free(port: int) -> None:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise BrokerError(f"port {port} is taken by another program: free it, or give another") from error
-
-
-def _free_port() -> int:
-    while True:
-        port = secrets.choice(PORTS)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def _cluster_id() -> str:

@@ -23,13 +23,14 @@ from stream.broker import LocalBroker, require_unused
 from stream.consumer import end_offsets
 from stream.datasets import Dataset, load_dataset
 from stream.kraft import require_free
+from stream.ports import free_port
 from stream.producer import ClickProducer
 from stream.replay import replay, shifted
 from stream.topics import ensure
 from workers.check import failures, summarise
 from workers.logs import configure
 from workers.observe import Observer, num_committed
-from workers.processes import free_port, stop_on_signal
+from workers.processes import stop_on_signal
 from workers.settings import Settings, load_settings
 from workers.states import raw_states
 from workers.up import Roles

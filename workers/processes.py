@@ -4,7 +4,6 @@ import ctypes
 import gc
 import os
 import signal
-import socket
 import sys
 import threading
 
@@ -14,13 +13,6 @@ log = structlog.get_logger()
 
 EX_DATA, EX_SOFTWARE = 65, 70  # sysexits.h: the input is bad; an internal error was met
 _M_ARENA_MAX, _HEAPS = -8, 2  # mallopt(3)
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on; somebody else may take it before you do."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def stop_on_signal() -> threading.Event:

@@ -18,8 +18,9 @@ import structlog
 from stream import guard
 from stream.broker import LocalBroker
 from stream.kraft import require_free
+from stream.ports import free_port
 from stream.topics import ensure
-from workers.processes import free_port, stop_on_signal
+from workers.processes import stop_on_signal
 from workers.settings import Serve, Settings, load_settings
 
 log = structlog.get_logger()

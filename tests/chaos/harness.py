@@ -22,12 +22,12 @@ from model.user_state import EMPTY, Applied, Fold, Limits, decode_state, digest,
 from stream.connection import Connection
 from stream.consumer import committed_offsets, end_offsets, read_window
 from stream.events import EVENT_TYPES, Artifact, BadEvent, Click, Erasure, decode_record, encode
+from stream.ports import free_port
 from stream.producer import ClickProducer
 from stream.topics import ensure
 from tests.chaos.worker import Trap, start, worker
 from tests.workers.service import ITEMS
 from workers.observe import scrape
-from workers.processes import free_port
 from workers.settings import Kafka, Serve, Settings, Trainer, Worker
 from workers.states import raw_states
 from workers.up import HOPELESS

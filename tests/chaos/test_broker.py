@@ -12,10 +12,10 @@ from typing import Any
 from stream.broker import LocalBroker
 from stream.connection import Connection
 from stream.events import Artifact, Click
+from stream.ports import free_port
 from tests.chaos.harness import SEED, SHORT_SESSION_S, Fleet, holds, judge, make_clicks, report, until
 from tests.chaos.worker import start
 from tests.workers.service import Service
-from workers.processes import free_port
 from workers.server import run_server
 from workers.settings import Serve
 from workers.up import Roles

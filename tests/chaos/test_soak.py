@@ -22,12 +22,12 @@ from model.user_state import decode_state
 from stream.connection import Connection
 from stream.consumer import end_offsets, read_window
 from stream.events import Artifact, Click, Recommendations, decode, encode
+from stream.ports import free_port
 from stream.producer import ClickProducer
 from tests.chaos.clients import Clients
 from tests.chaos.harness import SEED, Fleet, Load, calibrate, holds, make_clicks, report, until
 from tests.chaos.worker import start
 from workers.observe import scrape
-from workers.processes import free_port
 from workers.server import run_server
 from workers.settings import Serve, Settings
 from workers.states import raw_states

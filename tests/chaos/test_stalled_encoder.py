@@ -17,6 +17,7 @@ import torch
 from stream.connection import Connection
 from stream.consumer import end_offsets
 from stream.events import Artifact, Item
+from stream.ports import free_port
 from stream.producer import ClickProducer
 from tests.chaos.clients import Clients
 from tests.chaos.harness import SEED, SHORT_SESSION_S, Fleet, Load, holds, judge, make_clicks, report, until
@@ -24,7 +25,6 @@ from tests.chaos.worker import start
 from tests.workers.service import ITEMS
 from workers.indexer import run_indexer
 from workers.observe import scrape
-from workers.processes import free_port
 from workers.server import run_server
 from workers.settings import Serve
 

@@ -13,6 +13,7 @@ from model.learner import Learner
 from model.manifest import manifest_sha256
 from stream.connection import Connection
 from stream.events import Artifact, Item, encode
+from stream.ports import free_port
 from stream.producer import ClickProducer, Producer
 from stream.topics import Topics, ensure
 from tests.chaos.clients import Answer, Clients
@@ -20,7 +21,6 @@ from tests.chaos.harness import report
 from tests.chaos.worker import start
 from tests.workers.service import until
 from workers.observe import scrape
-from workers.processes import free_port
 from workers.server import run_server
 from workers.settings import Kafka, Serve, Settings
 

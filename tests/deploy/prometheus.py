@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
+from stream.ports import free_port
 from tests.workers.service import until
-from workers.processes import free_port
 
 FOLDER = Path(__file__).parents[2] / "deploy/prometheus"
 RULES = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((FOLDER / "rules").glob("*.yml"))}

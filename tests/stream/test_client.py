@@ -8,8 +8,8 @@ import pytest
 
 from stream.answers import EventIn, Guest, Status, Update
 from stream.client import ApiError, Client, Unavailable, _events
+from stream.ports import free_port
 from tests.workers.console_fake import Fake, fake_api
-from workers.processes import free_port
 
 
 @pytest.fixture

@@ -21,10 +21,10 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from stream.broker import LocalBroker
 from stream.events import Click, Item
+from stream.ports import free_port
 from stream.producer import ClickProducer
 from stream.topics import ensure
 from workers.observe import scrape
-from workers.processes import free_port
 from workers.settings import Settings, load_settings
 from workers.states import raw_states
 from workers.up import Roles

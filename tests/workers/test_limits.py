@@ -17,11 +17,11 @@ from litestar.testing import TestClient
 
 from model.user_state import UserState, encode_state
 from stream.answers import Erased, Wishes
+from stream.ports import free_port
 from tests.workers.service import upwell
 from workers import metrics
 from workers.keys import OPEN, SCOPES, TICKET_S, Key, Keys, _parsed, load_keys, new_key
 from workers.limits import Buckets, Gate
-from workers.processes import free_port
 from workers.routes import route
 from workers.server import ROUTES, build_app
 from workers.service import Service

@@ -15,12 +15,12 @@ from cryptography.hazmat.primitives import serialization
 from kafka.admin import ScramMechanism, UserScramCredentialUpsertion
 
 from stream.broker import LocalBroker
+from stream.ports import free_port
 from stream.producer import ClickProducer
 from stream.topics import ensure
 from tests.workers.service import clicks, until
 from workers.check import count_applied
 from workers.preflight import check_access
-from workers.processes import free_port
 from workers.settings import ConfigError, Kafka, Settings
 from workers.states import raw_states
 

@@ -25,6 +25,7 @@ from model.user_state import decode_state
 from stream.broker import LocalBroker
 from stream.consumer import end_offsets, read_window
 from stream.events import Artifact, Click, DeadLetter, Item, Recommendations, decode, encode
+from stream.ports import free_port
 from stream.producer import ClickProducer, Producer
 from stream.topics import ensure
 from tests.workers.service import ITEMS, Service, clicks, until, upwell
@@ -32,7 +33,6 @@ from workers.announcements import read_announcements
 from workers.check import count_applied, fold_offline
 from workers.dead_letters import read, resend
 from workers.observe import num_committed, scrape
-from workers.processes import free_port
 from workers.settings import Kafka, Settings
 from workers.up import HOPELESS
 

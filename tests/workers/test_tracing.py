@@ -22,12 +22,12 @@ from stream.answers import Update
 from stream.client import Client
 from stream.connection import Connection
 from stream.consumer import end_offsets, read_window
+from stream.ports import free_port
 from stream.producer import BufferFull, ClickProducer
 from stream.topics import Topics
 from stream.tracing import TRACEPARENT, traceparent
 from tests.workers.service import ITEMS, Collector, Service, clicks, collecting, until
 from workers import tracing
-from workers.processes import free_port
 from workers.settings import ConfigError, Settings
 
 

@@ -18,11 +18,11 @@ from model.model import Model
 from model.user_state import EMPTY, Applied, Fold, Limits, encode_state
 from stream.datasets import Dataset
 from stream.events import decode_click
+from stream.ports import free_port
 from workers.bench import data
 from workers.bench.harness import Options, alternate, await_true, cpu_s, medians, rate, ratio, rss_mib
 from workers.bench.stage import Keyed, Stage, await_worker, stage, write_clicks
 from workers.observe import num_committed
-from workers.processes import free_port
 from workers.search import SearchProcess
 from workers.settings import Worker
 from workers.states import PackedStates, States

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from stream.broker import LocalBroker
 from stream.events import Artifact, Item, encode
+from stream.ports import free_port
 from stream.producer import partition_of
 from stream.topics import ensure
 from workers.bench.harness import await_true
 from workers.observe import scrape
-from workers.processes import free_port
 from workers.sender import BatchSender
 from workers.settings import Indexer, Kafka, Serve, Settings, Trainer, Worker
 
