@@ -4,6 +4,7 @@ upwell.generations -> fetch, verify -> search process (probes) -> Snapshot -> sw
 upwell.items, upwell.vectors -> fresh items: searched exactly beside the sealed index
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ T = TypeVar("T")
 
 FRESH_INTERVAL_S = 0.5  # new items join in groups: each joining copies the item arrays
 RETRY_S = 5.0
+PAUSE = 9  # times what a try in vain took: no more than a tenth of the time is lost to it, in which fresh items wait
 RESTART_S = 15.0  # a search process starts within a second or two; a large index takes longer
 
 
@@ -47,7 +49,7 @@ class Live:
         self._announcements = Announcements()
         self._refused: set[str] = set()  # SHA-256 of manifests that could not be served
         self._moved = False  # there has been an announcement since the last swap
-        self._not_before = 0.0  # monotonic time of the next try, after the store was out of reach
+        self._not_before: dict[str, float] = {}  # SHA-256 -> monotonic time of the next try, after one in vain
         self._dead: SearchProcess | None = None  # has died of itself
         self._stale = False  # the fresh items or the hidden ones have changed since the snapshot
         self._stop, self.caught_up = threading.Event(), threading.Event()
@@ -124,17 +126,18 @@ class Live:
 
     def _serve_wanted(self) -> None:
         """Swap to the first of the wanted generations that can be served: none that was refused, none twice."""
-        self._moved = False
+        now, self._moved = time.monotonic(), False
+        self._not_before = {sha256: at for sha256, at in self._not_before.items() if now <= at}
         for announced in self._announcements.wanted():
             if self.snapshot is not None and self.snapshot.announced == announced and not self.search_died:
                 return
-            if announced.manifest_sha256 not in self._refused and self._swap(announced):
+            if announced.manifest_sha256 not in self._refused | self._not_before.keys() and self._swap(announced):
                 return
 
     @property
     def due(self) -> bool:
         """Whether another generation may be wanted, or the one that serves has to be loaded anew."""
-        return (self.search_died or self._moved) and time.monotonic() > self._not_before
+        return self.search_died or self._moved or time.monotonic() > min(self._not_before.values(), default=math.inf)
 
     @property
     def search_died(self) -> bool:
@@ -146,9 +149,11 @@ class Live:
         began, old = time.monotonic(), self.snapshot
         try:
             new = self._load(announced)
-        except OSError as error:  # the store is out of reach: nothing is said about the generation
-            self._moved, self._not_before = True, time.monotonic() + RETRY_S
-            log.warning("generation not fetched", generation=announced.name, reason=str(error))
+        except OSError as error:  # out of reach, or the machine is too busy: nothing is said about the generation
+            now, serving = time.monotonic(), old is not None and not self.search_died
+            pause_s = max(RETRY_S, PAUSE * (now - began)) if serving else RETRY_S
+            self._not_before[announced.manifest_sha256] = now + pause_s
+            log.warning("generation not loaded", generation=announced.name, reason=str(error), again_s=round(pause_s))
             return False
         except (DamagedGeneration, GenerationRefused, SearchProcessDied, ValueError) as error:
             self._refused.add(announced.manifest_sha256)

@@ -135,6 +135,51 @@ def test_a_store_out_of_reach_is_asked_again_after_a_while(live: Any, monkeypatc
     assert names(live) == ("g2", "g1") and not live.due
 
 
+def test_a_generation_that_hangs_on_load_takes_a_tenth_of_the_time(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the next announcement is not kept waiting: fresh items and it come in by the same thread."""
+    now = [1000.0]
+    monkeypatch.setattr("workers.live.time.monotonic", lambda: now[0])
+    announce(live, 1)
+    load = live._load
+
+    def hangs(announced: Artifact) -> Any:
+        if announced.name != "g2":
+            return load(announced)
+        live.loads.append(announced.name)
+        now[0] += 60
+        raise OSError("no answer in time")
+
+    monkeypatch.setattr(live, "_load", hangs)
+    announce(live, 2)
+    now[0] += 500
+    live._serve_wanted()
+    assert live.loads == ["g1", "g2"] and not live.due
+    now[0] += 50
+    assert live.due
+    live._serve_wanted()
+    assert live.loads == ["g1", "g2", "g2"] and names(live) == ("g1", None)
+    announce(live, 3)
+    assert names(live) == ("g3", "g1")
+
+
+def test_where_nothing_serves_it_is_tried_again_soon(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("workers.live.time.monotonic", lambda: now[0])
+
+    def hangs(announced: Artifact) -> Any:
+        now[0] += 60
+        raise OSError("no answer in time")
+
+    load, live._load = live._load, hangs
+    announce(live, 1)
+    assert not live.due
+    now[0] += live_module.RETRY_S + 1
+    assert live.due
+    live._load = load
+    live._serve_wanted()
+    assert names(live) == ("g1", None) and not live.due
+
+
 def test_a_role_without_a_trial_keeps_no_second_generation(live: Any) -> None:
     live._keep_previous = False
     announce(live, 1)

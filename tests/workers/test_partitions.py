@@ -26,8 +26,8 @@ class Work:
         self.got.append((tp, [record for batch in batches for record in batch.event.value]))
         await self.gates[tp].wait()
 
-    async def put(self, tp: str, *records: int) -> Any:
-        message = SimpleNamespace(tp=tp, acked=False)
+    async def put(self, tp: str, *records: int, num_bytes: int = 0) -> Any:
+        message = SimpleNamespace(tp=tp, acked=False, serialized_value_size=num_bytes)
 
         async def acknowledge() -> None:
             message.acked = True
@@ -87,6 +87,19 @@ async def test_room_for_a_part_of_what_is_too_much_lets_nobody_in(monkeypatch: p
     await late
     await until_idle(work, "a")
     assert work.got[-1] == ("a", [4]) and not work.partitions.full
+
+
+async def test_a_few_large_clicks_take_the_room_of_many() -> None:
+    work = Work()
+    for record in range(312):
+        await work.put("a", record, num_bytes=64 * 1024)
+    assert not work.partitions.full
+    await work.put("b", 312, num_bytes=64 * 1024)
+    assert work.partitions.full  # at 313, some 20 MB
+    for gate in work.gates.values():
+        gate.set()
+    await until_idle(work, "a")
+    assert not work.partitions.full
 
 
 async def test_a_partition_taken_away_leaves_nothing_that_a_rebalance_waits_for(
