@@ -19,6 +19,10 @@ STALL_S = 60.0  # without one offset of progress: kafka-python's known stalls hi
 MIB = 1024 * 1024
 
 
+class MissingTopic(ValueError):
+    """The topics have not been made, or this login may not see them."""
+
+
 class Record(Protocol):
     """What a read yields: kafka-python's ConsumerRecord."""
 
@@ -151,11 +155,11 @@ def open_consumer(connection: Connection, isolation_level: str = "read_committed
 
 
 def partitions_of(consumer: kafka.KafkaConsumer, topics: Sequence[str]) -> list[Any]:
-    """Raises ValueError for a topic that does not exist."""
+    """Raises MissingTopic."""
     found = {topic: consumer.partitions_for_topic(topic) for topic in topics}
     missing = [topic for topic, parts in found.items() if not parts]
     if missing:
-        raise ValueError(f"no such topic: {', '.join(missing)}")
+        raise MissingTopic(f"no such topic: {', '.join(missing)}; `upwell topics` creates what is missing")
     return [TopicPartition(topic, part) for topic, parts in found.items() for part in sorted(parts)]
 
 

@@ -51,7 +51,22 @@ class Backup(NamedTuple):
 
 
 def write_backup(settings: Settings, path: Path) -> Counts:
-    """The catalogue and the states as Kafka holds them now; the file appears when it is whole."""
+    """The catalogue and the states as Kafka holds them now; the file appears when it is whole. Raises OSError."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder")
+    part = path.with_name(path.name + ".part")
+    opened = os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
+    try:
+        with opened as raw, gzip.open(raw, "wb") if path.suffix == ".gz" else raw as out:
+            counts = _write(settings, out)
+        part.rename(path)
+    except BaseException:
+        part.unlink()  # half of what users did
+        raise
+    return counts
+
+
+def _write(settings: Settings, out: IO[bytes] | gzip.GzipFile) -> Counts:
     items: dict[bytes, Item] = {}
     for records in read_window(settings.connection, settings.topics.items.name):
         for record in records:
@@ -63,20 +78,16 @@ def write_backup(settings: Settings, path: Path) -> Counts:
             if item is not None:
                 items[record.key or b""] = item
     states, serving = raw_states(settings), read_announcements(settings).wanted()
-    part = path.with_name(path.name + ".part")
-    opened = os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
-    with opened as raw, gzip.open(raw, "wb") if path.suffix == ".gz" else raw as out:
-        if (model := newest_model(settings)) is not None:
-            _put(out, Line(model=model))
-        for generation in serving[:1]:
-            _put(out, Line(generation=generation))
-        for item in items.values():
-            _put(out, Line(item=item))
-        for user_id, state in states.items():
-            _put(out, Line(user_id=user_id, state=decode_state(state)))
-        counts = Counts(len(items), len(states))
-        _put(out, Line(end=counts))
-    part.rename(path)
+    if (model := newest_model(settings)) is not None:
+        _put(out, Line(model=model))
+    for generation in serving[:1]:
+        _put(out, Line(generation=generation))
+    for item in items.values():
+        _put(out, Line(item=item))
+    for user_id, state in states.items():
+        _put(out, Line(user_id=user_id, state=decode_state(state)))
+    counts = Counts(len(items), len(states))
+    _put(out, Line(end=counts))
     return counts
 
 

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from kafka.errors import KafkaError
 
+from stream.consumer import MissingTopic
 from stream.jars import BrokerError
 from stream.producer import BufferFull, DeliveryError
 from stream.topics import WrongTopic
@@ -237,7 +238,8 @@ def list_dead_letters(limit: Annotated[int, typer.Option(min=1, help="The newest
 def replay_dead_letters(
     offset: Annotated[list[int] | None, typer.Option(help="Only these, by their number in the list.")] = None,
 ) -> None:
-    """Send the kept messages to their topics again, for example after a release that can read them."""
+    """Send the kept messages to their topics again, for example after a release that can read them, and take them off
+    the list; one that is refused again comes back under a new number."""
     from workers.dead_letters import read, resend
 
     settings = settings_for("dead-letters")
@@ -310,7 +312,8 @@ def pin_generation(
 
 
 def main() -> None:
-    with failing(KafkaError, DeliveryError, BufferFull):  # Kafka is away: a trace would say no more
+    # Kafka is away, or empty: a trace would say no more.
+    with failing(KafkaError, DeliveryError, BufferFull, MissingTopic):
         app()
 
 

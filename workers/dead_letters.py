@@ -83,11 +83,15 @@ def describe(number: int, letter: DeadLetter) -> str:
 
 
 def resend(settings: Settings, letters: Sequence[DeadLetter]) -> tuple[int, int]:
-    """Sends each to the topic it came from; how many were sent, and how many could not be."""
+    """Sends each to the topic it came from, and takes it back: what is refused again is another letter. How many were
+    sent, and how many could not be."""
     whole = [one for one in letters if not one.truncated and (one.key is not None or one.payload is not None)]
     producer = Producer(settings.connection)
     for letter in whole:
         producer.send_raw(letter.topic, letter.key, letter.payload)
+    producer.flush()
+    for letter in whole:
+        producer.send_raw(settings.topics.dead_letters.name, place(letter), None)
     producer.close()
     return len(whole), len(letters) - len(whole)
 

@@ -5,11 +5,12 @@ them in order, and a kill -9 of this process ends them too.
 """
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ ROLES = ("indexer", "trainer", "worker", "serve")
 BACKGROUND = ("indexer", "trainer")  # they give way to those that answer, where all share the cores
 BACKOFF_S = 1.0
 LOOK_S = 0.5
+LOG_BYTES = 50_000_000  # of a role's log; as much again of what was written before
 KAFKA, LOGS = Path("data/kafka"), Path("data/logs")
 HOPELESS = (2, 65)  # bad configuration, too many bad events: a restart would not help
 
@@ -87,6 +89,7 @@ class Roles:
 
     def _restart_fallen(self) -> None:
         while not self._stopping.wait(BACKOFF_S):
+            self._cap_logs()
             for role, process in list(self._running.items()):
                 code = process.poll()
                 if code is None or code in HOPELESS:
@@ -94,6 +97,14 @@ class Roles:
                 self.restarts += 1
                 log.error("role restarted", role=role, code=code)
                 self._start(role)
+
+    def _cap_logs(self) -> None:
+        """The roles append, so they write on at the new end; what they write between copy and cut is lost."""
+        for file in self._logs.glob("*.log") if self._logs else ():
+            if file.stat().st_size > LOG_BYTES:
+                with suppress(OSError):  # a full disk: room comes first
+                    shutil.copyfile(file, f"{file}.1")
+                os.truncate(file, 0)
 
 
 def run_up(bootstrap: str | None, home: Path | None) -> int:

@@ -193,5 +193,6 @@ class UserWorker:
         ratio, limit = sum(self._bad) / max(1, len(self._bad)), self._settings.worker.dead_letter_ratio
         if len(self._bad) >= RATIO_MIN and ratio > limit:
             raise TooManyBadEvents(
-                f"{ratio:.0%} of the last {len(self._bad)} messages are bad, worker.dead_letter_ratio is {limit:.0%}"
+                f"{ratio:.0%} of the last {len(self._bad)} messages are bad, worker.dead_letter_ratio is {limit:.0%}: "
+                "they are in the dead letters, and read again at each start; a start with a ratio of 1 passes them over"
             )

@@ -13,7 +13,7 @@ from kafka import TopicPartition
 
 from stream import consumer as consumer_module
 from stream.connection import Connection
-from stream.consumer import Record, read_window, tail
+from stream.consumer import MissingTopic, Record, read_window, tail
 from stream.topics import Topics
 
 
@@ -57,7 +57,7 @@ def test_a_window_by_offsets(connection: Connection, topics: Topics, producer: k
     assert values(read_window(connection, topic, offsets={0: 5})) == [5, 6, 7]
     with pytest.raises(ValueError, match=r"clicks\[1\]: offset 4 is beyond the end 3"):
         list(read_window(connection, topic, offsets={1: 4}))
-    with pytest.raises(ValueError, match="no such topic: nowhere"):
+    with pytest.raises(MissingTopic, match="no such topic: nowhere; `upwell topics` creates what is missing"):
         list(read_window(connection, "nowhere"))
 
 

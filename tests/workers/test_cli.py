@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from stream.broker import LocalBroker
-from stream.consumer import read_window
+from stream.consumer import MissingTopic, read_window
 from stream.datasets import Dataset
 from stream.events import DeadLetter, Erasure, decode, encode
 from stream.jars import BrokerError
@@ -26,6 +26,7 @@ from stream.topics import Topics
 from tests.workers.console_fake import fake_api
 from tests.workers.service import clicks, until
 from workers import demo, erasure
+from workers.backup import write_backup
 from workers.check import fold_offline
 from workers.cli import app, main
 from workers.observe import Observer
@@ -88,7 +89,7 @@ def test_an_erasure_of_nobody_is_refused(upwell: Upwell) -> None:
     assert done.exit_code == 2 and "a user id" in done.stderr
 
 
-@pytest.mark.parametrize("error", [DeliveryError, BufferFull, kafka.errors.KafkaTimeoutError])
+@pytest.mark.parametrize("error", [DeliveryError, BufferFull, kafka.errors.KafkaTimeoutError, MissingTopic])
 def test_a_kafka_that_is_away_is_one_line(
     settings: Settings, error: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,6 +120,20 @@ def test_a_dead_letter_that_is_not_there_is_not_replayed(upwell: Upwell, setting
 def test_an_export_that_cannot_be_written_says_so(upwell: Upwell, tmp_path: Path) -> None:
     done = upwell("export", str(tmp_path / "none" / "all.jsonl"))
     assert done.exit_code == 1 and "No such file" in done.stderr and len(done.stderr.splitlines()) == 1
+    done = upwell("export", str(tmp_path))
+    assert (done.exit_code, done.stderr) == (1, f"{tmp_path} is a folder\n")
+
+
+def test_an_export_that_is_interrupted_leaves_nothing_of_the_users(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("workers.backup.raw_states", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_backup(settings, tmp_path / "all.jsonl.gz")
+    assert not list(tmp_path.glob("all*"))
 
 
 def test_a_replay_shows_no_user_id(upwell: Upwell, settings: Settings, tmp_path: Path) -> None:

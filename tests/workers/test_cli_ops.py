@@ -21,6 +21,7 @@ from workers import metrics
 from workers.announcements import newest_model, read_announcements
 from workers.backup import NOWHERE, BadBackup, Counts, read_backup, restore, write_backup
 from workers.dead_letters import DeadLetters, place, read, resend
+from workers.doctor import examine
 from workers.generations import NothingMoves, UnknownGeneration, pin, roll_back
 from workers.lag import LagFollower, read_offsets
 from workers.settings import Kafka, Settings, Worker
@@ -41,6 +42,10 @@ def settings_of(connection: Connection, prefix: str = "", partitions: int = 3) -
 def test_topics_are_described_and_mended(connection: Connection) -> None:
     settings = settings_of(connection)
     assert {fault for found in describe(settings) for fault in found.faults()} == {"missing"}
+    assert (False, f"topics: {settings.topics.clicks.name}: missing") in [
+        (good, told.partition(";")[0]) for good, told in examine(settings)
+    ]
+    assert {fault for found in describe(settings) for fault in found.faults()} == {"missing"}  # looking creates nothing
     assert len(fix(settings)) == len(settings.topics.all())
     assert [fault for found in describe(settings) for fault in found.faults()] == []
     with kafka.KafkaAdminClient(**connection.kafka_python()) as admin:
@@ -105,6 +110,7 @@ def test_a_dead_letter_that_cannot_be_read_or_sent_stops_nothing(topics: Topics,
     assert [letter for _, letter in read(settings)] == kept
     assert DeadLetters(settings, None)._of({"u1"}) == [place(letters[0])]  # type: ignore[arg-type]
     assert resend(settings, kept) == (2, 1)  # Kafka takes nothing under no key
+    assert [letter for _, letter in read(settings)] == [letters[1]]  # each replay would send all of before again
 
 
 def test_lag_is_what_the_group_has_not_committed(topics: Topics, connection: Connection) -> None:

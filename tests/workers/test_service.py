@@ -368,6 +368,7 @@ def test_too_many_bad_messages_stop_the_worker_for_good(broker: LocalBroker, tmp
     done = subprocess.run(command, env=kept | environment, capture_output=True, text=True, timeout=90)
     assert done.returncode == 65 and done.returncode in HOPELESS
     assert "of the last 200 messages are bad" in done.stderr
+    assert "a start with a ratio of 1 passes them over" in done.stderr
     assert len(read(settings)) == 100
     assert num_committed(settings) == 0  # good and bad wait for a worker that reads them
 

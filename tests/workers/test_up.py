@@ -147,6 +147,22 @@ def test_a_role_whose_guard_cannot_fork_is_started_again(tmp_path: Path, monkeyp
     assert roles.restarts == len(up.ROLES)
 
 
+def test_logs_do_not_grow_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "guard.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "print(os.getpid(), flush=True)\n"
+        "while True:\n    print('line', file=sys.stderr, flush=True)\n    time.sleep(0.001)\n"
+    )
+    monkeypatch.setattr(up, "guard", SimpleNamespace(__file__=str(script)))
+    monkeypatch.setattr(up, "BACKOFF_S", 0.02)
+    monkeypatch.setattr(up, "LOG_BYTES", 1000)
+    with up.Roles({}, tmp_path):
+        until(lambda: len(list(tmp_path.glob("*.log.1"))) == len(up.ROLES), "each log has been cut")
+    for log in tmp_path.glob("*.log*"):
+        assert set(log.read_text().split()) <= {"line"} and log.stat().st_size < 100_000
+
+
 def test_a_port_that_is_taken_is_told_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """serve would be restarted for ever, and "ready" said of whoever listens there."""
     monkeypatch.chdir(tmp_path)
