@@ -27,6 +27,7 @@ from model.manifest import (
     PROBES,
     DamagedGeneration,
     Manifest,
+    MissingGeneration,
     decode_manifest,
     file_entry,
     file_names,
@@ -134,9 +135,14 @@ def publish(folder: Path, url: str) -> str:
         if store.cat_file(f"{target}/{MANIFEST}") != (folder / MANIFEST).read_bytes():
             raise FileExistsError(f"{address} is another generation")
         return address
-    for name in [*sorted(manifest.files), MANIFEST]:
-        store.makedirs(f"{target}/{name}".rpartition("/")[0], exist_ok=True)
-        store.put_file(str(folder / name), f"{target}/{name}")
+    try:
+        for name in [*sorted(manifest.files), MANIFEST]:
+            store.makedirs(f"{target}/{name}".rpartition("/")[0], exist_ok=True)
+            store.put_file(str(folder / name), f"{target}/{name}")
+    except OSError:  # a full store: the next try has another name, and nothing prunes what has no manifest
+        with suppress(OSError):
+            store.rm(target, recursive=True)
+        raise
     return address
 
 
@@ -181,7 +187,8 @@ def _download(store: Any, root: str, copy: Path, sha256: str) -> None:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             store.get_file(f"{root}/{name}", str(copy / name))
     except FileNotFoundError as error:
-        raise DamagedGeneration(f"{error}: missing in the store") from error
+        kind = DamagedGeneration if store.exists(root) else MissingGeneration
+        raise kind(f"{error}: missing in the store") from error
 
 
 def prune(url: str, keep: int, spare: Set[str] = frozenset()) -> list[str]:

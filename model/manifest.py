@@ -36,6 +36,10 @@ class DamagedGeneration(RuntimeError):
     """This directory is not the generation that was built. The message names the file."""
 
 
+class MissingGeneration(DamagedGeneration):
+    """Nothing is there. It has been deleted, or the store is not mounted, which looks the same and passes."""
+
+
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     size_bytes: int
     sha256: str
@@ -89,7 +93,8 @@ def verify(folder: Path, manifest_sha256: str | None = None) -> Manifest:
     try:
         manifest = decode_manifest((folder / MANIFEST).read_bytes(), manifest_sha256)
     except FileNotFoundError as error:
-        raise DamagedGeneration(f"{MANIFEST}: missing in {folder.name}") from error
+        kind = DamagedGeneration if folder.exists() else MissingGeneration
+        raise kind(f"{MANIFEST}: missing in {folder.name}") from error
     found = file_names(folder)
     for name in sorted(found ^ {*manifest.files, MANIFEST}):
         raise DamagedGeneration(f"{name}: {'not in the manifest' if name in found else 'missing'}")

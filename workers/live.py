@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import structlog
 
 from model.generation import fetch
-from model.manifest import DamagedGeneration
+from model.manifest import DamagedGeneration, MissingGeneration
 from model.model import Model
 from stream.consumer import tail
 from stream.events import Artifact, BadEvent, Item, ItemVector, Ranked, decode_item
@@ -149,7 +149,10 @@ class Live:
         began, old = time.monotonic(), self.snapshot
         try:
             new = self._load(announced)
-        except OSError as error:  # out of reach, or the machine is too busy: nothing is said about the generation
+        except (
+            OSError,
+            MissingGeneration,
+        ) as error:  # says nothing about the generation
             now, serving = time.monotonic(), old is not None and not self.search_died
             pause_s = max(RETRY_S, PAUSE * (now - began)) if serving else RETRY_S
             self._not_before[announced.manifest_sha256] = now + pause_s

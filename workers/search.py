@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from model.index import HnswIndex
-from model.manifest import DamagedGeneration, load_index, verify
+from model.manifest import DamagedGeneration, MissingGeneration, load_index, verify
 from model.queries import Excluded, Rows, Vectors, check_excluded, check_queries
 from stream.closing import Closing
 from workers.fork_server import ForkServer, serve
@@ -151,7 +151,8 @@ def _load_and_answer(connection: socket.socket, folder: str, manifest_sha256: st
         index = load_index(Path(folder), manifest)
     except (DamagedGeneration, OSError, MemoryError) as error:
         reason = f"{type(error).__name__}: {error}".encode()
-        code = _REFUSED if isinstance(error, DamagedGeneration) else _OUT_OF_REACH
+        says_nothing = isinstance(error, MissingGeneration | OSError | MemoryError)
+        code = _OUT_OF_REACH if says_nothing else _REFUSED
         connection.sendall(_READY.pack(code, len(reason)) + reason)
         return
     try:

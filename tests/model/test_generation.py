@@ -19,6 +19,7 @@ from model.learner import Learner
 from model.manifest import (
     DamagedGeneration,
     Manifest,
+    MissingGeneration,
     decode_manifest,
     file_entry,
     load_index,
@@ -383,8 +384,17 @@ def test_a_damaged_store_is_refused(built: Path, store: str, tmp_path: Path) -> 
     with pytest.raises(DamagedGeneration, match=r"index\.hnsw"):
         fetch(url, tmp_path, manifest_sha256(built))
     memory.rm_file(f"{url}/manifest.json")  # as while it is being published
-    with pytest.raises(DamagedGeneration, match=r"manifest\.json"):
+    with pytest.raises(DamagedGeneration, match=r"manifest\.json") as refused:
         fetch(url, tmp_path, manifest_sha256(built))
+    assert not isinstance(refused.value, MissingGeneration)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_store_that_is_not_mounted_says_nothing_of_the_generation(store: str, tmp_path: Path) -> None:
+    """It holds no folder of this name: live roles ask again, and refuse for good what is damaged."""
+    for url in (f"{store}/g1", str(tmp_path / "store" / "g1")):
+        with pytest.raises(MissingGeneration):
+            fetch(url, tmp_path, "0" * 64)
     assert not list(tmp_path.iterdir())
 
 
@@ -393,6 +403,23 @@ def test_a_version_is_published_once(built: Path, folder: Path, store: str) -> N
     rewrite(folder, encoder="another")
     with pytest.raises(FileExistsError, match="another generation"):
         publish(folder, store)
+
+
+def test_what_the_store_has_no_room_for_leaves_nothing_there(
+    built: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = fsspec.filesystem("memory")
+    put = memory.put_file
+
+    def full(source: str, target: str) -> None:
+        if target.endswith("items.npy"):
+            raise OSError("no space left")
+        put(source, target)
+
+    monkeypatch.setattr(memory, "put_file", full)
+    with pytest.raises(OSError, match="no space left"):
+        publish(built, store)
+    assert memory.find(store) == []
 
 
 def test_damage_is_not_published(folder: Path, store: str) -> None:

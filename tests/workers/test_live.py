@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from model.manifest import DamagedGeneration
+from model.manifest import DamagedGeneration, MissingGeneration
 from stream.events import Artifact
 from tests.workers.service import until
 from workers import live as live_module
@@ -121,10 +121,13 @@ def test_what_was_refused_is_not_loaded_again(live: Any, monkeypatch: pytest.Mon
     assert live.loads == ["g1", "g2"] and names(live) == ("g1", None)
 
 
-def test_a_store_out_of_reach_is_asked_again_after_a_while(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [OSError("away"), MissingGeneration("not mounted")])
+def test_a_store_out_of_reach_is_asked_again_after_a_while(
+    live: Any, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It says nothing of the generation: which is served as soon as the store is back, and not asked for in a loop."""
     announce(live, 1)
-    failing(live, monkeypatch, OSError("away"))
+    failing(live, monkeypatch, error)
     now = [1000.0]
     monkeypatch.setattr("workers.live.time.monotonic", lambda: now[0])
     announce(live, 2)

@@ -209,8 +209,10 @@ def test_the_child_starts_light() -> None:
 def test_what_is_not_as_announced_is_refused(built: Path, tmp_path: Path) -> None:
     with pytest.raises(GenerationRefused, match="announced"):
         SearchProcess(built, "0" * 64)
-    with pytest.raises(GenerationRefused, match="missing"):
+    with pytest.raises(OSError, match="missing"):  # a store that is not mounted looks so
         SearchProcess(tmp_path / "nowhere", "0" * 64)
+    with pytest.raises(GenerationRefused, match="missing"):
+        SearchProcess(tmp_path, "0" * 64)
     folder = shutil.copytree(built, tmp_path / "g1")
     (folder / "index.hnsw").write_bytes((folder / "index.hnsw").read_bytes()[:-1])
     with pytest.raises(GenerationRefused, match=r"index\.hnsw"):
