@@ -22,6 +22,9 @@ MIB = 1024 * 1024
 class MissingTopic(ValueError):
     """The topics have not been made, or this login may not see them."""
 
+    def __init__(self, *names: str) -> None:
+        super().__init__(f"no such topic: {', '.join(names)}; `upwell topics` creates what is missing")
+
 
 class Record(Protocol):
     """What a read yields: kafka-python's ConsumerRecord."""
@@ -159,7 +162,7 @@ def partitions_of(consumer: kafka.KafkaConsumer, topics: Sequence[str]) -> list[
     found = {topic: consumer.partitions_for_topic(topic) for topic in topics}
     missing = [topic for topic, parts in found.items() if not parts]
     if missing:
-        raise MissingTopic(f"no such topic: {', '.join(missing)}; `upwell topics` creates what is missing")
+        raise MissingTopic(*missing)
     return [TopicPartition(topic, part) for topic, parts in found.items() for part in sorted(parts)]
 
 

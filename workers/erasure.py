@@ -16,7 +16,7 @@ from kafka.admin import ConfigResource
 
 from stream.answers import Erased
 from stream.connection import Connection
-from stream.consumer import committed_offsets, open_consumer, read_window
+from stream.consumer import MissingTopic, committed_offsets, open_consumer, read_window
 from stream.events import BadEvent, Erasure, decode_record
 from stream.producer import ClickProducer
 from workers.settings import Settings
@@ -83,12 +83,15 @@ def longest_ms(settings: Settings) -> int | None:
 
     Of a topic with retention: that, and a segment's span. Of a compacted one: until the segment closes, until it is
     compacted, as long as tombstones are kept, and until the next compaction. None: for ever, by a retention of -1.
+    Raises MissingTopic.
     """
     spans, topics = [SLACK_MS], settings.topics
     names = [topic.name for topic in (topics.clicks, topics.users, topics.recommendations, topics.dead_letters)]
     with kafka.KafkaAdminClient(**settings.connection.kafka_python()) as admin:
         resources = [ConfigResource("TOPIC", name) for name in names]
         configs = admin.describe_configs(resources, config_filter="all")["topic"]
+    if missing := [name for name in names if not configs[name]]:
+        raise MissingTopic(*missing)
     for name in names:
         config = {key: int(configs[name][key]["value"]) for key in ("retention.ms", "segment.ms",
                   "max.compaction.lag.ms", "delete.retention.ms")}  # fmt: skip

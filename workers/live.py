@@ -149,10 +149,7 @@ class Live:
         began, old = time.monotonic(), self.snapshot
         try:
             new = self._load(announced)
-        except (
-            OSError,
-            MissingGeneration,
-        ) as error:  # says nothing about the generation
+        except (OSError, MissingGeneration) as error:  # says nothing about the generation
             now, serving = time.monotonic(), old is not None and not self.search_died
             pause_s = max(RETRY_S, PAUSE * (now - began)) if serving else RETRY_S
             self._not_before[announced.manifest_sha256] = now + pause_s

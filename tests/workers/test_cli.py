@@ -105,6 +105,19 @@ def test_a_kafka_that_is_away_is_one_line(
     assert ended.value.code == 1 and "nobody answers" in said and len(said.splitlines()) == 1
 
 
+@pytest.mark.parametrize("command", [["lag"], ["erase", "u"], ["dead-letters", "list"]], ids=" ".join)
+def test_a_kafka_without_topics_is_told_so(
+    settings: Settings, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = settings.model_copy(update={"kafka": settings.kafka.model_copy(update={"prefix": "nowhere"})})
+    monkeypatch.setattr("workers.cli.settings_for", lambda role: empty)
+    monkeypatch.setattr(sys, "argv", ["upwell", *command])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and said.startswith("no such topic: nowhere.") and len(said.splitlines()) == 1
+
+
 def test_a_dead_letter_that_is_not_there_is_not_replayed(upwell: Upwell, settings: Settings) -> None:
     topics = settings.topics
     letter = DeadLetter(topic=topics.clicks.name, partition=0, offset=0, cause="", key=b"u", payload=b"{", ts_ms=0)
