@@ -26,6 +26,7 @@ from workers.up import ROLES, run_up
 from workers.watch import watch
 
 EX_CONFIG = 2
+KEYED = ("worker", "serve")  # roles that know a user's partition
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 dead_letters = typer.Typer(no_args_is_help=True, help="Messages that could not be applied.")
@@ -71,14 +72,17 @@ def refusing() -> Iterator[None]:
 def settings_for(role: str, reach_kafka: bool = True) -> Settings:
     """Settings, with logs configured; bad configuration ends the process with one line a key.
 
-    So does a Kafka that answers and does not let us in; one that does not answer is no matter of configuration.
+    So does a Kafka that answers and does not let us in, or has other partitions; one that does not answer is no matter
+    of configuration.
     """
     with refusing():
         settings = load_settings()
         if reach_kafka:
-            from workers.preflight import check_access
+            from workers.preflight import check_access, check_keyed
 
             check_access(settings.connection)
+            if role in KEYED:
+                check_keyed(settings)
         processors = tracing.start(settings, role)
     configure(settings.log_level, role, *processors)
     if role not in ROLES:  # a command ends with what went wrong: Kafka's client would log it forty times before

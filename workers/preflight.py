@@ -7,13 +7,16 @@ refuses us would refuse it each time.
 import asyncio
 import ssl
 import time
+from contextlib import closing
 from typing import Any
 
 from aiokafka.conn import AIOKafkaConnection
 from aiokafka.errors import KafkaError, SaslAuthenticationFailed
 
 from stream.connection import Connection
-from workers.settings import ConfigError
+from stream.consumer import open_consumer
+from stream.topics import check_partitions
+from workers.settings import ConfigError, Settings
 
 ANSWER_S = 5.0  # for a broker that closes connections: it may be starting or stopping
 
@@ -26,6 +29,17 @@ def check_access(connection: Connection) -> None:
         raise ConfigError(f"kafka.ca_file, kafka.cert_file, kafka.key_file: {error}") from error
     for address in options.pop("bootstrap_servers"):
         asyncio.run(_knock(address, options))
+
+
+def check_keyed(settings: Settings) -> None:
+    """Raises WrongTopic where a topic keyed by user has another number of partitions than the settings say, be it that
+    somebody added some: users would begin anew in other partitions than their states. What is missing is passed over.
+    """
+    topics = settings.topics
+    with closing(open_consumer(settings.connection)) as consumer:
+        for topic in (topics.clicks, topics.users, topics.recommendations):
+            if found := consumer.partitions_for_topic(topic.name):
+                check_partitions(topic, len(found))
 
 
 async def _knock(address: str, options: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from workers.dead_letters import DeadLetters, place, read, resend
 from workers.doctor import examine
 from workers.generations import NothingMoves, UnknownGeneration, pin, roll_back
 from workers.lag import LagFollower, read_offsets
+from workers.preflight import check_keyed
 from workers.settings import Kafka, Settings, Worker
 from workers.states import raw_states
 from workers.topic_report import describe, fix
@@ -60,8 +61,18 @@ def test_topics_are_described_and_mended(connection: Connection) -> None:
 def test_the_number_of_partitions_is_never_changed(topics: Topics, connection: Connection) -> None:
     other = settings_of(connection, topics.prefix, partitions=5)
     assert "3 partitions, the settings say 5" in [fault for found in describe(other) for fault in found.faults()]
-    with pytest.raises(WrongTopic, match="has 3 partitions, the settings say 5"):
-        fix(other)
+    for refuses in (fix, check_keyed):
+        with pytest.raises(WrongTopic, match="has 3 partitions, the settings say 5"):
+            refuses(other)
+    check_keyed(settings_of(connection, topics.prefix))
+    check_keyed(settings_of(connection))  # not made yet
+
+
+@pytest.mark.parametrize("role", ["worker", "serve"])
+def test_a_role_does_not_start_where_users_would_move(topics: Topics, connection: Connection, role: str) -> None:
+    other = {"UPWELL_KAFKA__BOOTSTRAP": connection.bootstrap, "UPWELL_KAFKA__PREFIX": topics.prefix}
+    done = upwell(role, **other, UPWELL_KAFKA__PARTITIONS="5")
+    assert done.returncode == 2 and "3 partitions, the settings say 5" in done.stderr
 
 
 def test_the_dead_letters_of_a_release_without_erasure(connection: Connection) -> None:
