@@ -4,9 +4,11 @@ ApiError(RuntimeError)     the service has refused the request: `status`, and it
   Unavailable              it could not be reached, or said 503 or 429, until `patience_s` was over
 """
 
+import os
 import time
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, TypedDict, TypeVar, Unpack
 from urllib.parse import quote
 
@@ -70,7 +72,8 @@ class Client(Closing):
 
     def __init__(self, url: str, key: str | None = None, *, timeout_s: float = 10.0, patience_s: float = 30.0) -> None:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=timeout_s)
+        self._open = partial(httpx.Client, base_url=url.rstrip("/"), headers=headers, timeout=timeout_s)
+        self._opened, self._pid = self._open(), os.getpid()
         self._timeout_s, self._patience_s = timeout_s, patience_s
 
     def recommendations(self, user_id: str, k: int = 20, **rules: Unpack[UserRules]) -> Answer:
@@ -135,6 +138,13 @@ class Client(Closing):
 
     def close(self) -> None:
         self._http.close()
+
+    @property
+    def _http(self) -> httpx.Client:
+        """Of this process: on the connections of its parent a forked child would read answers that are not its own."""
+        if self._pid != os.getpid():
+            self._opened, self._pid = self._open(), os.getpid()
+        return self._opened
 
     def _get(self, path: str, kind: type[T], **query: Any) -> T:
         return self._call("GET", path, kind, params=query)

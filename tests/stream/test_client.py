@@ -1,9 +1,14 @@
 """The Python client against the fake: typed answers, patience, refusals, updates that outlive a lost stream."""
 
 import itertools
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
+import msgspec
 import pytest
 
 from stream.answers import EventIn, Guest, Status, Update
@@ -96,5 +101,48 @@ def test_a_title_may_hold_what_python_calls_an_end_of_line() -> None:
 def test_a_proxy_before_a_server_that_starts_is_asked_again(status: int) -> None:
     answers = iter([httpx.Response(status), httpx.Response(200, json={"items": []})])
     with Client("http://upwell") as client:
-        client._http = httpx.Client(base_url="http://upwell", transport=httpx.MockTransport(lambda _: next(answers)))
+        client._opened = httpx.Client(base_url="http://upwell", transport=httpx.MockTransport(lambda _: next(answers)))
         assert client.items() == []
+
+
+class Ports(BaseHTTPRequestHandler):
+    """Names the connection that asks."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        item = {"item_id": str(self.client_address[1]), "title": "", "categories": [], "available": True}
+        raw = msgspec.json.encode({"items": [item]})
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+FORKED = """
+import os, sys
+from stream.client import Client
+
+client = Client(sys.argv[1])
+before = client.items()
+if child := os.fork():
+    shared = os.waitpid(child, 0)[1] != 0
+    sys.exit(shared or client.items() != before)
+os._exit(client.items() == before)
+"""
+
+
+def test_a_forked_child_has_connections_of_its_own() -> None:
+    """On its parent's it read the lists of other users."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Ports)
+    threading.Thread(target=server.serve_forever).start()
+    try:
+        command = [sys.executable, "-c", FORKED, f"http://127.0.0.1:{server.server_port}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 0, done.stderr
