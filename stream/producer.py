@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -45,7 +46,7 @@ class Place(NamedTuple):
 
 
 class Producer(Closing):
-    """Raw records; idempotent, acks of all replicas; usable from several threads.
+    """Raw records; idempotent, acks of all replicas; usable from several threads, of the process that made it.
 
     max_in_flight: events sent and not yet acknowledged; at the bound `send` waits block_s, then raises
     BufferFull. delivery_s: how long `flush` waits for the acknowledgements. What is in flight is tried for as
@@ -65,6 +66,7 @@ class Producer(Closing):
         self._in_flight: set[Future[Place]] = set()
         self._failures: list[BaseException] = []
         self._changed = threading.Condition()  # guards the two above
+        self._pid = os.getpid()
         self._options = connection.kafka_python() | {
             "acks": "all",
             "enable_idempotence": True,
@@ -98,7 +100,9 @@ class Producer(Closing):
     def send_raw(
         self, topic: str, key: bytes | None, raw: bytes | None, headers: Sequence[Header] = ()
     ) -> Future[Place]:
-        """Its place, once it is acknowledged. Raises BufferFull, DeliveryError (of earlier records)."""
+        """Its place, once it is acknowledged. Raises BufferFull, DeliveryError (of earlier records; after a fork)."""
+        if self._pid != os.getpid():  # the thread that sends is in the parent: nothing would ever leave
+            raise DeliveryError("made before a fork: make a producer in each process")
         self._raise_failures()
         ticket: Future[Place] = Future()
         ticket.set_running_or_notify_cancel()  # nobody who waits for it can take it back

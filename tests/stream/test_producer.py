@@ -63,6 +63,17 @@ def test_items_and_their_removal(connection: Connection, topics: Topics) -> None
     assert (removed.key, removed.value) == (b"a", None)
 
 
+def test_a_forked_child_is_told(connection: Connection, topics: Topics, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that sends has stayed with the parent: there a click waited for ever, without a word."""
+    with ClickProducer(connection, topics) as producer:
+        with monkeypatch.context() as child:
+            child.setattr(os, "getpid", lambda: -1)
+            with pytest.raises(DeliveryError, match="fork"):
+                producer.send(click(1))
+        producer.send(click(2))
+    assert len(records(connection, topics.clicks)) == 1
+
+
 def test_bad_events_are_refused_before_they_are_sent(connection: Connection, topics: Topics) -> None:
     with ClickProducer(connection, topics) as producer:
         for bad in (click(1, note="x" * 70_000), click(1, user=""), click(2**52)):
