@@ -1,14 +1,17 @@
 """What the HTTP routes take and give: the bodies, with their bounds and, for OpenAPI, their meaning."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from stream.events import EventType, Id, Milliseconds
+from stream.events import EventType, Id, Item
 
 MAX_K = 200
 Share = Annotated[float, Meta(ge=0, le=1)]
 Ids = Annotated[list[Id], Meta(max_length=1000)]
+Moment = Annotated[  # narrower than on the wire: a click of 1970 moves no list, and nobody is told
+    int, Meta(ge=10**11, lt=2**53, description="milliseconds since the epoch, UTC; a smaller number would be seconds")
+]
 
 
 class Wishes(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -35,7 +38,7 @@ class Visit(Struct, kw_only=True, forbid_unknown_fields=True):
     item_id: Id
     event_type: EventType = "click"
     value: float | None = None
-    ts_ms: Milliseconds | None = None
+    ts_ms: Moment | None = None
 
 
 class Guest(Wishes, kw_only=True, forbid_unknown_fields=True):
@@ -164,9 +167,15 @@ class EventIn(Struct, kw_only=True, forbid_unknown_fields=True):
     item_id: Id
     event_type: EventType = "click"
     event_id: Id | None = None
-    ts_ms: Milliseconds | None = None
+    ts_ms: Moment | None = None
     value: float | None = None
     context: dict[str, str] = {}
+
+
+class ItemIn(Item, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An item as it comes over HTTP: here a misspelt field is refused. What else you know goes into `attributes`."""
+
+    published_ms: Moment | None = None
 
 
 class Path(Struct):
@@ -232,8 +241,11 @@ class Figures(Struct):
     streams: Annotated[int, Meta(description="open here")]
 
 
-class Problem(Struct):
+class Problem(Struct, omit_defaults=True):
     """What is wrong, by name."""
 
     status_code: int
     detail: str
+    extra: Annotated[
+        dict[str, Any] | None, Meta(description="where all entries are rejected: `rejected`, as in a Receipt")
+    ] = None

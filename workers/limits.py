@@ -19,7 +19,9 @@ from workers.settings import Serve
 
 MAX_CALLERS = 10_000  # whose buckets are kept; who is forgotten starts with a full one
 SLASH = "\ue000"  # stands in a path for the slash of an id (%2F) until the route is found
+EMPTY = "\ue001"  # stands in a path for an id without a character: the routes take two slashes for one
 _SLASHES = re.compile(rb"%2F", re.IGNORECASE)
+_EMPTY = re.compile(r"(?<=[^/]/)(?=/)")
 _LOOPBACK = re.compile(r"(localhost|[\w-]+\.localhost|127(\.\d+){3}|\[::1\])(:\d+)?", re.IGNORECASE)
 
 
@@ -64,7 +66,7 @@ class Gate:
         async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
             opt = scope["route_handler"].opt
             scope["path_params"] = {
-                name: value.replace(SLASH, "/") if isinstance(value, str) else value
+                name: value.replace(SLASH, "/").replace(EMPTY, "") if isinstance(value, str) else value
                 for name, value in scope["path_params"].items()
             }
             if opt.get("scope", "") is not None:
@@ -147,12 +149,14 @@ class Gate:
 
 
 def with_slashes(app: ASGIApp) -> ASGIApp:
-    """Before the routes: an id may hold a slash, as %2F, and ASGI's `path` no longer tells it from the path's own."""
+    """Before the routes: an id may hold a slash, as %2F, and ASGI's `path` no longer tells it from the path's own. And
+    where there is none, the words after it are not the id."""
 
     async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
         raw = scope.get("raw_path", b"").partition(b"?")[0]
         if _SLASHES.search(raw):
             scope["path"] = unquote_to_bytes(_SLASHES.sub(quote(SLASH).encode(), raw)).decode(errors="replace")
+        scope["path"] = _EMPTY.sub(EMPTY, scope["path"])
         await app(scope, receive, send)
 
     return middleware

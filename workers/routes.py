@@ -5,6 +5,7 @@ from typing import Any
 from litestar.connection import Request
 from litestar.di import NamedDependency
 from litestar.exceptions import HTTPException, ValidationException
+from litestar.exceptions.http_exceptions import RequestEntityTooLarge
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
 from litestar.params import Parameter
@@ -49,8 +50,12 @@ def example(value: Any, summary: str = "") -> list[Example]:
     return [Example(summary=summary or None, value=value)]
 
 
-async def known(request: Request[Any, Any, Any]) -> None:
-    """A misspelt parameter must not pass in silence. Raises HTTPException 400 naming one that OpenAPI does not."""
+async def readable(request: Request[Any, Any, Any]) -> None:
+    """A misspelt parameter must not pass in silence. Raises HTTPException 400 naming one that OpenAPI does not, or a
+    coding of the body: unpacked, its size is anybody's guess.
+    """
+    if (coding := request.headers.get("content-encoding", "identity")) != "identity":
+        raise HTTPException(status_code=400, detail=f"Content-Encoding: {coding} is not read, send the body as it is")
     if not request.query_params or not request.route_handler.opt.get("scope"):
         return
     paths = request.app.openapi_schema.paths or {}
@@ -72,6 +77,17 @@ def invalid(_: Request[Any, Any, Any], error: ValidationException) -> Response[P
 def _cause(message: str = "", key: str = "data", **_: Any) -> str:
     """Litestar calls the body `data`, and says no more than that of one that is not there."""
     return f"{'body' if key == 'data' else key}: {'missing' if message == repr(key) else message}"
+
+
+def problem(_: Request[Any, Any, Any], error: HTTPException) -> Response[Problem]:
+    """JSON on every route: Litestar's own has the type of the answer that the route would have given."""
+    extra = error.extra if isinstance(error.extra, dict) else None
+    content = Problem(error.status_code, error.detail, extra)
+    return Response(content, status_code=error.status_code, headers=error.headers)
+
+
+def too_large(max_bytes: int, _: Request[Any, Any, Any], __: RequestEntityTooLarge) -> Response[Problem]:
+    return Response(Problem(413, f"body: serve.max_body_bytes is {max_bytes}"), status_code=413)
 
 
 def not_ready(_: Request[Any, Any, Any], error: NotReady) -> Response[Problem]:

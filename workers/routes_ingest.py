@@ -16,7 +16,7 @@ from litestar.exceptions import HTTPException
 from litestar.openapi.spec import OpenAPIMediaType, Operation, RequestBody
 from litestar.params import RawBody
 
-from stream.answers import Delivered, EventIn, Receipt, Rejected
+from stream.answers import Delivered, EventIn, ItemIn, Receipt, Rejected
 from stream.events import BadEvent, Click, Item, cause
 from stream.producer import BufferFull, DeliveryError, Place
 from workers.limits import refused
@@ -45,6 +45,8 @@ def _taking(kind: type[msgspec.Struct], *examples: Any) -> type[Operation]:
 
 def _entries(raw: bytes, at_most: int) -> list[msgspec.Raw]:
     """One object, or the entries of a list. Raises HTTPException 400 for what is neither, 413 for too many."""
+    if not raw.strip():
+        raise HTTPException(status_code=400, detail="body: empty")
     try:
         entries = msgspec.json.decode(raw, type=list[msgspec.Raw]) if raw.lstrip()[:1] == b"[" else [msgspec.Raw(raw)]
     except (msgspec.DecodeError, RecursionError) as error:
@@ -70,7 +72,7 @@ def _click(entry: msgspec.Raw) -> Click:
 
 
 def _item(entry: msgspec.Raw) -> Item:
-    return msgspec.json.decode(entry, type=Item)
+    return msgspec.json.decode(entry, type=ItemIn)
 
 
 def _send(
@@ -145,7 +147,7 @@ async def post_events(service: Served, body: RawBody) -> Receipt:
     status_code=202,
     summary="Items in",
     description=TAKEN + "the newest version of an item wins.",
-    operation_class=_taking(Item, {"item_id": "b8", "title": "Rivers and their mouths", "categories": ["science"]}),
+    operation_class=_taking(ItemIn, {"item_id": "b8", "title": "Rivers and their mouths", "categories": ["science"]}),
     tags=["ingest"],
     **route("ingest", 413),
 )

@@ -15,6 +15,7 @@ from litestar import Litestar, Router
 from litestar.config.cors import CORSConfig
 from litestar.di import Provide
 from litestar.exceptions import HTTPException, ValidationException
+from litestar.exceptions.http_exceptions import RequestEntityTooLarge
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
@@ -27,7 +28,7 @@ from workers.lag import LagFollower
 from workers.limits import Gate, measured, with_slashes
 from workers.live import NotReady
 from workers.processes import end_with_threads, settle, share_heaps
-from workers.routes import invalid, known, nested, not_ready, other_encoder
+from workers.routes import invalid, nested, not_ready, other_encoder, problem, readable, too_large
 from workers.service import Service
 from workers.settings import Settings
 from workers.threads import compute_in_one_thread
@@ -91,11 +92,13 @@ def build_app(service: Service, keys: Keys) -> Litestar:
         [*ROUTES, routes_ops.console()],
         dependencies={"service": Provide(provide)},
         middleware=[*tracing.request_spans(service.tracer), measured, Gate(serve, keys)],
-        before_request=known,
+        before_request=readable,
         before_send=[harden],
         after_exception=[tell],
         exception_handlers={
+            HTTPException: problem,
             ValidationException: invalid,
+            RequestEntityTooLarge: partial(too_large, serve.max_body_bytes),
             NotReady: not_ready,
             OtherEncoder: other_encoder,
             RecursionError: nested,

@@ -513,3 +513,49 @@ def test_a_state_that_does_not_come_is_waited_for_no_longer_than_the_bound() -> 
     assert not asyncio.run(_reach(service, "u1", 8))
     assert time.monotonic() - began >= 0.2
     assert Wishes().k == 20
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "cause"),
+    [
+        ("/v1/items", {"item_id": "i", "title": "t", "avaliable": False}, "unknown field `avaliable`"),
+        (
+            "/v1/items",
+            {"item_id": "i", "title": "t", "published_ms": 1_795_500_000},
+            "published_ms: Expected `int` >= ",
+        ),
+        ("/v1/events", {"user_id": "u", "item_id": "i", "ts_ms": 1_795_500_000}, "ts_ms: Expected `int` >= "),
+        ("/v1/recommendations", {"history": [{"item_id": "i", "ts_ms": 1_795_500_000}]}, "ts_ms: Expected `int` >= "),
+    ],
+)
+def test_what_passed_in_silence_and_meant_something_else_is_refused(path: str, body: Any, cause: str) -> None:
+    """A misspelt field, and seconds in place of milliseconds: a click of 1970 that moves no list."""
+    with client(OPEN) as api:
+        answer = api.post(path, json=body)
+        assert (answer.status_code, cause in answer.json()["detail"]) == (400, True), answer.json()
+
+
+def test_a_refusal_is_json_wherever_it_comes_from_and_says_what_to_mend(of: dict[str, str], file: Path) -> None:
+    with client(load_keys(Serve(keys_file=file)), max_body_bytes=1024) as api:
+
+        def said(path: str, scope: str, **request: Any) -> tuple[int, str]:
+            headers = {"Authorization": f"Bearer {of[scope]}"} | request.pop("headers", {})
+            answer = api.request("POST" if request else "GET", path, headers=headers, **request)
+            assert answer.headers["Content-Type"] == "application/json"
+            return answer.status_code, answer.json()["detail"]
+
+        assert said("/v1/stream?user=u&k=5", "read")[0] == said("/metrics?k=5", "metrics")[0] == 400
+        assert said("/v1/stream?user=u", "ingest")[0] == said("/metrics", "read")[0] == 403
+        assert said("/nowhere", "read")[0] == 404
+        large = said("/v1/events", "ingest", content=b" " * 1025)
+        assert large == (413, "body: serve.max_body_bytes is 1024")
+        packed = said("/v1/events", "ingest", content=b"\x1f\x8b", headers={"Content-Encoding": "gzip"})
+        assert packed == (400, "Content-Encoding: gzip is not read, send the body as it is")
+        assert said("/v1/events", "ingest", content=b" ") == (400, "body: empty")
+
+
+def test_an_empty_id_is_no_other_route() -> None:
+    """Two slashes were one: a list asked for nobody was the state of a user named `recommendations`."""
+    with client(OPEN) as api:
+        answer = api.get("/v1/users//recommendations")
+        assert (answer.status_code, answer.json()["detail"]) == (400, "user_id: Expected `str` of length >= 1")
