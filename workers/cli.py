@@ -19,7 +19,7 @@ from workers import cli_arms, cli_ops, tracing
 from workers.cli_bench import bench
 from workers.cli_erase import erase
 from workers.cli_keys import keys
-from workers.failing import failing
+from workers.failing import failing, naming_extras
 from workers.logs import configure
 from workers.settings import ConfigError, Settings, load_settings
 from workers.up import ROLES, run_up
@@ -317,7 +317,7 @@ def pin_generation(
 
 def main() -> None:
     # Kafka is away, or empty: a trace would say no more.
-    with failing(KafkaError, DeliveryError, BufferFull, MissingTopic):
+    with naming_extras(), failing(KafkaError, DeliveryError, BufferFull, MissingTopic):
         app()
 
 

@@ -118,6 +118,34 @@ def test_a_kafka_without_topics_is_told_so(
     assert ended.value.code == 1 and said.startswith("no such topic: nowhere.") and len(said.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("command", "package", "extra", "module"),
+    [
+        (["evaluate", "ml-100k"], "matplotlib", "report", "workers.report"),
+        (["bench", "scale"], "psutil", "bench", "workers.bench.harness"),
+        (["bench", "search"], "faiss", "bench", "workers.bench.search"),
+    ],
+)
+def test_what_only_an_extra_brings_is_named(
+    command: list[str],
+    package: str,
+    extra: str,
+    module: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A wheel with no extras: `upwell evaluate` ended with fifty lines of trace."""
+    for name in (module, "workers.evaluate"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr("workers.logs.configure", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["upwell", *command])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert (ended.value.code, said) == (1, f"{package} is not installed: pip install 'upwell[{extra}]'\n")
+
+
 def test_a_dead_letter_that_is_not_there_is_not_replayed(upwell: Upwell, settings: Settings) -> None:
     topics = settings.topics
     letter = DeadLetter(topic=topics.clicks.name, partition=0, offset=0, cause="", key=b"u", payload=b"{", ts_ms=0)
