@@ -17,6 +17,7 @@ import msgspec
 
 from stream.answers import (
     Answer,
+    Delivered,
     Erased,
     EventIn,
     Guest,
@@ -102,6 +103,10 @@ class Client(Closing):
     def send_items(self, *items: Item) -> Receipt:
         """Adds items or replaces them; answers and raises as `send`."""
         return self._call("POST", "/v1/items", Receipt, content=msgspec.json.encode(items))
+
+    def remove_item(self, item_id: str) -> Delivered:
+        """Takes an item out of the catalogue: no list shows it again."""
+        return self._call("DELETE", f"/v1/items/{quote(item_id, safe='')}", Delivered)
 
     def forget(self, user_id: str) -> Erased:
         """Erases a user; keep the receipt, not the id."""

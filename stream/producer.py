@@ -211,9 +211,9 @@ class ClickProducer(Producer):
         decode(raw, Item)
         return self.send_raw(self._topics.items.name, item.item_id.encode(), raw)
 
-    def remove_item(self, item_id: str) -> None:
-        """Takes an item out of the catalogue."""
-        self.send_raw(self._topics.items.name, item_id.encode(), None)
+    def remove_item(self, item_id: str) -> Future[Place]:
+        """Takes an item out of the catalogue. Raises as `send_raw` does."""
+        return self.send_raw(self._topics.items.name, item_id.encode(), None)
 
 
 def partition_of(key: str, num_partitions: int) -> int:

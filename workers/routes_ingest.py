@@ -3,15 +3,16 @@
 import asyncio
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import kafka
 import msgspec
-from litestar import post
+from litestar import delete, post
 from litestar.exceptions import HTTPException
 from litestar.openapi.spec import OpenAPIMediaType, Operation, RequestBody
 from litestar.params import RawBody
@@ -21,6 +22,7 @@ from stream.events import BadEvent, Click, Item, cause
 from stream.producer import BufferFull, DeliveryError, Place
 from workers.limits import refused
 from workers.routes import Served, example, route
+from workers.routes_recommend import ItemId
 from workers.service import Service
 
 DELIVERY_S = 5.0
@@ -89,12 +91,21 @@ def _send(
     return sent, rejected
 
 
+@contextmanager
+def _kafka() -> Iterator[None]:
+    """What it does not take, or may not have: a 503 that asks for the same again."""
+    try:
+        yield
+    except (DeliveryError, BufferFull, kafka.errors.KafkaError, TimeoutError) as error:
+        raise refused(503, f"Kafka did not take the events: {error or 'no acknowledgement in time'}", 2) from error
+
+
 async def _deliver(
     service: Service, raw: bytes, read: Callable[[msgspec.Raw], E], send: Callable[[E], Future[Place]]
 ) -> Receipt:
     """What is accepted is in Kafka when this returns; a 503 says that it may not be: send it again."""
     entries = _entries(raw, service.settings.serve.max_batch)
-    try:
+    with _kafka():
         loop = asyncio.get_running_loop()
         sent, rejected = await loop.run_in_executor(service.sending, copy_context().run, _send, entries, read, send)
         if not sent:
@@ -105,8 +116,6 @@ async def _deliver(
             )
         waiting = asyncio.gather(*(asyncio.wrap_future(place) for _, _, place in sent))
         places = await asyncio.wait_for(waiting, DELIVERY_S)
-    except (DeliveryError, BufferFull, kafka.errors.KafkaError, TimeoutError) as error:
-        raise refused(503, f"Kafka did not take the events: {error or 'no acknowledgement in time'}", 2) from error
     return Receipt(
         len(sent),
         rejected,
@@ -153,3 +162,20 @@ async def post_events(service: Served, body: RawBody) -> Receipt:
 )
 async def post_items(service: Served, body: RawBody) -> Receipt:
     return await _deliver(service, body, _item, lambda item: service.producer.send_item(item))
+
+
+@delete(
+    "/v1/items/{item_id:str}",
+    status_code=202,
+    summary="An item out",
+    description="It leaves every list in a moment; what users did with it stays in their states. 202 once Kafka "
+    "has the wish, known or not. After a 503 send it again: twice is harmless.",
+    tags=["ingest"],
+    **route("ingest"),
+)
+async def remove_item(service: Served, item_id: ItemId) -> Delivered:
+    with _kafka():
+        loop = asyncio.get_running_loop()
+        sent = await loop.run_in_executor(service.sending, lambda: service.producer.remove_item(item_id))
+        place = await asyncio.wait_for(asyncio.wrap_future(sent), DELIVERY_S)
+    return Delivered(0, place.partition, place.offset, item_id=item_id)

@@ -48,6 +48,7 @@ ROUTES: list[Any] = [
     routes_erasure.erasure,
     routes_ingest.post_events,
     routes_ingest.post_items,
+    routes_ingest.remove_item,
     routes_ops.livez,
     routes_ops.readyz,
     routes_ops.prometheus,

@@ -34,6 +34,7 @@ def test_answers_are_typed(fake: tuple[Fake, str]) -> None:
         assert client.items("CHESS", limit=1)[0].categories == ["chess"]
         assert client.similar("i3", k=2, diversity=0.5).item_id == "i3"
         assert client.recommend(Guest(k=2, text="knights")).user_id is None
+        assert client.remove_item("i/7").item_id == "i/7"
         assert client.erasure(client.forget("a/b ü").receipt).partition == 3
         assert client.user("a/b ü").clicks == 0
 

@@ -191,6 +191,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_DELETE(self) -> None:
         user = unquote(self.path.rsplit("/", 1)[-1])
+        if self.path.startswith("/v1/items/"):
+            self.reply(202, {"index": 0, "partition": 1, "offset": 7, "item_id": user})
+            return
         with self.fake.changed:
             self.fake.clicks.pop(user, None)
             self.fake.paths.pop(user, None)
