@@ -130,8 +130,10 @@ def settings() -> str:
 
 def commands() -> str:
     command = typer.main.get_command(app)
-    made = get_docs_for_click(obj=command, ctx=typer.Context(command), name="upwell")
-    made = re.sub(r"\n\*\*Commands\*\*:\n\n(\* .*\n)+", "", html.unescape(made))  # each has its section
+    made = html.unescape(get_docs_for_click(obj=command, ctx=typer.Context(command), name="upwell"))
+    # Each command has a section, and --help.
+    made = re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+|\*\*Usage\*\*:\n\n|\* `--help`: .*\n", "", made)
+    made = re.sub(r"\*\*Options\*\*:\n\n(?!\*)|(?<=\n\n)\n", "", made)
     return made.replace("# `upwell`\n", f"# Commands\n\n{MADE}", 1).rstrip() + "\n"
 
 
