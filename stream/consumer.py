@@ -53,8 +53,8 @@ def read_window(
     only: Collection[int] | None = None,
     until: Mapping[int, int] | None = None,
     isolation_level: str = "read_committed",
-) -> Iterator[list[Record]]:
-    """The records of `topic` up to the ends found at the start, a list a poll, each partition in its order.
+) -> Iterator[Record]:
+    """The records of `topic` up to the ends found at the start, each partition in its order.
 
     `only`: these partitions, all by default. `until`: an end before the present one (partition -> offset).
 
@@ -87,7 +87,7 @@ def read_window(
             done = {part for part in left if positions[part] >= ends[part]}
             consumer.pause(*done)
             left -= done
-            yield [r for part, records in polled.items() for r in records if r.offset < ends[part]]
+            yield from (r for part, records in polled.items() for r in records if r.offset < ends[part])
 
 
 def tail(

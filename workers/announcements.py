@@ -4,6 +4,8 @@ A generation is announced under its own name; announcing it again makes it the n
 under the key `pin` holds the one that is to serve whatever comes after it; a null there ends that.
 """
 
+from contextlib import suppress
+
 import structlog
 
 from stream.consumer import read_window
@@ -41,20 +43,16 @@ class Announcements:
 def read_announcements(settings: Settings) -> Announcements:
     """As the topic stands now."""
     announcements = Announcements()
-    for records in read_window(settings.connection, settings.topics.generations.name):
-        for record in records:
-            try:
-                announcements.take((record.key or b"").decode(), record.value)
-            except BadEvent:
-                continue
+    for record in read_window(settings.connection, settings.topics.generations.name):
+        with suppress(BadEvent):
+            announcements.take((record.key or b"").decode(), record.value)
     return announcements
 
 
 def newest_model(settings: Settings) -> Artifact | None:
     """What the trainer announced last, as far as this release can read it."""
-    batches = read_window(settings.connection, settings.topics.models.name)
     newest = None
-    for record in (record for batch in batches for record in batch):
+    for record in read_window(settings.connection, settings.topics.models.name):
         try:
             newest = decode(record.value, Artifact)
         except BadEvent as error:

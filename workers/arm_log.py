@@ -25,12 +25,8 @@ def read_scored(settings: Settings, since_ms: int) -> Iterator[Scored]:
     topics = settings.topics
     for partition in sorted(end_offsets(settings.connection, topics.clicks.name)):
         clicks, lists = (
-            (
-                record
-                for batch in read_window(settings.connection, topic, since_ms, only=[partition])
-                for record in batch
-            )
-            for topic in (topics.clicks.name, topics.recommendations.name)
+            read_window(settings.connection, topic.name, since_ms, only=[partition])
+            for topic in (topics.clicks, topics.recommendations)
         )
         yield from score(settings, clicks, lists)
 

@@ -68,15 +68,14 @@ def write_backup(settings: Settings, path: Path) -> Counts:
 
 def _write(settings: Settings, out: IO[bytes] | gzip.GzipFile) -> Counts:
     items: dict[bytes, Item] = {}
-    for records in read_window(settings.connection, settings.topics.items.name):
-        for record in records:
-            items.pop(record.key or b"", None)
-            try:
-                _, item = decode_item(record.value, record.key, Item)
-            except BadEvent:
-                continue  # no reader could use it
-            if item is not None:
-                items[record.key or b""] = item
+    for record in read_window(settings.connection, settings.topics.items.name):
+        items.pop(record.key or b"", None)
+        try:
+            _, item = decode_item(record.value, record.key, Item)
+        except BadEvent:
+            continue  # no reader could use it
+        if item is not None:
+            items[record.key or b""] = item
     states, serving = raw_states(settings), read_announcements(settings).wanted()
     if (model := newest_model(settings)) is not None:
         _put(out, Line(model=model))

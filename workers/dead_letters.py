@@ -64,7 +64,7 @@ def _kept(settings: Settings) -> Iterator[tuple[bytes, int, DeadLetter | None]]:
 
     By place and not by record key: before erasure they had their message's, many the same or none.
     """
-    for record in (r for batch in read_window(settings.connection, settings.topics.dead_letters.name) for r in batch):
+    for record in read_window(settings.connection, settings.topics.dead_letters.name):
         if record.value is None:
             yield record.key or b"", record.offset, None
             continue
@@ -86,13 +86,12 @@ def resend(settings: Settings, letters: Sequence[DeadLetter]) -> tuple[int, int]
     """Sends each to the topic it came from, and takes it back: what is refused again is another letter. How many were
     sent, and how many could not be."""
     whole = [one for one in letters if not one.truncated and (one.key is not None or one.payload is not None)]
-    producer = Producer(settings.connection)
-    for letter in whole:
-        producer.send_raw(letter.topic, letter.key, letter.payload)
-    producer.flush()
-    for letter in whole:
-        producer.send_raw(settings.topics.dead_letters.name, place(letter), None)
-    producer.close()
+    with Producer(settings.connection) as producer:
+        for letter in whole:
+            producer.send_raw(letter.topic, letter.key, letter.payload)
+        producer.flush()
+        for letter in whole:
+            producer.send_raw(settings.topics.dead_letters.name, place(letter), None)
     return len(whole), len(letters) - len(whole)
 
 

@@ -70,7 +70,7 @@ def _clock(settings: Settings) -> Finding:
     """Our clock against Kafka's stamp of the newest click: one from the future says that ours is behind."""
     now_ms, topic = time.time() * 1000, settings.topics.clicks.name
     last = {partition: max(0, end - 1) for partition, end in end_offsets(settings.connection, topic).items()}
-    stamps = [r.timestamp for records in read_window(settings.connection, topic, offsets=last) for r in records]
+    stamps = [record.timestamp for record in read_window(settings.connection, topic, offsets=last)]
     ahead_s = (max(stamps, default=0) - now_ms) / 1000
     told = f"{-ahead_s:.0f} s after Kafka's newest click" if stamps else "no click to compare it with"
     if ahead_s > MAX_SKEW_S:

@@ -68,8 +68,7 @@ def status(settings: Settings, receipt: str) -> Erased:
 def _asked_ms(connection: Connection, topic: str, partition: int, offset: int) -> int:
     """Kafka's stamp of the wish."""
     place, until = {partition: offset}, {partition: offset + 1}
-    batches = read_window(connection, topic, offsets=place, only=[partition], until=until)
-    for record in (record for batch in batches for record in batch if record.offset == offset):
+    for record in read_window(connection, topic, offsets=place, only=[partition], until=until):
         try:
             if isinstance(decode_record(record.value, record.key, record.timestamp), Erasure):
                 return record.timestamp

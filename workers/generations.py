@@ -64,7 +64,6 @@ def pin(settings: Settings, name: str | None) -> None:
 
 
 def _announce(settings: Settings, key: str, artifact: Artifact | None) -> None:
-    producer = Producer(settings.connection)
     raw = None if artifact is None else encode(artifact)
-    producer.send_raw(settings.topics.generations.name, key.encode(), raw)
-    producer.close()
+    with Producer(settings.connection) as producer:
+        producer.send_raw(settings.topics.generations.name, key.encode(), raw)

@@ -92,7 +92,7 @@ class Handed:
 
     def _between(self, partition: int, first: int, end: int) -> list[Record]:
         topic = self._settings.topics.clicks.name
-        batches = read_window(
+        records = read_window(
             self._settings.connection,
             topic,
             offsets={partition: first},
@@ -100,4 +100,4 @@ class Handed:
             until={partition: end},
             isolation_level="read_uncommitted",  # as Faust reads: else an open transaction would end the topic here
         )
-        return [record for batch in batches for record in batch]
+        return list(records)

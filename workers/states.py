@@ -59,17 +59,15 @@ class PackedStates(States):
 def read_states(connection: Connection, topic: str, partition: int) -> PackedStates:
     """All states of one partition of the users topic, newest of each user by offset of its last click."""
     states = PackedStates()
-    for records in read_window(connection, topic, only=[partition]):
-        for record in records:
-            keep_newest(states, record)
+    for record in read_window(connection, topic, only=[partition]):
+        keep_newest(states, record)
     return states
 
 
 def raw_states(settings: Settings) -> dict[str, bytes]:
     """The newest record of every user, as it lies in the users topic."""
-    raw: dict[str, bytes | None] = {}
-    for records in read_window(settings.connection, settings.topics.users.name):
-        raw |= {user_of(record): record.value for record in records}
+    records = read_window(settings.connection, settings.topics.users.name)
+    raw = {user_of(record): record.value for record in records}
     return {user_id: value for user_id, value in raw.items() if value is not None}
 
 

@@ -1,6 +1,5 @@
 """What the trainer reads: the window of clicks, and the text vectors of the newest encoder."""
 
-import itertools
 import threading
 import time
 from operator import itemgetter
@@ -60,8 +59,7 @@ class Window:
         """The newest clicks and every erasure, in order. At most twice the window is held: a month may be 100 of it."""
         most, clicks, erasures = self._settings.trainer.window_events, list[Arrived](), list[Arrived]()
         since_ms = None if self.offsets else self._since_ms
-        batches = read_window(self._settings.connection, self._topic, since_ms=since_ms, offsets=dict(self.offsets))
-        for record in itertools.chain.from_iterable(batches):
+        for record in read_window(self._settings.connection, self._topic, since_ms, dict(self.offsets)):
             if record.timestamp < self._since_ms:
                 continue
             self.offsets[record.partition] = max(record.offset + 1, self.offsets.get(record.partition, 0))

@@ -300,10 +300,9 @@ def calibrate(fleet: Fleet, clicks: Sequence[Click]) -> float:
 
 def read_events(settings: Settings) -> Iterator[tuple[int, int, Click | Erasure]]:
     """Partition, offset and event of all good messages of the clicks topic."""
-    for records in read_window(settings.connection, settings.topics.clicks.name):
-        for record in records:
-            with contextlib.suppress(BadEvent):
-                yield record.partition, record.offset, decode_record(record.value, record.key, record.timestamp)
+    for record in read_window(settings.connection, settings.topics.clicks.name):
+        with contextlib.suppress(BadEvent):
+            yield record.partition, record.offset, decode_record(record.value, record.key, record.timestamp)
 
 
 def read_clicks(settings: Settings) -> Iterator[tuple[int, int, Click]]:

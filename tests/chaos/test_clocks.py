@@ -94,11 +94,11 @@ def _read(settings: Settings) -> tuple[list[str], dict[str, bytes], int]:
     ids = [read.click.event_id for read in window.read()]
     worker: Any = UserWorker(settings, None, None, None)  # type: ignore[arg-type]  # it decodes and folds alone
     owned, dead = Owned(PackedStates(), cast(Any, None), {}), 0
-    for records in read_window(settings.connection, settings.topics.clicks.name):
-        for partition in sorted({record.partition for record in records}):
-            reads, erased, letters = worker._decode([record for record in records if record.partition == partition])
-            owned.states.update(worker._fold(owned, reads, erased).states)
-            dead += len(letters)
+    for partition in range(settings.kafka.partitions):
+        records = list(read_window(settings.connection, settings.topics.clicks.name, only=[partition]))
+        reads, erased, letters = worker._decode(records)
+        owned.states.update(worker._fold(owned, reads, erased).states)
+        dead += len(letters)
     return ids, {user_id: encode_state(state) for user_id, state in owned.states.items()}, dead
 
 

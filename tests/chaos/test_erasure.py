@@ -138,9 +138,10 @@ def let_pass(settings: Settings, window_s: float) -> None:
 def tombstoned_lists(settings: Settings) -> list[str]:
     """Users whose newest record in the recommendations topic is a null, after that of the wish the worker's."""
     newest, nulls = dict[str, Any](), Counter[str]()
-    for records in read_window(settings.connection, settings.topics.recommendations.name):
-        newest |= {(record.key or b"").decode(): record.value for record in records}
-        nulls.update((record.key or b"").decode() for record in records if record.value is None)
+    for record in read_window(settings.connection, settings.topics.recommendations.name):
+        user = (record.key or b"").decode()
+        newest[user] = record.value
+        nulls[user] += record.value is None
     return [user for user, value in newest.items() if value is None and nulls[user] > 1]
 
 
@@ -148,7 +149,7 @@ def stores_with(mark: str, settings: Settings, broker: LocalBroker, folder: Path
     """Every place that holds the mark: records of all topics, files, what the processes say of themselves."""
     needle, found = mark.encode(), list[str]()
     for name in (topic.name for topic in settings.topics.all()):
-        for record in itertools.chain.from_iterable(read_window(settings.connection, name)):
+        for record in read_window(settings.connection, name):
             raw = b"".join([record.key or b"", record.value or b"", *(value for _, value in record.headers)])
             if needle in raw or (
                 record.value and record.topic.endswith("dead-letters") and needle in said(record.value)

@@ -82,9 +82,9 @@ class Latency:
 
     def since(self) -> tuple[float, float]:
         ends = end_offsets(self._connection, self._topic)
-        batches = read_window(self._connection, self._topic, offsets=self._ends, until=ends)
+        records = read_window(self._connection, self._topic, offsets=self._ends, until=ends)
+        lists = [decode(record.value, Recommendations) for record in records]
         self._ends = ends
-        lists = [decode(record.value, Recommendations) for batch in batches for record in batch]
         if lists:
             p50, p99 = np.percentile([one.sent_ms - one.clicked_ms for one in lists], [50, 99])
             self._last = float(p50), float(p99)

@@ -3,7 +3,7 @@
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,8 +30,8 @@ def send(producer: kafka.KafkaProducer, topic: str, values: range, partition: in
     producer.flush()
 
 
-def values(batches: Iterator[list[Record]]) -> list[int]:
-    return sorted(int(record.value or b"-1") for batch in batches for record in batch)
+def values(records: Iterable[Record]) -> list[int]:
+    return sorted(int(record.value or b"-1") for record in records)
 
 
 def test_a_window_by_arrival_time(connection: Connection, topics: Topics, producer: kafka.KafkaProducer) -> None:
@@ -44,7 +44,7 @@ def test_a_window_by_arrival_time(connection: Connection, topics: Topics, produc
     assert values(read_window(connection, topic)) == list(range(12))
     late = values(read_window(connection, topic, since_ms=middle.timestamp))
     assert set(range(8, 12)) <= set(late)
-    first = next(r.timestamp for b in read_window(connection, topic) for r in b if r.partition == 0)
+    first = next(r.timestamp for r in read_window(connection, topic) if r.partition == 0)
     assert values(read_window(connection, topic, since_ms=first)) == list(range(12))
     assert values(read_window(connection, topic, since_ms=middle.timestamp + 60_000)) == []
 
@@ -114,14 +114,12 @@ def test_a_window_ends_where_it_ended_at_its_start(
         producer.send(topic, str(value).ljust(100_000).encode(), b"k", partition=0)
     producer.flush()
     seen: list[int] = []
-    batches = 0
-    for batch in read_window(connection, topic):
-        seen += [int(record.value or b"-1") for record in batch]
-        batches += 1
-        send(producer, topic, range(100, 150))
-        send(producer, topic, range(100, 150), partition=1)
+    for record in read_window(connection, topic):
+        seen.append(int(record.value or b"-1"))
+        if len(seen) % 20 == 1:
+            send(producer, topic, range(100, 150))
+            send(producer, topic, range(100, 150), partition=1)
     assert seen == list(range(100))
-    assert batches > 1
 
 
 class Stalled(SimpleNamespace):
@@ -150,10 +148,8 @@ def test_a_read_that_makes_no_progress_ends(monkeypatch: pytest.MonkeyPatch) -> 
     """kafka-python's known stalls: a role that waits for ever at its start looks alive."""
     monkeypatch.setattr(consumer_module, "STALL_S", 0.05)
     monkeypatch.setattr(consumer_module, "open_consumer", lambda *_, **__: Stalled())
-    polls = read_window(Connection("127.0.0.1:1"), "t")
     with pytest.raises(TimeoutError, match=r"no progress for 0\.05 s"):
-        for _ in range(1_000_000):
-            next(polls)
+        list(read_window(Connection("127.0.0.1:1"), "t"))
 
 
 def test_a_tail_catches_up_once_and_goes_on(

@@ -23,7 +23,7 @@ def click(number: int, user: str = "u", **context: str) -> Click:
 
 
 def records(connection: Connection, topic: Topic) -> list[Record]:
-    return [record for batch in read_window(connection, topic.name) for record in batch]
+    return list(read_window(connection, topic.name))
 
 
 @contextmanager

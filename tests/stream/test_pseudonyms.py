@@ -42,7 +42,7 @@ def test_no_raw_id_leaves_a_producer(connection: Connection, topics: Topics) -> 
     with ClickProducer(connection, topics, pseudonyms) as producer:
         sent = producer.send(Click(event_id="e", user_id="someone", item_id="i", ts_ms=now_ms))
         erased = producer.erase("someone", now_ms)
-    records = [record for batch in read_window(connection, topics.clicks.name) for record in batch]
+    records = list(read_window(connection, topics.clicks.name))
     assert [(r.partition, r.offset) for r in records] == [sent.result(), erased]
     assert {record.key for record in records} == {pseudonyms.of("someone").encode()}
     assert all(b"someone" not in (record.value or b"someone") for record in records)
@@ -60,7 +60,7 @@ def test_a_key_is_changed_by_a_replay(connection: Connection, topics: Topics) ->
             for click in clicks:
                 producer.send(click)
         found: dict[str, UserState] = {}
-        for record in (record for batch in read_window(connection, to.clicks.name) for record in batch):
+        for record in read_window(connection, to.clicks.name):
             click = decode_click(record.value)
             applied = [Applied(click, 1.0, record.offset)]
             found[click.user_id] = apply_clicks(found.get(click.user_id, EMPTY), applied, Limits())

@@ -53,8 +53,8 @@ def upwell(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Upwell:
 
 def said(settings: Settings) -> list[tuple[bytes | None, bytes | None]]:
     """Key and value of what stands in the clicks topic."""
-    batches = read_window(settings.connection, settings.topics.clicks.name)
-    return [(record.key, record.value) for batch in batches for record in batch]
+    records = read_window(settings.connection, settings.topics.clicks.name)
+    return [(record.key, record.value) for record in records]
 
 
 def test_each_line_is_a_user_and_a_blank_one_is_none(upwell: Upwell, settings: Settings) -> None:

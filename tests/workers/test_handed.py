@@ -22,7 +22,7 @@ async def test_what_was_dropped_is_read_again(broker: LocalBroker, topics: Topic
     with ClickProducer(settings.connection, topics) as producer:
         for click in clicks(60):
             producer.send(msgspec.structs.replace(click, user_id="one"))
-    records = [record for batch in read_window(settings.connection, topics.clicks.name) for record in batch]
+    records = list(read_window(settings.connection, topics.clicks.name))
     partition, handed = records[0].partition, Handed(settings)
 
     async def offsets(first: int, end: int) -> list[int]:
@@ -63,8 +63,7 @@ async def test_a_producer_s_open_transaction_ends_no_worker(broker: LocalBroker,
         await done.commit()  # its marker is the gap
         await done.begin()
         await done.send(topics.clicks.name, 0, [(b"u", b"{}")])
-        batches = read_window(settings.connection, topics.clicks.name, isolation_level="read_uncommitted")
-        records = [record for batch in batches for record in batch]
+        records = list(read_window(settings.connection, topics.clicks.name, isolation_level="read_uncommitted"))
         assert [record.offset for record in records] == [0, 1, 3]
         handed = Handed(settings)
         assert await handed.complete(0, records[:2]) == records[:2]

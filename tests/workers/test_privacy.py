@@ -157,7 +157,7 @@ def test_at_the_http_edge_an_id_becomes_a_pseudonym(settings: Settings, tmp_path
         assert "someone" not in api.get("/metrics").text
     service.producer.close()
     for topic in (settings.topics.clicks, settings.topics.recommendations):
-        records = [record for batch in read_window(settings.connection, topic.name) for record in batch]
+        records = list(read_window(settings.connection, topic.name))
         assert {record.key for record in records} == {hidden.encode()}
         assert not any(b"someone" in (record.value or b"") for record in records)
 

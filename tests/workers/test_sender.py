@@ -26,7 +26,7 @@ async def test_more_than_a_batch_arrives_in_order(connection: Connection, topics
             await sender.send(topics.users.name, 1, [(b"k", b"x" * (MAX_RECORD_BYTES + 1))])
     finally:
         await sender.stop()
-    found = [record for batch in read_window(connection, topics.users.name) for record in batch]
+    found = list(read_window(connection, topics.users.name))
     assert [(record.key, record.value) for record in found] == [*records, (b"gone", None)]
     assert {record.partition for record in found} == {1}
 
@@ -55,4 +55,4 @@ async def test_a_connection_that_ends_under_the_question_for_the_coordinator_end
     finally:
         await sender.stop()
     assert asked > 1
-    assert [len(batch) for batch in read_window(connection, topics.users.name)] == [1]
+    assert len(list(read_window(connection, topics.users.name))) == 1

@@ -40,8 +40,8 @@ SENT = clicks(400)
 
 
 def lists(service: Service) -> list[Recommendations]:
-    batches = read_window(service.settings.connection, service.settings.topics.recommendations.name)
-    return [decode(record.value, Recommendations) for batch in batches for record in batch]
+    records = read_window(service.settings.connection, service.settings.topics.recommendations.name)
+    return [decode(record.value, Recommendations) for record in records]
 
 
 def recommended(service: Service, user_id: str, k: int = 20) -> list[str]:

@@ -89,7 +89,7 @@ def test_good_entries_are_taken_and_bad_ones_named(service: Service) -> None:
     for cause, word in zip(causes, ("item_id", "object", "future", "user_id"), strict=True):
         assert word in cause
     topic, connection = service.settings.topics.clicks.name, service.settings.connection
-    lying = {(r.partition, r.offset): r.value for part in read_window(connection, topic) for r in part}
+    lying = {(record.partition, record.offset): record.value for record in read_window(connection, topic)}
     assert [one["index"] for one in receipt["results"]] == [0, 2, 5, 6, 7]
     for one in receipt["results"]:
         click = decode_click(lying[one["partition"], one["offset"]])
@@ -201,7 +201,7 @@ def test_a_click_is_pushed_with_its_way(service: Service) -> None:
         stamps = [path[f"{name}_ms"] for name in ("clicked", "updated", "sent", "published", "seen", "pushed")]
         assert stamps == sorted(stamps)
         topic, connection = service.settings.topics.recommendations.name, service.settings.connection
-        lists = (record for part in read_window(connection, topic) for record in part if record.key == b"streamed")
+        lists = (record for record in read_window(connection, topic) if record.key == b"streamed")
         assert path["published_ms"] in [record.timestamp for record in lists]
         assert result["offset"] == pushed["as_of"]["offset"]
         assert first["items"][0]["item_id"] not in [item["item_id"] for item in pushed["items"]]

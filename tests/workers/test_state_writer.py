@@ -27,8 +27,7 @@ async def until(true: Callable[[], object]) -> None:
 
 
 def users(connection: Connection, topics: Topics) -> list[tuple[bytes | None, bytes | None]]:
-    batches = read_window(connection, topics.users.name, only=[1])
-    return [(record.key, record.value) for batch in batches for record in batch]
+    return [(record.key, record.value) for record in read_window(connection, topics.users.name, only=[1])]
 
 
 async def test_clicks_are_acknowledged_in_order_and_only_when_their_states_are_committed(
@@ -48,7 +47,7 @@ async def test_clicks_are_acknowledged_in_order_and_only_when_their_states_are_c
     assert seen == []
     await until(lambda: len(seen) == 3)
     written = users(connection, topics)
-    *_, last = [r for batch in read_window(connection, topics.users.name, only=[1]) for r in batch]
+    *_, last = read_window(connection, topics.users.name, only=[1])
     assert list(last.headers) == [LAST]
     assert dict(written) == {b"u": b"2", b"only-0": b"", b"only-1": b"", b"only-2": b""}
     assert seen == [("a0", len(written)), ("a1", len(written)), ("a2", len(written))]

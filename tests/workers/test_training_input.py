@@ -23,23 +23,22 @@ def record(user_id: str, event_id: str, offset: int, partition: int = 0) -> Reco
 
 
 @pytest.fixture
-def window(monkeypatch: pytest.MonkeyPatch) -> Callable[[Iterator[list[Record]]], Window]:
-    def made(batches: Iterator[list[Record]]) -> Window:
-        monkeypatch.setattr(training_input, "read_window", lambda *_, **__: batches)
+def window(monkeypatch: pytest.MonkeyPatch) -> Callable[[Iterator[Record]], Window]:
+    def made(records: Iterator[Record]) -> Window:
+        monkeypatch.setattr(training_input, "read_window", lambda *_, **__: records)
         return Window(Settings(trainer=TrainerSettings(window_events=NEWEST)))
 
     return made
 
 
-def month(partitions: int, each: int) -> Iterator[list[Record]]:
+def month(partitions: int, each: int) -> Iterator[Record]:
     """One partition after the other, as Kafka may give them; their clicks arrived in turns."""
     for partition in range(partitions):
-        for start in range(0, each, 500):
-            yield [record(f"u{partition}", f"e{partition}-{at}", at, partition) for at in range(start, start + 500)]
+        yield from (record(f"u{partition}", f"e{partition}-{at}", at, partition) for at in range(each))
 
 
 def test_of_a_long_window_the_newest_clicks_are_read_and_no_more_are_held(
-    window: Callable[[Iterator[list[Record]]], Window],
+    window: Callable[[Iterator[Record]], Window],
 ) -> None:
     read = window(month(3, 20_000))
     tracemalloc.start()
@@ -53,21 +52,18 @@ def test_of_a_long_window_the_newest_clicks_are_read_and_no_more_are_held(
 
 
 def test_an_erasure_is_heeded_however_many_clicks_come_after_it(
-    window: Callable[[Iterator[list[Record]]], Window],
+    window: Callable[[Iterator[Record]], Window],
 ) -> None:
     """The trainer may hold older clicks of that user."""
 
-    def batches() -> Iterator[list[Record]]:
-        wish: Event = Erasure(event_type="erase", user_id="gone", requested_ms=NOW_MS)
-        yield [record("gone", "e", 0), Record(b"gone", encode(wish), 1, timestamp=NOW_MS + 1)]
-        yield [record("u", f"e{at}", at) for at in range(2, 3_000)]
-
-    read = window(batches())
+    wish: Event = Erasure(event_type="erase", user_id="gone", requested_ms=NOW_MS)
+    first = [record("gone", "e", 0), Record(b"gone", encode(wish), 1, timestamp=NOW_MS + 1)]
+    read = window(iter([*first, *(record("u", f"e{at}", at) for at in range(2, 3_000))]))
     assert len(read.read()) == NEWEST and read.erased == {"gone": 1}
 
 
-def test_an_event_id_counts_once_a_user(window: Callable[[Iterator[list[Record]]], Window]) -> None:
+def test_an_event_id_counts_once_a_user(window: Callable[[Iterator[Record]], Window]) -> None:
     """As in the users' states: a client may number its own clicks."""
     sent = [record("u", "1", 0), record("v", "1", 1), record("u", "1", 2), record("u", "2", 3)]
-    reads = window(iter([sent])).read()
+    reads = window(iter(sent)).read()
     assert [(one.click.user_id, one.click.event_id) for one in reads] == [("u", "1"), ("v", "1"), ("u", "2")]
