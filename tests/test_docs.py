@@ -86,7 +86,7 @@ def test_links_and_commands(page: Path) -> None:
 
 def test_what_is_wrong_is_seen() -> None:
     page = ROOT / "README.md"
-    text = "[a](docs/gone.md) [b](docs/deploy.md#gone) [c](docs/deploy.md#backup) [d](#gone)"
+    text = "[a](docs/gone.md) [b](docs/deploy.md#gone) [c](docs/deploy.md#one-machine-compose) [d](#gone)"
     assert list(broken_links(page, text)) == ["docs/gone.md", "docs/deploy.md#gone", "#gone"]
     bad = "```sh\nX=1 .venv/bin/upwell demo --chek\nmake tset\n```\n`upwell generations roll`, `upwell lag`, `upwell …`"
     assert [wrong(words) for words in commands(bad)] == ["--chek", "tset", "roll", None, None]
