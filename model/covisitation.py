@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from model.sampling import Padded
+from model.sampling import Floats, Padded
 
-Floats = NDArray[np.float32]
 _DENSE_ITEMS = 4096  # below it a dense product is faster than a sparse one: these counts fill up
 _RESCALE = 1e30
 _OVERSAMPLED = 8  # extra columns of the subspace iteration (Halko et al. 2011, section 4.2)

@@ -15,10 +15,8 @@ from numpy.typing import NDArray
 
 from model.learner import Learner
 from model.outcome import COLD, Outcome, auc, best, expected_ranks
-from model.sampling import Events, History
+from model.sampling import Events, Floats, History, Rows
 
-Rows = NDArray[np.int64]
-Floats = NDArray[np.float32]
 Mode = Literal["line", "strict"]
 HISTORY = 50  # newest events of a user that an arm is shown
 
@@ -61,8 +59,8 @@ class _State:
     def question(self, position: int, user: int, row: int, length: int) -> _Question:
         """About the event at `position`; of the user's history its newest `length` events."""
         rows, weights, stamps = (column[user][-length:] for column in (self.rows, self.weights, self.stamps))
-        history = History(np.array(rows, np.int64), np.array(weights, np.float32), np.array(stamps, np.int64))
         consumed = np.fromiter(self.consumed[user], np.int64, len(self.consumed[user]))
+        history = History.of(rows, weights, stamps)
         return _Question(position, user, row, history, consumed, self._as_cold(row), int(self.touched[row]))
 
     def add(self, user: int, row: int, weight: float, ts_ms: int) -> None:

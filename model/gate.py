@@ -14,10 +14,8 @@ from numpy.typing import NDArray
 from model.learner import Learner
 from model.model import Model
 from model.outcome import Ranks, expected_ranks
-from model.sampling import Events, History, Past
+from model.sampling import Events, Floats, History, Past, Rows
 
-Rows = NDArray[np.int64]
-Floats = NDArray[np.float32]
 SHOWN = 20  # of the list for a stranger; what the worker sends by default
 MUCH = 0.02  # share of the slice's clicks from which an item is looked at, shown or not
 MIN_COMPARED = 10  # events; fewer are no evidence, and a slice without any lets everything through
@@ -57,8 +55,7 @@ def hold_out(learner: Learner, events: Events) -> Slice:
         if user not in pasts:
             pasts[user] = learner.log.past(user, learner.config.history)
         past, taken = pasts[user]
-        rows, weights, stamps = zip(*past[-learner.config.history :], strict=True) if past else ((), (), ())
-        histories.append(History(np.array(rows, np.int64), np.array(weights, np.float32), np.array(stamps, np.int64)))
+        histories.append(History.of(*zip(*past[-learner.config.history :], strict=True)))
         consumed.append(np.array(sorted(taken), np.int64))
         row = row_of.get(item)
         if row is not None:
@@ -110,8 +107,7 @@ def judge(candidate: Model, serving: Model | None, held_out: Slice, text: Floats
 def _pushed(candidate: Model, items: Floats, held_out: Slice, clicked: Rows) -> str:
     """Names an item whose users have consumed nothing else, clicks that no taste explains: one of those SHOWN to a
     user without history, or MUCH of the clicked rows (c,). Empty when there is none."""
-    nobody = History(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64))
-    scores = items @ candidate.user_vectors([nobody], [0])[0]  # (N,)
+    scores = items @ candidate.user_vectors([History.of()], [0])[0]  # (N,)
     looked_at = np.argsort(-scores, kind="stable")[:SHOWN]
     looked_at = np.append(looked_at, np.flatnonzero(np.bincount(clicked) >= MUCH * len(clicked)))
     users, busy = held_out.users, held_out.busy_users

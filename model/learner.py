@@ -20,12 +20,9 @@ from model.covisitation import Covisitation, Factors
 from model.mix import Mix, situation
 from model.model import Catalogue, Model
 from model.popularity import Popularity
-from model.sampling import EventLog, Events, Padded, shuffle_ties
+from model.sampling import EventLog, Events, Floats, Padded, Rows, shuffle_ties
 from model.team import ALONE, Team
 from model.tower import TowerTrainer
-
-Rows = NDArray[np.int64]
-Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,10 @@ from model import serving
 from model.config import PARTS, PER_ITEM, PERSONAL, RECENCY, ModelConfig, array_shapes
 from model.mix import situation
 from model.sampling import Events as Events
+from model.sampling import Floats, Padded, pad
 from model.sampling import History as History
-from model.sampling import Padded, pad
 from model.tower import UserTower, item_vectors
 
-Floats = NDArray[np.float32]
 COLUMNS = ("tower.items", "tower.bias", "covisitation.right", "text.items", "popularity")  # of an item vector
 TEXT_GAIN = 5.0  # brings cosines of text to the spread of the other parts, for one Adagrad rate
 _PCA_ITEMS = 64  # below it the text projection is random: too few texts to find directions in
@@ -147,8 +146,7 @@ class Model:
         What a stranger would click among the items of before says nothing of a new one. Without it unseen items were
         ranked by that for everybody, on online-retail worse than by chance (docs/quality.md).
         """
-        nobody = pad([History(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64))], 1)
-        stranger = self.user_parts(nobody, np.zeros(1, np.int64))["tower"][0, :-1]  # (d,)
+        stranger = self.user_parts(pad([History.of()], 1), np.zeros(1, np.int64))["tower"][0, :-1]  # (d,)
         known = self.arrays["tower.items"] @ stranger  # (N,)
         return known.sum() / max(1, len(known)) - items @ stranger
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 Rows = NDArray[np.int64]
 Doubles = NDArray[np.float64]
+DRAWS = 1000  # of users, for an interval
 COLD = 5  # an item with fewer earlier events is cold
 
 
@@ -47,9 +48,9 @@ class Ranks:
         """Only the events at or after a position of the stream."""
         return self.where(self.position >= position)
 
-    def interval(self, metric: str, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
+    def interval(self, metric: str) -> tuple[float, float]:
         """95 % interval of a metric's mean by resampling users with all their events (Efron 1979)."""
-        return bootstrap(self.gains()[metric], self.users, draws, seed)
+        return bootstrap(self.gains()[metric], self.users)
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,7 @@ class Outcome(Ranks):
         return Ranks(self.open_ranks, self.users, self.position, self.histories)
 
 
-def bootstrap(
-    values: Doubles, users: Rows, draws: int = 1000, seed: int = 0, under: Doubles | None = None
-) -> tuple[float, float]:
+def bootstrap(values: Doubles, users: Rows, under: Doubles | None = None) -> tuple[float, float]:
     """95 % interval of mean(values) over resampled users; give differences (n,) for a paired comparison.
 
     Of sum(values) / sum(under) where `under` (n,) is given. (0, 0) without events.
@@ -82,8 +81,8 @@ def bootstrap(
         return 0.0, 0.0
     _, user = np.unique(users, return_inverse=True)
     sums, counts = np.bincount(user, values), np.bincount(user, under)  # (U,)
-    draw, even = np.random.default_rng(seed), np.full(len(sums), 1 / len(sums))
-    picks = (draw.multinomial(len(sums), even) for _ in range(draws))  # one by one: users may be a million
+    draw, even = np.random.default_rng(0), np.full(len(sums), 1 / len(sums))
+    picks = (draw.multinomial(len(sums), even) for _ in range(DRAWS))  # one by one: users may be a million
     low, high = np.quantile([float(pick @ sums) / max(float(pick @ counts), 1e-12) for pick in picks], [0.025, 0.975])
     return float(low), float(high)
 

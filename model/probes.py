@@ -110,7 +110,7 @@ def walk(model: ModelLike, exact: ExactIndex, num: int, steps: int = 8) -> Vecto
         ages = [60_000 * np.arange(len(rows))[::-1] for rows in visits]
         ones = [np.ones(len(rows), np.float32) for rows in visits]
         pasts = zip(visits, ones, ages, strict=True)
-        histories = [History(np.array(rows, np.int64), one, NOW_MS - age) for rows, one, age in pasts]
+        histories = [History.of(rows, one, NOW_MS - age) for rows, one, age in pasts]
         return model.user_vectors(histories, [NOW_MS + pause for _, pause, _ in kinds[: len(visits)]])
 
     (popular,), _ = exact.search(vectors([[]]), min(10 * PROBE_K, exact.size))

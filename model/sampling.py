@@ -10,7 +10,7 @@ from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Rows = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -24,6 +24,11 @@ class History:
     rows: Rows  # (T,) item rows in the model's id table
     weights: Floats  # (T,) strength: 1.0 normal, negative = dislike
     ts_ms: Rows  # (T,)
+
+    @classmethod
+    def of(cls, rows: ArrayLike = (), weights: ArrayLike = (), ts_ms: ArrayLike = ()) -> History:
+        """From plain numbers; without any a stranger's."""
+        return cls(np.array(rows, np.int64), np.array(weights, np.float32), np.array(ts_ms, np.int64))
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,9 @@ from scipy.special import erf
 from model.config import PARTS, PERSONAL, RECENCY
 from model.mix import situation
 from model.queries import unit
-from model.sampling import Padded
+from model.sampling import Floats, Padded
 from model.tower import GAPS
 
-Floats = NDArray[np.float32]
 Whole = NDArray[np.int64]
 Arrays = Mapping[str, Floats]
 _LAYER_NORM = np.float32(1e-5)  # torch's epsilon

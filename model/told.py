@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from model.model import Floats, Model, centred
+from model.model import Model, centred
+from model.sampling import Floats
 
 
 def text_query(model: Model, text: Floats) -> Floats:

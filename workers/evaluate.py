@@ -30,6 +30,7 @@ from workers.figures import Figures, mode_figures
 from workers.report import write_report
 from workers.settings import strength
 from workers.threads import compute_in_one_thread
+from workers.training_input import events_of
 
 WARMUP = 0.2  # share of the events that is learned from and not counted
 
@@ -52,9 +53,9 @@ class _Watched:
     def __init__(self, arm: Arm, progress: Progress, total: int, label: str) -> None:
         self.batch, self._arm, self._progress = arm.batch, arm, progress
         self._task = progress.add_task(label, total=total)
-        self.seconds: list[
-            tuple[int, float]
-        ] = []  # events told, CPU seconds of scoring and learning them: a busy machine does not count
+        # Events told, CPU seconds of scoring and learning them: a busy machine does not count.
+        self.seconds: list[tuple[int, float]] = []
+        self._spent = 0.0
 
     def score(
         self, users: NDArray[np.int64], histories: Sequence[History], now_ms: Sequence[int]
@@ -63,8 +64,6 @@ class _Watched:
         scores = self._arm.score(users, histories, now_ms)
         self._spent = time.process_time() - began
         return scores
-
-    _spent = 0.0
 
     def learn(self, events: Events, rows: NDArray[np.int64]) -> None:
         began = time.process_time()
@@ -92,7 +91,7 @@ def evaluate(options: Options) -> Figures:
     titles = {item.item_id: item_text(item) for item in dataset.items}
     items = list(titles | dict.fromkeys((click.item_id for click in dataset.events), ""))
     text = _texts([titles.get(item, "") for item in items], options.cache)
-    events = _events(dataset)
+    events = events_of(dataset.events, strength)
     digest = _digest(events, titles)
     warmup = int(WARMUP * len(events))
     bits: Figures = {
@@ -123,13 +122,6 @@ def _texts(texts: list[str], cache: Path) -> NDArray[np.float32]:
     if not any(text.strip() for text in texts):
         return np.zeros((len(texts), 384), np.float32)
     return Encoder("minilm", cache=cache / "vectors.sqlite").encode(texts)
-
-
-def _events(dataset: Dataset) -> Events:
-    clicks = dataset.events
-    weights = np.array([strength(click) for click in clicks], np.float32)
-    stamps = np.array([click.ts_ms for click in clicks], np.int64)
-    return Events([click.user_id for click in clicks], [click.item_id for click in clicks], weights, stamps)
 
 
 def _rows(events: Events, items: list[str]) -> NDArray[np.int64]:

@@ -29,7 +29,7 @@ from workers.announcements import newest_model, read_announcements
 from workers.processes import end_with_threads, stop_on_signal
 from workers.settings import Settings
 from workers.threads import compute_in_one_thread
-from workers.training_input import EncoderChanged, Read, Texts, Window
+from workers.training_input import EncoderChanged, Read, Texts, Window, events_of
 from workers.training_team import training_team
 
 log = structlog.get_logger()
@@ -171,12 +171,7 @@ class Trainer:
     def _events(self, reads: Sequence[Read]) -> Events:
         """Clicks on items that are in the catalogue; the others stay in the users' histories, as ids."""
         known = [read.click for read in reads if read.click.item_id in self._text]
-        return Events(
-            [click.user_id for click in known],
-            [click.item_id for click in known],
-            np.array([self._settings.weight(click) for click in known], np.float32),
-            np.array([click.ts_ms for click in known], np.int64),
-        )
+        return events_of(known, self._settings.weight)
 
     def _conclude(self, candidate: Model, verdict: Verdict, trained_to: Mapping[int, int]) -> None:
         """Announce an accepted candidate; keep a refused one, with the reason beside it.

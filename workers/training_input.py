@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
+from model.sampling import Events
 from model.user_state import digest
 from stream.consumer import Record, read_window, tail
 from stream.events import BadEvent, Click, Erasure, ItemVector, decode, decode_record
@@ -79,6 +81,16 @@ class Window:
         if len(self._ids) > REMEMBERED_IDS:
             del self._ids[next(iter(self._ids))]
         return new
+
+
+def events_of(clicks: Sequence[Click], weight: Callable[[Click], float]) -> Events:
+    """As the learner takes them."""
+    return Events(
+        [click.user_id for click in clicks],
+        [click.item_id for click in clicks],
+        np.array([weight(click) for click in clicks], np.float32),
+        np.array([click.ts_ms for click in clicks], np.int64),
+    )
 
 
 class EncoderChanged(RuntimeError):

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from model.config import RECENCY
 from model.popularity import Popularity
-from model.sampling import Events, History
+from model.sampling import Events, Floats, History, Rows
 
-Rows = NDArray[np.int64]
-Floats = NDArray[np.float32]
 MOST_ITEMS = 30_000  # of a dense (N, N) float32 matrix: 3.6 GB
 BACKOFF = 1e-6  # popularity's share where an arm knows nothing: below any difference that a count makes
 
@@ -62,7 +61,7 @@ class CovisitationArm:
         for line, history in enumerate(histories):
             rows = history.rows[-self._length :]
             age = np.arange(len(rows) - 1, -1, -1)
-            recency = np.exp(-age / 5.0) * history.weights[-self._length :] * left[rows] / self._unit
+            recency = np.exp(-age / RECENCY) * history.weights[-self._length :] * left[rows] / self._unit
             out[line] = (recency.astype(np.float32) @ self._counts[rows]) * right + popular
         return out
 

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from model.sampling import Events, History
+from model.sampling import Events, History, Rows
 
-Rows = NDArray[np.int64]
 Doubles = NDArray[np.float64]
+
+
+_START = 0.1  # spread of the first factors
 
 
 class _Factors:
@@ -18,15 +20,15 @@ class _Factors:
 
     batch = 1
 
-    def __init__(self, num_items: int, width: int, start: float, seed: int) -> None:
-        self._random, self._start, self._width = np.random.default_rng(seed), start, width
-        self.items = self._random.normal(0.0, start, (num_items, width))  # (N, K)
+    def __init__(self, num_items: int, width: int, seed: int) -> None:
+        self._random, self._width = np.random.default_rng(seed), width
+        self.items = self._random.normal(0.0, _START, (num_items, width))  # (N, K)
         self.bias = np.zeros(num_items)
         self.users: dict[int, Doubles] = {}
 
     def user(self, user: int) -> Doubles:
         if user not in self.users:
-            self.users[user] = self._random.normal(0.0, self._start, self._width)
+            self.users[user] = self._random.normal(0.0, _START, self._width)
         return self.users[user]
 
     def score(self, users: Rows, histories: Sequence[History], now_ms: Sequence[int]) -> Doubles:
@@ -48,7 +50,7 @@ class IsgdArm(_Factors):
     """Incremental SGD on positive-only feedback, every event a 1 (Vinagre et al. 2014)."""
 
     def __init__(self, num_items: int, width: int = 40, rate: float = 0.05, decay: float = 0.01, seed: int = 0) -> None:
-        super().__init__(num_items, width, 0.1, seed)
+        super().__init__(num_items, width, seed)
         self._rate, self._decay = rate, decay
 
     def step(self, user: Doubles, row: int) -> None:
@@ -62,16 +64,10 @@ class BprArm(_Factors):
     """Bayesian personalised ranking against seen items, with item biases (Rendle et al. 2009)."""
 
     def __init__(
-        self,
-        num_items: int,
-        width: int = 64,
-        rate: float = 0.05,
-        decay: float = 0.002,
-        negatives: int = 10,
-        seed: int = 0,
+        self, num_items: int, width: int = 64, decay: float = 0.002, negatives: int = 10, seed: int = 0
     ) -> None:
-        super().__init__(num_items, width, 0.1, seed)
-        self._rate, self._decay, self._negatives = rate, decay, negatives
+        super().__init__(num_items, width, seed)
+        self._rate, self._decay, self._negatives = 0.05, decay, negatives
         self._seen: list[int] = []
         self._is_seen = np.zeros(num_items, np.bool_)
 

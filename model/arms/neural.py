@@ -9,15 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from model.losses import softmax_loss
-from model.sampling import EventLog, Events, History, Padded, pad, shuffle_ties
-
-Rows = NDArray[np.int64]
-Floats = NDArray[np.float32]
+from model.sampling import EventLog, Events, Floats, History, Padded, Rows, pad, shuffle_ties
 
 
 class Gru4Rec(nn.Module):
@@ -74,13 +70,7 @@ class RetrainedArm:
         length: int = 50,
         exclude_seen: bool = True,
     ) -> None:
-        self._every, self._steps, self._same_stamp, self._length, self._items = (
-            every,
-            steps,
-            same_stamp,
-            length,
-            num_items,
-        )
+        self._every, self._steps, self._same_stamp, self._length = every, steps, same_stamp, length
         self._random = np.random.default_rng(seed)
         with torch.random.fork_rng(devices=[]):  # modules and dropout draw from the global generator
             torch.manual_seed(seed)
@@ -141,7 +131,8 @@ class RetrainedArm:
         place = torch.from_numpy(np.ascontiguousarray(source)).unsqueeze(2).expand(-1, -1, out.shape[2])
         said = out.gather(1, place)[goals]  # (P, d)
         scores = said @ self._table.weight[:-1].T + self._bias  # (P, N)
-        consumed = self._log.consumed_mask(self._log.users(numbers), np.arange(self._items), self._items)  # (W, N)
+        items = np.arange(len(self._seen))
+        consumed = self._log.consumed_mask(self._log.users(numbers), items, len(items))  # (W, N)
         barred = torch.from_numpy(consumed | ~self._seen)[goals.nonzero()[:, 0]]  # (P, N)
         loss = softmax_loss(scores, torch.from_numpy(window.rows)[goals], barred, torch.ones(len(scores)))
         self._adam.zero_grad()

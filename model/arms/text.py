@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from model.sampling import Events, History
-
-Floats = NDArray[np.float32]
+from model.config import RECENCY
+from model.queries import unit
+from model.sampling import Events, Floats, History, Rows
 
 
 class TextArm:
@@ -21,14 +20,14 @@ class TextArm:
         """text (N, E): a zero row where there is none."""
         present = np.abs(text).sum(axis=1, keepdims=True) > 0
         centred = (text - text[present[:, 0]].mean(axis=0)) * present if present.any() else text
-        self._unit = (centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-9)).astype(np.float32)
+        self._unit = unit(centred.astype(np.float32))
 
-    def score(self, users: NDArray[np.int64], histories: Sequence[History], now_ms: Sequence[int]) -> Floats:
+    def score(self, users: Rows, histories: Sequence[History], now_ms: Sequence[int]) -> Floats:
         taste = np.zeros((len(histories), self._unit.shape[1]), np.float32)  # (B, E)
         for line, history in enumerate(histories):
-            recency = np.exp(-np.arange(len(history.rows) - 1, -1, -1) / 5.0) * history.weights
+            recency = np.exp(-np.arange(len(history.rows) - 1, -1, -1) / RECENCY) * history.weights
             taste[line] = recency.astype(np.float32) @ self._unit[history.rows]
         return np.asarray(taste @ self._unit.T)
 
-    def learn(self, events: Events, rows: NDArray[np.int64]) -> None:
+    def learn(self, events: Events, rows: Rows) -> None:
         pass

@@ -13,9 +13,8 @@ from model.config import PARTS, ModelConfig
 from model.evaluate import Arm
 from model.learner import Learner
 from model.model import Model
-from model.sampling import Events, History, Padded
+from model.sampling import Events, History, Padded, Rows
 
-Rows = NDArray[np.int64]
 NEVER = -1
 
 

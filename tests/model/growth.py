@@ -9,14 +9,12 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from model.config import ModelConfig
 from model.learner import Learner
-from model.sampling import Events, History
+from model.sampling import Events, History, Rows
 
-Rows = NDArray[np.int64]
 SHELVES, USERS, ABSORBED, TIMED = 64, 5000, 100_000, 2048
 
 

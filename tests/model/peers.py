@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 
 from model.arms.factors import BprArm, IsgdArm
 from model.evaluate import Arm, replayed
-from model.sampling import Events, History
+from model.sampling import Events, History, Rows
 from stream.datasets import load_dataset
 
-Rows = NDArray[np.int64]
 Doubles = NDArray[np.float64]
 WIDTH, RATE, DECAY = 40, 0.05, 0.01  # both peers step along the gradient of a square: half the rate, twice the decay
 

@@ -175,8 +175,7 @@ def test_all_twenty_items_for_strangers_are_looked_at() -> None:
 def test_an_item_for_strangers_needs_users_who_do_something_else() -> None:
     model, slice_ = good(), held_out()
     blank = learner().model()
-    nobody = History(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64))
-    first = int((model.item_vectors() @ model.user_vectors([nobody], [0])[0]).argmax())
+    first = int((model.item_vectors() @ model.user_vectors([History.of()], [0])[0]).argmax())
     fakes = MANY.copy()
     fakes[first] = 14  # of 60, where all users of the other items are busy
     refused = judge(model, blank, replace(slice_, busy_users=fakes), TEXT)

@@ -99,7 +99,7 @@ def test_a_snapshot_does_not_move_when_learning_goes_on() -> None:
 
 
 HISTORY = History(np.array([3, 4, 5]), np.ones(3, np.float32), np.array([1000, 2000, 3000]))
-NOBODY = History(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64))
+NOBODY = History.of()
 
 
 def test_an_untrained_model_recommends_by_text() -> None:
@@ -439,9 +439,9 @@ def test_counts_and_mix_may_run_ahead_of_the_towers() -> None:
 
 def test_an_arm_is_up_to_date_within_a_micro_batch() -> None:
     made, events = learner(), chain(48, 0.2)
-    arm, stranger = LearnerArm(made), History(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64))
+    arm = LearnerArm(made)
     for start in range(0, 48, arm.batch):
-        before = arm.score(np.zeros(1, np.int64), [stranger], [0])
+        before = arm.score(np.zeros(1, np.int64), [NOBODY], [0])
         part = events.slice(start, start + arm.batch)
         arm.learn(part, np.array([ITEMS.index(item) for item in part.items]))
-        assert not np.array_equal(arm.score(np.zeros(1, np.int64), [stranger], [0]), before)
+        assert not np.array_equal(arm.score(np.zeros(1, np.int64), [NOBODY], [0]), before)

@@ -49,7 +49,5 @@ def test_numpy_says_what_torch_says(model: Model, drawn: list[list[tuple[int, fl
 def test_a_model_without_items_answers(model: Model) -> None:
     empty = {name: array[:0] if len(array) == NUM_ITEMS else array for name, array in model.arrays.items()}
     nobody = Model(model.config, [], empty, model.tower)
-    stranger = History(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64))
-    np.testing.assert_allclose(
-        nobody.user_vectors([stranger], [NOW_MS]), by_torch(nobody, [stranger], [NOW_MS]), atol=2e-5
-    )
+    stranger = [History.of()], [NOW_MS]
+    np.testing.assert_allclose(nobody.user_vectors(*stranger), by_torch(nobody, *stranger), atol=2e-5)

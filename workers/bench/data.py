@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from model.config import ModelConfig
 from model.generation import build_generation
@@ -14,13 +13,13 @@ from model.manifest import manifest_sha256
 from model.model import Model
 from model.probes import ModelLike
 from model.queries import unit
-from model.sampling import Events, History
+from model.sampling import Events, Floats, History
 from stream.datasets import Dataset, load_dataset
 from stream.events import Artifact, Click, Item, encode
 from workers.bench.harness import tell
 from workers.progress import seldom
+from workers.training_input import events_of
 
-Floats = NDArray[np.float32]
 SMALL = ModelConfig(text_dim=16, tower_dim=8, covisitation_rank=8, projected_text_dim=8, hidden=16)
 
 
@@ -87,7 +86,7 @@ def trained(events: int) -> tuple[Model, Dataset]:
     """The product's model after so many MovieLens events; texts are sums of random genre vectors, not encoded."""
     dataset = load_dataset("ml-100k")
     learner = untrained(dataset)
-    learner.learn(events_of(dataset.events[:events]))
+    learner.learn(events_of(dataset.events[:events], lambda _: 1.0))
     return learner.model(), dataset
 
 
@@ -102,16 +101,6 @@ def untrained(dataset: Dataset) -> Learner:
     learner = Learner(config)
     learner.add_items([item.item_id for item in dataset.items], unit(text.astype(np.float32)))
     return learner
-
-
-def events_of(some: Sequence[Click]) -> Events:
-    """Clicks, each of weight 1."""
-    return Events(
-        [click.user_id for click in some],
-        [click.item_id for click in some],
-        np.ones(len(some), np.float32),
-        np.array([click.ts_ms for click in some], np.int64),
-    )
 
 
 class Grown:

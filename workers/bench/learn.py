@@ -21,6 +21,7 @@ from stream.events import Click
 from workers.bench import data
 from workers.bench.harness import Options, alternate, cpu_seconds, medians, ratio, tell
 from workers.progress import seldom
+from workers.training_input import events_of
 
 AT_ONCE = 6_400  # events between two words on how far it is: whole micro-batches, so that nothing else is learned
 WIDTH = 1024
@@ -64,7 +65,7 @@ def shares(work: Callable[[], object]) -> dict[str, float]:
 def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
     dataset = load_dataset("ml-100k")
     count = options.scaled(100_000, 300)
-    events = data.events_of(replayed(dataset.events, count))
+    events = events_of(replayed(dataset.events, count), lambda _: 1.0)
     steps, losses = list[int](), list[float]()
 
     def learn_ms() -> float:
