@@ -91,10 +91,7 @@ def read_window(
 
 
 def tail(
-    connection: Connection,
-    topics: Sequence[str],
-    stop: threading.Event,
-    on_caught_up: Callable[[], None],
+    connection: Connection, topics: Sequence[str], stop: threading.Event, on_caught_up: Callable[[], None]
 ) -> Iterator[list[Record]]:
     """All records of `topics` from the beginning, then the new ones as they come, until `stop` is set.
 

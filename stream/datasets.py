@@ -103,10 +103,7 @@ def _lines(path: Path, kind: type[L]) -> Iterator[L]:
 
 def _item(line: _ItemLine) -> Item:
     return Item(
-        item_id=str(line.item_id),
-        title=clean(line.title)[:1000],
-        text=clean(line.text),
-        categories=line.categories,
+        item_id=str(line.item_id), title=clean(line.title)[:1000], text=clean(line.text), categories=line.categories
     )
 
 

@@ -54,12 +54,7 @@ class Producer(Closing):
     """
 
     def __init__(
-        self,
-        connection: Connection,
-        *,
-        max_in_flight: int = 10_000,
-        block_s: float = 5.0,
-        delivery_s: float = 60.0,
+        self, connection: Connection, *, max_in_flight: int = 10_000, block_s: float = 5.0, delivery_s: float = 60.0
     ) -> None:
         self._block_s, self._delivery_s = block_s, delivery_s
         self._max_in_flight = max_in_flight

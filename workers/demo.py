@@ -116,12 +116,7 @@ class Demo:
     """The replay, and what is shown and said of it."""
 
     def __init__(
-        self,
-        settings: Settings,
-        dataset: Dataset,
-        options: DemoOptions,
-        observer: Observer,
-        stop: threading.Event,
+        self, settings: Settings, dataset: Dataset, options: DemoOptions, observer: Observer, stop: threading.Event
     ) -> None:
         self.settings, self.observer, self.stop, self.rate = settings, observer, stop, options.rate
         self.title = f"Upwell · {dataset.name} · {observer.url}"

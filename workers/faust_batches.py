@@ -120,10 +120,7 @@ def _credentials(connection: Connection) -> Any:
     if connection.username is None:
         return faust.SSLCredentials(context)
     return faust.SASLCredentials(
-        mechanism=connection.mechanism,
-        username=connection.username,
-        password=connection.password,
-        ssl_context=context,
+        mechanism=connection.mechanism, username=connection.username, password=connection.password, ssl_context=context
     )
 
 

@@ -18,9 +18,10 @@ WORK_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300)
 LATENCY_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
 
-def _counter(name: str, text: str, label: str, *values: str) -> Counter:
-    """Every value at 0 from the start: PromQL's increase() does not see the birth of a series at 1."""
-    counter = Counter(name, text, [label])
+def _counter(name: str, text: str, **label: tuple[str, ...]) -> Counter:
+    """Every value of its label at 0 from the start: PromQL's increase() does not see the birth of a series at 1."""
+    ((called, values),) = label.items()
+    counter = Counter(name, text, [called])
     for value in values:
         counter.labels(value)
     return counter
@@ -30,10 +31,7 @@ clicks = _counter(
     "upwell_clicks_total",
     "Clicks read, by outcome (applied, duplicate, bad). duplicate rises after a restart: harmless; "
     "bad: read the dead letters.",
-    "outcome",
-    "applied",
-    "duplicate",
-    "bad",
+    outcome=("applied", "duplicate", "bad"),
 )
 click_to_recommendation_s = Histogram(
     "upwell_click_to_recommendation_seconds",
@@ -63,9 +61,7 @@ hits = _counter(
     "upwell_hits_total",
     "Scored clicks that stood in the top 10, by ranking (served, popularity). served near popularity: "
     "the model has gone stale, look at the trainer.",
-    "ranking",
-    "served",
-    "popularity",
+    ranking=("served", "popularity"),
 )
 hit_rate = Gauge(
     "upwell_live_hit_rate_at_10",
@@ -80,9 +76,7 @@ live_ndcg = Gauge(
     ["ranking"],
 )
 generation = Gauge(
-    "upwell_generation_info",
-    "1 for the generation that serves here. Differing between roles: a fetch fails.",
-    ["name"],
+    "upwell_generation_info", "1 for the generation that serves here. Differing between roles: a fetch fails.", ["name"]
 )
 generation_created_s = Gauge("upwell_generation_created_seconds", "When it was built. Old: trainer or indexer stands.")
 generation_bytes = Gauge("upwell_generation_bytes", "Its files. Growing: watch the disk of the cache.")
@@ -90,9 +84,7 @@ generation_items = Gauge("upwell_generation_items", "Items, by place (indexed, f
 swaps = _counter(
     "upwell_swaps_total",
     "Generations taken in, by result (served, refused). refused: read the log's reason.",
-    "result",
-    "served",
-    "refused",
+    result=("served", "refused"),
 )
 rollbacks = Counter(
     "upwell_rollbacks_total",
@@ -107,10 +99,7 @@ swap_s = Histogram(
 rounds = _counter(
     "upwell_training_rounds_total",
     "Training rounds, by result (published, refused, failed). Only refused for an hour: look into refused/.",
-    "result",
-    "published",
-    "refused",
-    "failed",
+    result=("published", "refused", "failed"),
 )
 training_s = Histogram(
     "upwell_training_seconds",
@@ -158,10 +147,7 @@ requests = Counter(
     ["route", "status"],
 )
 request_s = Histogram(
-    "upwell_request_seconds",
-    "HTTP request time, by route. Rising: start another server.",
-    ["route"],
-    buckets=LATENCY_S,
+    "upwell_request_seconds", "HTTP request time, by route. Rising: start another server.", ["route"], buckets=LATENCY_S
 )
 answers = Counter(
     "upwell_answers_total",
@@ -183,9 +169,7 @@ arm_hit_rate = Gauge(
 erasures = _counter(
     "upwell_erasures_total",
     "Users' erasures, by stage (asked, cleared): by serve, and by the worker once all of theirs is gone.",
-    "stage",
-    "asked",
-    "cleared",
+    stage=("asked", "cleared"),
 )
 pending_erasures = Gauge(
     "upwell_pending_erasures",

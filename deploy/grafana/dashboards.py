@@ -149,12 +149,7 @@ PANELS = {
             ("upwell_gate_ndcg_at_10", "{{model}}"),
         ),
         ROUNDS,
-        panel(
-            "Round time",
-            "Training alone.",
-            "s",
-            (mean("upwell_training_seconds", "job"), "mean"),
-        ),
+        panel("Round time", "Training alone.", "s", (mean("upwell_training_seconds", "job"), "mean")),
         panel(
             "Loss",
             "Mean tower loss of the last round.",

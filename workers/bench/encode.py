@@ -40,9 +40,8 @@ def naive(device: torch.device) -> Callable[[Sequence[str]], Vectors]:
         vectors = []
         for start in range(0, len(texts), NAIVE_BATCH):
             part = list(texts[start : start + NAIVE_BATCH])
-            inputs = tokenizer(part, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt").to(
-                device
-            )
+            inputs = tokenizer(part, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+            inputs = inputs.to(device)
             hidden, mask = (
                 net(**inputs).last_hidden_state,
                 inputs["attention_mask"].unsqueeze(-1),

@@ -15,16 +15,7 @@ from stream.events import Artifact, Item, decode_click
 from stream.producer import partition_of
 from workers.bench import data
 from workers.bench.harness import Options, alternate, await_true, cpu_s, medians, rate, ratio
-from workers.bench.stage import (
-    Keyed,
-    Stage,
-    announce,
-    await_worker,
-    said,
-    stage,
-    worker_metrics,
-    write_clicks,
-)
+from workers.bench.stage import Keyed, Stage, announce, await_worker, said, stage, worker_metrics, write_clicks
 from workers.catalogue import Catalogue
 from workers.observe import num_committed
 from workers.search import SearchProcess

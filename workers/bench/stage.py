@@ -1,6 +1,7 @@
 """A local Kafka with fresh topics, and processes that work on them."""
 
 import asyncio
+import json
 import os
 import secrets
 import subprocess
@@ -9,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from stream.broker import LocalBroker
 from stream.events import Artifact, Item, encode
@@ -18,7 +20,7 @@ from stream.topics import ensure
 from workers.bench.harness import await_true
 from workers.observe import scrape
 from workers.sender import BatchSender
-from workers.settings import Indexer, Kafka, Serve, Settings, Trainer, Worker
+from workers.settings import PREFIX, Indexer, Kafka, Serve, Settings, Trainer, Worker
 
 Keyed = Sequence[tuple[str, bytes]]
 
@@ -39,6 +41,7 @@ class Stage:
             serve=Serve(port=free_port()),
             artifacts=str(self.folder / "artifacts"),
             cache=self.folder / "cache",
+            log_level="WARNING",
         )
         ensure(settings.topics, settings.connection)
         return settings
@@ -74,20 +77,17 @@ def stage() -> Iterator[Stage]:
         yield Stage(broker, Path(name))
 
 
-def environment(settings: Settings) -> Mapping[str, str]:
-    """The variables that make a process load these settings."""
-    return {
-        "UPWELL_KAFKA__BOOTSTRAP": settings.kafka.bootstrap,
-        "UPWELL_KAFKA__PREFIX": settings.kafka.prefix,
-        "UPWELL_KAFKA__PARTITIONS": str(settings.kafka.partitions),
-        "UPWELL_WORKER__METRICS_PORT": str(settings.worker.metrics_port),
-        "UPWELL_TRAINER__METRICS_PORT": str(settings.trainer.metrics_port),
-        "UPWELL_INDEXER__METRICS_PORT": str(settings.indexer.metrics_port),
-        "UPWELL_SERVE__PORT": str(settings.serve.port),
-        "UPWELL_ARTIFACTS": settings.artifacts,
-        "UPWELL_CACHE": str(settings.cache),
-        "UPWELL_LOG_LEVEL": "WARNING",
-    }
+def environment(settings: Settings) -> dict[str, str]:
+    """The variables that make a process load these settings, as far as they were given."""
+    return dict(_variables(PREFIX, settings.model_dump(mode="json", exclude_unset=True, exclude_none=True)))
+
+
+def _variables(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _variables(f"{prefix}{name.upper()}__", value)
+        else:
+            yield prefix + name.upper(), value if isinstance(value, str) else json.dumps(value)
 
 
 def write_clicks(settings: Settings, clicks: Keyed) -> None:
