@@ -8,8 +8,8 @@ import pytest
 from model.config import ModelConfig
 from model.generation import build_generation
 from model.learner import Learner
-from model.manifest import manifest_sha256
 from stream.events import Artifact
+from tests.records import announced
 from tests.workers.service import ITEMS
 
 
@@ -30,4 +30,4 @@ def generation(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     learner.add_items([item.item_id for item in ITEMS], text)
     folder = Path(tmp_path_factory.mktemp("generations")) / "g1"
     build_generation(folder, learner.model(), version="g1", encoder="e", offsets={})
-    return Artifact(name="g1", url=str(folder), manifest_sha256=manifest_sha256(folder), created_ms=0, encoder="e")
+    return announced(folder)

@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from model.user_state import EMPTY, Applied, Fold, Limits, decode_state, digest, encode_state, split
@@ -26,7 +25,7 @@ from stream.ports import free_port
 from stream.producer import ClickProducer
 from stream.topics import ensure
 from tests.chaos.worker import Trap, start, worker
-from tests.workers.service import ITEMS
+from tests.workers.service import ITEMS, until
 from workers.observe import scrape
 from workers.settings import Kafka, Serve, Settings, Trainer, Worker
 from workers.states import raw_states
@@ -39,14 +38,6 @@ COMMIT = subprocess.run(
     ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
 ).stdout.strip()
 SHORT_SESSION_S = 4.0  # of the short forms; the long ones have the worker's own 10 s
-
-
-def until(true: Callable[[], bool], what: str, timeout_s: float = 90.0) -> None:
-    """Waits for something that another process does; fails by naming it."""
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline, f"not within {timeout_s:.0f} s: {what}"
-        time.sleep(0.1)
 
 
 def make_clicks(draw: random.Random, count: int, users: int, name: str = "") -> list[Click]:
@@ -160,9 +151,7 @@ class Fleet:
         self._watch.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stopping.set()
         self._watch.join()
         if kind is not None:

@@ -17,7 +17,6 @@ import pytest
 from model.gate import hold_out, judge
 from model.learner import Learner
 from model.model import Model
-from model.sampling import Events
 from model.user_state import EMPTY, Applied, Limits, UserState, apply_clicks, decode_state, encode_state
 from stream.broker import LocalBroker
 from stream.consumer import read_window
@@ -28,7 +27,7 @@ from stream.topics import DAY_MS, Topics
 from tests.model.test_bad_candidates import CONFIG, words
 from workers.settings import Kafka, Settings
 from workers.states import Owned, PackedStates
-from workers.training_input import Window
+from workers.training_input import Window, events_of
 from workers.user_worker import UserWorker
 
 SEED, SHARE, HOUR_MS = 13, 0.01, 60 * 60 * 1000
@@ -67,10 +66,9 @@ def test_windows_and_states_do_not_depend_on_producer_clocks(
     live = [msgspec.structs.replace(click, ts_ms=now_ms - 50 * back) for back, click in enumerate(reversed(stream))]
     sent = spoiled(live[::-1], random.Random(SEED))
     settings = Settings(kafka=Kafka(bootstrap=broker.bootstrap, prefix=topics.prefix, partitions=3))
-    producer = Producer(settings.connection)
-    for click in sent.clicks:
-        producer.send_raw(topics.clicks.name, click.user_id.encode(), encode(click))
-    producer.close()
+    with Producer(settings.connection) as producer:
+        for click in sent.clicks:
+            producer.send_raw(topics.clicks.name, click.user_id.encode(), encode(click))
     expected = [click.event_id for click in sent.clicks if click.event_id not in sent.ahead]
     assert sent.ahead and sent.behind
     found = [_read(settings)]
@@ -121,22 +119,13 @@ def test_what_is_learned_is_as_good(stream: list[Click], capsys: pytest.CaptureF
     for clicks in (taken, stream[:-SLICE]):
         learner = Learner(CONFIG, SEED)
         learner.add_items([item.item_id for item in items], text)
-        report = learner.learn(_events(clicks))
+        report = learner.learn(events_of(clicks, lambda _: 1.0))
         assert np.isfinite([report.tower_loss, report.mix_loss]).all()
         models.append(learner.model())
         learners.append(learner)
-    held_out = hold_out(learners[1], _events(stream[-SLICE:]))
+    held_out = hold_out(learners[1], events_of(stream[-SLICE:], lambda _: 1.0))
     figures = judge(models[0], models[1], held_out, text).metrics
     with capsys.disabled():
         print(f"\nclocks, seed {SEED}: {len(sent.ahead)} ahead, {len(sent.behind)} behind; {figures}")
     assert figures["candidate_ndcg@10"] > 0.9 * figures["serving_ndcg@10"]
     assert figures["candidate_mean_rank"] < 1.1 * figures["serving_mean_rank"]
-
-
-def _events(clicks: Sequence[Click]) -> Events:
-    return Events(
-        [click.user_id for click in clicks],
-        [click.item_id for click in clicks],
-        np.ones(len(clicks), np.float32),
-        np.array([click.ts_ms for click in clicks], np.int64),
-    )

@@ -20,17 +20,19 @@ import pytest
 from model.config import ModelConfig
 from model.generation import build_generation
 from model.learner import Learner
-from model.manifest import MANIFEST, Manifest, decode_manifest, file_names, manifest_sha256
+from model.manifest import MANIFEST, Manifest, decode_manifest, file_names
 from model.sampling import Events
 from model.user_state import Entry
 from stream.events import Artifact, Item, Ranked, encode
+from tests.model.test_generation import PAGE, flip, spoil_page, truncate
+from tests.records import Record, announced
 from workers import live, metrics
 from workers.live import Live
 from workers.search import SearchProcess
 from workers.settings import Settings
 from workers.snapshot import Query
 
-SEED, SHORT, LONG, PAGE, N = 8, 60, 1000, 4096, 300
+SEED, SHORT, LONG, N = 8, 60, 1000, 300
 ITEMS = [f"i{row}" for row in range(N)]
 Draw = np.random.Generator
 
@@ -57,35 +59,6 @@ def a_file(folder: Path, draw: Draw) -> Path:
     return folder / str(draw.choice(sorted(file_names(folder))))
 
 
-def truncated(folder: Path, _: Path, draw: Draw) -> None:
-    path = a_file(folder, draw)
-    path.write_bytes(path.read_bytes()[: draw.integers(path.stat().st_size)])
-
-
-def one_bit(folder: Path, _: Path, draw: Draw) -> None:
-    path = a_file(folder, draw)
-    raw = bytearray(path.read_bytes())
-    raw[draw.integers(len(raw))] ^= 1 << draw.integers(8)
-    path.write_bytes(raw)
-
-
-def _page(folder: Path, draw: Draw, fill: Callable[[int], bytes]) -> None:
-    path = a_file(folder, draw)
-    raw = bytearray(path.read_bytes())
-    start = PAGE * int(draw.integers(-(-len(raw) // PAGE)))
-    size = len(raw[start : start + PAGE])
-    raw[start : start + PAGE] = fill(size)
-    path.write_bytes(raw)
-
-
-def zero_page(folder: Path, _: Path, draw: Draw) -> None:
-    _page(folder, draw, bytes)
-
-
-def random_page(folder: Path, _: Path, draw: Draw) -> None:
-    _page(folder, draw, draw.bytes)
-
-
 def mixed(folder: Path, other: Path, draw: Draw) -> None:
     """A file of another generation in the place of its own, or a file more."""
     path = a_file(other, draw)
@@ -106,27 +79,17 @@ def manifest_edited(folder: Path, _: Path, draw: Draw) -> None:
 
 
 KINDS: dict[str, Callable[[Path, Path, Draw], None]] = {
-    "truncated": truncated, "one bit": one_bit, "zero page": zero_page, "random page": random_page,
-    "mixed": mixed, "manifest edited": manifest_edited,
-}  # fmt: skip
+    "truncated": lambda folder, _, draw: truncate(a_file(folder, draw), draw),
+    "one bit": lambda folder, _, draw: flip(a_file(folder, draw), draw),
+    "zero page": lambda folder, _, draw: spoil_page(a_file(folder, draw), draw, bytes(PAGE)),
+    "random page": lambda folder, _, draw: spoil_page(a_file(folder, draw), draw, draw.bytes(PAGE)),
+    "mixed": mixed,
+    "manifest edited": manifest_edited,
+}
 
 
 def content(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in file_names(folder)}
-
-
-def announced(folder: Path, created_ms: int, url: str | None = None) -> Artifact:
-    digest = manifest_sha256(folder)
-    return Artifact(
-        name=folder.name, url=url or str(folder), manifest_sha256=digest, created_ms=created_ms, encoder="e"
-    )
-
-
-class Record(NamedTuple):
-    topic: str
-    key: bytes
-    value: bytes
-    offset: int = 0
 
 
 class Follower:
@@ -145,7 +108,7 @@ class Follower:
 
     def announce(self, artifact: Artifact) -> None:
         topic = self.settings.topics.generations.name
-        self.live._take(Record(topic, artifact.name.encode(), encode(artifact)))
+        self.live._take(Record(artifact.name.encode(), encode(artifact), topic=topic))
         self.live._serve_wanted()
 
     def answers(self) -> tuple[str, list[list[Ranked]]]:
@@ -219,7 +182,7 @@ def test_a_damaged_copy_in_the_cache_is_fetched_anew(built: Built, follower: Fol
     follower.announce(artifact)
     follower.announce(announced(built.old, 2))
     (copy,) = (tmp_path / "cache" / "generations").glob("g1-*")
-    one_bit(copy, built.old, np.random.default_rng(SEED))
+    KINDS["one bit"](copy, built.old, np.random.default_rng(SEED))
     follower.announce(msgspec.structs.replace(artifact, created_ms=3))
     assert follower.live.snapshot is not None and follower.live.snapshot.name == "g1"
     assert content(copy) == content(built.new)

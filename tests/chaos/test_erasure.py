@@ -21,9 +21,9 @@ from stream.consumer import read_window
 from stream.events import Artifact, Click, DeadLetter, ItemVector, decode, encode
 from stream.producer import ClickProducer
 from stream.topics import Topics
-from tests.chaos.harness import SEED, Fleet, Load, make_clicks, report, until
+from tests.chaos.harness import SEED, Fleet, Load, make_clicks, report
 from tests.chaos.worker import start
-from tests.workers.service import ITEMS
+from tests.workers.service import ITEMS, until
 from workers.dead_letters import MAX_LETTER_BYTES, read
 from workers.erasure import status
 from workers.server import run_server

@@ -13,10 +13,12 @@ from typing import Any, cast
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
-from model.user_state import Applied, Entry, Limits, UserState, apply_clicks, decode_state, digest, encode_state
+from model.user_state import Applied, Limits, UserState, apply_clicks, decode_state, encode_state
 from stream.events import Click, Erasure, encode
 from tests.chaos.fuzz_decoder import check
+from tests.model.test_user_state import slow_twin
 from tests.records import Record
 from tests.workers.test_compatibility import GOLDEN, GOLDEN_STATE
 from workers.settings import Settings, Worker
@@ -27,6 +29,8 @@ SEED, SHORT, LONG, FUZZ_S = 18, 200, 10_000, 600
 LIMITS = Limits(history=4, event_ids=3, seen=3)  # few, so that a redelivery reaches back behind what is remembered
 SETTINGS = Settings(worker=Worker(history=LIMITS.history, event_ids=LIMITS.event_ids, seen=LIMITS.seen))
 ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.timeout(1800)
 
 events = st.builds(
     Click,
@@ -51,30 +55,16 @@ def partition(log: Log) -> list[Record]:
     ]
 
 
-def slow_twin(log: Log) -> dict[str, bytes]:
-    """The states by their definition, from the whole log at once."""
+def by_definition(log: Log) -> dict[str, bytes]:
+    """The states, from the whole log at once."""
     states = {}
     for user in sorted({event.user_id for event in log if event}):
-        ids: list[str] = []
-        history: list[Click] = []
-        seen: list[str] = []
-        offset = -1
+        clicks, offset = list[Applied](), -1
         for at, event in enumerate(log):
-            if event is None or event.user_id != user:
-                continue
-            offset = at
-            if isinstance(event, Erasure):
-                ids, history, seen = [], [], []
-                continue
-            if event.event_id in ids[-LIMITS.event_ids :]:
-                continue
-            ids.append(event.event_id)
-            if event.item_id not in seen:
-                seen = [*seen, event.item_id][-LIMITS.seen :]
-            history = sorted([*history, event], key=lambda one: one.ts_ms)[-LIMITS.history :]
-        entries = tuple(Entry(one.item_id, SETTINGS.weight(one), one.ts_ms) for one in history)
-        packed = (b"".join(map(digest, seen)), b"".join(map(digest, ids[-LIMITS.event_ids :])))
-        states[user] = encode_state(UserState(entries, *packed, len(ids), offset))
+            if event is not None and event.user_id == user:
+                offset = at
+                clicks = [] if isinstance(event, Erasure) else [*clicks, Applied(event, SETTINGS.weight(event), at)]
+        states[user] = encode_state(replace(slow_twin(clicks, LIMITS), offset=offset))
     return states
 
 
@@ -119,17 +109,15 @@ def in_full(long: bool, law: Callable[..., None], *strategies: st.SearchStrategy
     print(json.dumps({"scenario": 18, "law": law.__name__, "seed": SEED, "examples": count, "failures": 0}))
 
 
-@pytest.mark.timeout(1800)
 def test_any_delivery_leads_to_the_same_states(long: bool) -> None:
     def any_delivery(log: Log, data: st.DataObject) -> None:
         states, dead = delivered(log, data)
-        assert states == slow_twin(log)
+        assert states == by_definition(log)
         assert dead == log.count(None)
 
     in_full(long, any_delivery, logs, st.data())
 
 
-@pytest.mark.timeout(1800)
 def test_every_event_sent_again_counts_once(long: bool) -> None:
     """Up to two others in between: three ids are remembered here, 1,024 by default."""
 
@@ -139,7 +127,7 @@ def test_every_event_sent_again_counts_once(long: bool) -> None:
         for event in own:
             first = twice.index(event)
             twice.insert(data.draw(st.integers(first + 1, min(first + 2, len(twice)))), event)
-        once, again = ({u: decode_state(raw) for u, raw in slow_twin(list(run)).items()} for run in (own, twice))
+        once, again = ({u: decode_state(raw) for u, raw in by_definition(list(run)).items()} for run in (own, twice))
         folds = {user: decode_state(raw) for user, raw in delivered(list(twice), data)[0].items()}
         assert again.keys() == folds.keys() == once.keys()
         for user, state in folds.items():
@@ -149,7 +137,6 @@ def test_every_event_sent_again_counts_once(long: bool) -> None:
     in_full(long, sent_again, st.lists(events, max_size=12), st.data())
 
 
-@pytest.mark.timeout(1800)
 def test_the_order_of_arrival_does_not_count_where_time_tells(long: bool) -> None:
     """Late events take their place in time; only what was forgotten of the oldest is the same for all."""
 
@@ -186,7 +173,6 @@ def broken(draw: st.DrawFn) -> bytes:
 TOKENS = [b"null", b"-1", b"1e999", b"NaN", b'"\\ud800"', b"\xff", b"[[[[", b'{"":', b"9" * 40, b"\x00"]
 
 
-@pytest.mark.timeout(1800)
 def test_no_bytes_get_past_a_decoder_unnamed(long: bool) -> None:
     def any_bytes(raw: bytes) -> None:
         check(raw)
@@ -194,7 +180,6 @@ def test_no_bytes_get_past_a_decoder_unnamed(long: bool) -> None:
     in_full(long, any_bytes, st.binary(max_size=300) | broken())
 
 
-@pytest.mark.timeout(1800)
 def test_atheris_on_the_decoders(long: bool, tmp_path: Path) -> None:
     """In a venv of its own, ten minutes: PyPI is asked for it, it is none of our dependencies."""
     if not long:

@@ -11,8 +11,9 @@ import msgspec
 from stream.connection import Connection
 from stream.events import Artifact
 from stream.subscriber import Subscriber
-from tests.chaos.harness import SEED, Fleet, Load, calibrate, holds, judge, make_clicks, report, until
+from tests.chaos.harness import SEED, Fleet, Load, calibrate, holds, judge, make_clicks, report
 from tests.chaos.worker import stand_still
+from tests.workers.service import until
 from workers.faust_batches import BUFFER, POLL
 from workers.partitions import ROOM
 

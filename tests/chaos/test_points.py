@@ -6,8 +6,9 @@ from pathlib import Path
 
 from stream.connection import Connection
 from stream.events import Artifact
-from tests.chaos.harness import SEED, SHORT_SESSION_S, Fleet, Load, holds, judge, make_clicks, report, until
+from tests.chaos.harness import SEED, SHORT_SESSION_S, Fleet, Load, holds, judge, make_clicks, report
 from tests.chaos.worker import POINTS, Trap
+from tests.workers.service import until
 
 
 def test_killed_at_each_point(connection: Connection, generation: Artifact, tmp_path: Path, long: bool) -> None:

@@ -11,9 +11,10 @@ from model.user_state import Applied, Fold, Limits, UserState, apply_clicks, dec
 from stream.connection import Connection
 from stream.events import Artifact, Click
 from stream.producer import ClickProducer, partition_of
-from tests.chaos.harness import SEED, Fleet, holds, make_clicks, report, until
+from tests.chaos.harness import SEED, Fleet, holds, make_clicks, report
 from tests.chaos.test_zombie import force_compaction, kept
 from tests.chaos.worker import warm_up
+from tests.workers.service import until
 from workers.sender import BatchSender
 from workers.settings import Settings
 from workers.states import raw_states

@@ -8,7 +8,8 @@ from typing import Any
 
 from stream.connection import Connection
 from stream.events import Artifact
-from tests.chaos.harness import SEED, SHORT_SESSION_S, Fleet, Load, holds, judge, make_clicks, report, until
+from tests.chaos.harness import SEED, SHORT_SESSION_S, Fleet, Load, holds, judge, make_clicks, report
+from tests.workers.service import until
 
 RATE, PARTITIONS = 150, 6
 

@@ -9,7 +9,8 @@ from model.user_state import decode_state
 from stream.connection import Connection
 from stream.events import Artifact
 from stream.producer import partition_of
-from tests.chaos.harness import SEED, Fleet, Load, holds, judge, make_clicks, report, until
+from tests.chaos.harness import SEED, Fleet, Load, holds, judge, make_clicks, report
+from tests.workers.service import until
 from workers.settings import Settings
 from workers.states import raw_states
 

@@ -25,8 +25,9 @@ from stream.events import Artifact, Click, Recommendations, decode, encode
 from stream.ports import free_port
 from stream.producer import ClickProducer
 from tests.chaos.clients import Clients
-from tests.chaos.harness import SEED, Fleet, Load, calibrate, holds, make_clicks, report, until
+from tests.chaos.harness import SEED, Fleet, Load, calibrate, holds, make_clicks, report
 from tests.chaos.worker import start
+from tests.workers.service import until
 from workers.observe import scrape
 from workers.server import run_server
 from workers.settings import Serve, Settings

@@ -20,9 +20,9 @@ from stream.events import Artifact, Item
 from stream.ports import free_port
 from stream.producer import ClickProducer
 from tests.chaos.clients import Clients
-from tests.chaos.harness import SEED, SHORT_SESSION_S, Fleet, Load, holds, judge, make_clicks, report, until
+from tests.chaos.harness import SEED, SHORT_SESSION_S, Fleet, Load, holds, judge, make_clicks, report
 from tests.chaos.worker import start
-from tests.workers.service import ITEMS
+from tests.workers.service import ITEMS, until
 from workers.indexer import run_indexer
 from workers.observe import scrape
 from workers.server import run_server

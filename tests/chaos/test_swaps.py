@@ -10,7 +10,6 @@ import numpy as np
 from model.config import ModelConfig
 from model.generation import build_generation
 from model.learner import Learner
-from model.manifest import manifest_sha256
 from stream.connection import Connection
 from stream.events import Artifact, Item, encode
 from stream.ports import free_port
@@ -19,6 +18,7 @@ from stream.topics import Topics, ensure
 from tests.chaos.clients import Answer, Clients
 from tests.chaos.harness import report
 from tests.chaos.worker import start
+from tests.records import announced
 from tests.workers.service import until
 from workers.observe import scrape
 from workers.server import run_server
@@ -33,9 +33,7 @@ def generation(folder: Path, name: str) -> Artifact:
     text = np.random.default_rng(len(name)).normal(size=(ITEMS, 16)).astype(np.float32)
     learner.add_items([f"{name}-{row}" for row in range(ITEMS)], text)
     build_generation(folder / name, learner.model(), version=name, encoder="e", offsets={})
-    return Artifact(
-        name=name, url=str(folder / name), manifest_sha256=manifest_sha256(folder / name), created_ms=1, encoder="e"
-    )
+    return announced(folder / name, 1)
 
 
 def percentiles(answers: list[Answer]) -> dict[str, float]:

@@ -11,8 +11,9 @@ from kafka.admin import ConfigResource
 from stream.connection import Connection
 from stream.consumer import end_offsets, read_window
 from stream.events import Artifact
-from tests.chaos.harness import SEED, SHORT_SESSION_S, Fleet, Load, holds, judge, make_clicks, report, until
+from tests.chaos.harness import SEED, SHORT_SESSION_S, Fleet, Load, holds, judge, make_clicks, report
 from tests.chaos.worker import Trap
+from tests.workers.service import until
 from workers.settings import Settings
 
 RATE = 150

@@ -18,21 +18,10 @@ from model.arms.variants import NEVER, Delayed
 from model.covisitation import Covisitation
 from model.evaluate import Arm, Mode, replayed
 from model.popularity import Popularity
-from model.sampling import Events, History, pad
+from model.sampling import Events, History, Rows, pad
+from tests.model.test_learner import ITEMS, chain
 
 N = 40
-ITEMS = [f"item {row}" for row in range(N)]
-Rows = NDArray[np.int64]
-
-
-def walk(events: int, noise: float, seed: int = 0) -> Events:
-    """20 users walk round a ring of the items, with probability `noise` they jump instead."""
-    random = np.random.default_rng(seed)
-    place, users, rows = random.integers(0, N, 20), random.integers(0, 20, events), []
-    for user, jump, target in zip(users, random.random(events) < noise, random.integers(0, N, events), strict=True):
-        place[user] = target if jump else (place[user] + 1) % N
-        rows.append(int(place[user]))
-    return log(users.tolist(), rows)
 
 
 def tastes(events: int, seed: int = 0) -> Events:
@@ -73,7 +62,7 @@ def setting(events: int, mode: Mode = "line") -> Setting:
 
 @pytest.mark.parametrize("name", sequential())
 def test_a_chain_is_followed(name: str) -> None:
-    assert hit_rate(sequential()[name], walk(900, 0.0)) > 0.9
+    assert hit_rate(sequential()[name], chain(900, 0.0)) > 0.9
 
 
 @pytest.mark.parametrize("name", personal())
@@ -100,11 +89,11 @@ def test_text_finds_what_reads_alike() -> None:
 @pytest.mark.parametrize("name", [*sequential(), *personal(), "popularity", "popularity-decayed", "text"])
 def test_noise_stays_at_chance(name: str) -> None:
     arm = (sequential() | personal()).get(name) or make_arm(name, setting(1200))
-    assert abs(hit_rate(arm, walk(1200, 1.0)) - 10 / N) < 0.06
+    assert abs(hit_rate(arm, chain(1200, 1.0)) - 10 / N) < 0.06
 
 
 def test_exact_covisitation_is_the_sparse_one_of_the_model() -> None:
-    events = walk(200, 0.5)
+    events = chain(200, 0.5)
     rows = np.array([ITEMS.index(item) for item in events.items], np.int64)
     arm, counts, touched = CovisitationArm(N, 100.0), Covisitation(100.0, 10_000), Popularity((100.0,))
     counts.grow(N)
@@ -185,7 +174,7 @@ def test_strict_mode_does_not_leak_within_a_basket(name: str) -> None:
 @pytest.mark.parametrize("part", ["tower", "covisitation"])
 def test_a_removed_part_has_no_weight_and_the_rest_learns(part: str) -> None:
     arm = make_arm(f"upwell-without-{part}", setting(600))
-    assert hit_rate(arm, walk(600, 0.0), exclude_seen=True) > 0.6
+    assert hit_rate(arm, chain(600, 0.0), exclude_seen=True) > 0.6
     weights = arm._model.arrays["mix"].numpy()  # type: ignore[attr-defined]
     assert (weights[:, ("tower", "covisitation").index(part)] == 0).all() and np.abs(weights).sum() > 0
 
@@ -236,7 +225,7 @@ def test_names() -> None:
 
 @pytest.mark.parametrize("name", ["bpr", "sasrec", "upwell"])
 def test_a_seed_fixes_a_run(name: str) -> None:
-    events, found = walk(300, 0.3), list[NDArray[np.float64]]()
+    events, found = chain(300, 0.3), list[NDArray[np.float64]]()
     for _ in range(2):
         short = RetrainedArm("sasrec", N, 100, steps=5, length=8)
         arm = short if name == "sasrec" else make_arm(name, setting(300))

@@ -10,9 +10,7 @@ from model.sampling import EventLog
 ITEMS, LENGTH, HALF_LIFE = 6, 4, 9.0
 Stream = list[tuple[int, int, float]]  # user, item, weight
 STREAMS = st.lists(
-    st.tuples(st.integers(0, 2), st.integers(0, ITEMS - 1), st.sampled_from([1.0, 1.0, -0.5])),
-    min_size=1,
-    max_size=40,
+    st.tuples(st.integers(0, 2), st.integers(0, ITEMS - 1), st.sampled_from([1.0, 1.0, -0.5])), min_size=1, max_size=40
 )
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from model.arms.catalogue import Setting, make_arm
-from model.arms.counts import CovisitationArm, PopularityArm
+from model.arms.counts import PopularityArm
 from model.evaluate import Arm, Mode, replayed
 from model.outcome import Ranks, bootstrap, expected_ranks, spread
 from model.sampling import Events, History
@@ -87,23 +87,6 @@ def test_nothing_is_shown_before_its_time(stream: list[tuple[int, int, int]], ba
         past = [p for p in range(position) if mode == "line" or stamps[p] < stamps[position]]
         assert history == [stream[p][1] for p in past if users[p] == users[position]]
         assert now == stamps[position] and learned <= (len(past) if mode == "strict" else position)
-
-
-def baskets(count: int) -> Events:
-    """Every basket: a random item, then its partner (+ 6), at one stamp, each by a new user."""
-    random = np.random.default_rng(0)
-    rows = np.repeat(random.integers(0, 6, count), 2) + np.tile([0, 6], count)
-    users = np.repeat(np.arange(count), 2).tolist()
-    return Events(users, [ITEMS[r] for r in rows], np.ones(2 * count, np.float32), np.repeat(np.arange(count), 2))
-
-
-def test_strict_mode_does_not_leak_within_a_basket() -> None:
-    found = {}
-    for mode in ("line", "strict"):
-        ranks = replayed(CovisitationArm(12), baskets(400), ITEMS, mode).new()
-        partners = ranks.after(100).position % 2 == 1
-        found[mode] = float((ranks.after(100).ranks[partners] == 1).mean())
-    assert found["line"] > 0.95 and found["strict"] < 0.3
 
 
 def test_strict_mode_learns_no_trust_from_within_a_stamp() -> None:

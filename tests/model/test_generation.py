@@ -203,27 +203,27 @@ def test_a_generation_is_never_overwritten(folder: Path, model: Model) -> None:
     verify(folder)
 
 
-def _flip(path: Path, generator: np.random.Generator) -> None:
+def flip(path: Path, generator: np.random.Generator) -> None:
     data = bytearray(path.read_bytes())
     data[generator.integers(len(data))] ^= 1 << generator.integers(8)
     path.write_bytes(data)
 
 
-def _truncate(path: Path, generator: np.random.Generator) -> None:
+def truncate(path: Path, generator: np.random.Generator) -> None:
     path.write_bytes(path.read_bytes()[: generator.integers(path.stat().st_size)])
 
 
-def _page(path: Path, generator: np.random.Generator, content: bytes) -> None:
+def spoil_page(path: Path, generator: np.random.Generator, content: bytes) -> None:
     data = path.read_bytes()
-    start = int(generator.integers(max(1, len(data) // PAGE))) * PAGE
+    start = int(generator.integers(-(-len(data) // PAGE))) * PAGE
     path.write_bytes(data[:start] + content[: len(data) - start] + data[start + PAGE :])
 
 
 DAMAGES: dict[str, Callable[[Path, np.random.Generator], Any]] = {
-    "truncated": _truncate,
-    "bit flipped": _flip,
-    "page of zeros": lambda path, generator: _page(path, generator, bytes(PAGE)),
-    "page of noise": lambda path, generator: _page(path, generator, generator.bytes(PAGE)),
+    "truncated": truncate,
+    "bit flipped": flip,
+    "page of zeros": lambda path, generator: spoil_page(path, generator, bytes(PAGE)),
+    "page of noise": lambda path, generator: spoil_page(path, generator, generator.bytes(PAGE)),
     "grown": lambda path, generator: path.write_bytes(path.read_bytes() + generator.bytes(9)),
     "removed": lambda path, _: path.unlink(),
     "a file beside it": lambda path, _: path.with_name("more").write_bytes(b""),
@@ -349,7 +349,7 @@ def test_published_and_fetched(built: Path, store: str, tmp_path: Path) -> None:
     modified = (copy / "items.npy").stat().st_mtime_ns
     assert fetch(url, tmp_path / "cache", manifest_sha256(built)) == copy
     assert (copy / "items.npy").stat().st_mtime_ns == modified  # from the cache
-    _truncate(copy / "items.npy", np.random.default_rng(0))
+    truncate(copy / "items.npy", np.random.default_rng(0))
     assert verify(fetch(url, tmp_path / "cache", manifest_sha256(built))) == verify(built)  # fetched anew
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
@@ -423,7 +423,7 @@ def test_what_the_store_has_no_room_for_leaves_nothing_there(
 
 
 def test_damage_is_not_published(folder: Path, store: str) -> None:
-    _flip(folder / "index.hnsw", np.random.default_rng(0))
+    flip(folder / "index.hnsw", np.random.default_rng(0))
     with pytest.raises(DamagedGeneration):
         publish(folder, store)
     assert not fsspec.filesystem("memory").exists(store)

@@ -27,10 +27,7 @@ def test_from_now_and_from_the_beginning(connection: Connection, topics: Topics)
         producer.send(topics.recommendations.name, encode(recommendation(user)), user.encode()).get(5)
 
     send("before")
-    with (
-        Subscriber(connection, topics) as now,
-        Subscriber(connection, topics, from_beginning=True) as all_of_it,
-    ):
+    with Subscriber(connection, topics) as now, Subscriber(connection, topics, from_beginning=True) as all_of_it:
         send("after")  # before the first poll: "now" is when the subscriber was made
         assert next(iter(now)) == recommendation("after")
         seen = iter(all_of_it)

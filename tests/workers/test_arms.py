@@ -1,18 +1,17 @@
 """Who is in which arm, which list a click is held against, and what the report makes of it."""
 
 from collections import Counter
-from typing import NamedTuple
 
 import pytest
 
-from stream.broker import LocalBroker
 from stream.events import Click, Erasure, Ranked, Recommendations, encode
 from stream.producer import Producer
 from stream.topics import Topics
+from tests.records import Record
 from workers.arm_log import Scored, score
 from workers.arm_report import lines, table
 from workers.arms import all_arms, arm_of, query_of
-from workers.settings import Arm, Kafka, Settings
+from workers.settings import Arm, Settings
 from workers.snapshot import PLAIN, Rules
 
 ARMS = {"draws": Arm(share=0.2, explore=0.1), "wide": Arm(share=0.3, diversity=0.4)}
@@ -50,18 +49,6 @@ def test_a_list_is_made_by_the_arm_and_only_what_is_sent_and_drawn_is_logged() -
     assert asked("draws", True) == (Rules(explore=0.1), {"default": PLAIN, "wide": Rules(diversity=0.4)})
 
 
-class Record(NamedTuple):
-    """As a consumer gives it."""
-
-    topic: str
-    value: bytes
-    timestamp: int
-    offset: int = 0
-    partition: int = 0
-    key: bytes | None = None
-    headers: tuple[tuple[str, bytes], ...] = ()
-
-
 def a_list(user: str, arm: str, items: list[Ranked], offset: int) -> Recommendations:
     return Recommendations(
         user_id=user, items=items, generation="g", source="personal", partition=0, offset=offset, event_id="e",
@@ -92,9 +79,9 @@ def test_a_click_is_held_against_the_list_before_it() -> None:
     topics = SETTINGS.topics
     found = score(
         SETTINGS,
-        [Record(topics.clicks.name, encode(e), ms, offset, key=e.user_id.encode()) for ms, offset, e in clicks]
-        + [Record(topics.clicks.name, b"no click", 80)],
-        [Record(topics.recommendations.name, encode(answer), ms) for ms, answer in lists],
+        [Record(e.user_id.encode(), encode(e), offset, topics.clicks.name, timestamp=ms) for ms, offset, e in clicks]
+        + [Record(None, b"no click", topic=topics.clicks.name, timestamp=80)],
+        [Record(None, encode(answer), topic=topics.recommendations.name, timestamp=ms) for ms, answer in lists],
     )
     sizes = {"default": (1 / 0.8 + 0) / 2}
     assert list(found) == [
@@ -111,8 +98,8 @@ def test_the_report_names_every_arm_and_estimates_from_drawn_lists() -> None:
     assert "IPS 0.6250 (" in said[2] and "SNIPS 0.6250 (" in said[2]
 
 
-def test_the_report_reads_the_topics(broker: LocalBroker, topics: Topics) -> None:
-    settings = Settings(kafka=Kafka(bootstrap=broker.bootstrap, prefix=topics.prefix, partitions=3), arms=ARMS)
+def test_the_report_reads_the_topics(settings: Settings, topics: Topics) -> None:
+    settings = settings.model_copy(update={"arms": ARMS})
     producer = Producer(settings.connection)
     for user in ("u1", "u2", "u3"):
         producer.send_raw(topics.recommendations.name, user.encode(), encode(a_list(user, "draws", DRAWN, -1)))

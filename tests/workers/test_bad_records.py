@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from stream.events import MAX_ID, Item, ItemVector, encode
-from tests.workers.test_compatibility import Record
+from tests.records import Record
 from workers.dead_letters import MAX_DEAD_PAYLOAD, dead_letter
 from workers.guests import TextEncoder
 from workers.indexer import Indexer
@@ -31,26 +31,27 @@ def indexer() -> Any:
 @pytest.mark.parametrize("value", [GOOD, None])
 def test_an_item_under_a_key_that_is_not_its_id_ends_no_reader(key: bytes | None, value: bytes | None) -> None:
     live, index, topics = Live(SETTINGS), indexer(), SETTINGS.topics
-    bad: Any = Record(topics.items.name, key, value)  # type: ignore[arg-type]
-    for record in (Record(topics.items.name, b"i1", GOOD), Record(topics.vectors.name, b"i1", VECTOR), bad):
+    bad = Record(key, value, topic=topics.items.name)
+    good = Record(b"i1", GOOD, topic=topics.items.name)
+    for record in (good, Record(b"i1", VECTOR, topic=topics.vectors.name), bad):
         live._take(record)
     live._take(bad._replace(topic=topics.vectors.name, value=value and VECTOR))
     live._take(bad._replace(topic=topics.generations.name))
-    for record in (Record(topics.items.name, b"i1", GOOD), bad):
+    for record in (good, bad):
         index._take(record)
     assert list(live.catalogue.items) == list(live.catalogue.vectors) == list(index._pending) == ["i1"]
 
 
 @pytest.mark.parametrize("payload", [b"{", b"x" * (1 << 20), None])
 def test_a_dead_letter_fits_into_a_record_whatever_the_key(payload: bytes | None) -> None:
-    letter = dead_letter(Record("clicks", b"k" * 500_000, payload), "cause")  # type: ignore[arg-type]
+    letter = dead_letter(Record(b"k" * 500_000, payload), "cause")
     assert len(encode(letter)) <= MAX_RECORD_BYTES and letter.truncated
     assert (letter.key, letter.payload) == (b"k" * 4 * MAX_ID, payload and payload[:MAX_DEAD_PAYLOAD])
 
 
 def test_a_dead_letter_of_the_largest_valid_key_is_whole() -> None:
     key = ("𝒌" * MAX_ID).encode()
-    letter = dead_letter(Record("clicks", key, b"{"), "cause")
+    letter = dead_letter(Record(key, b"{"), "cause")
     assert (letter.key, letter.payload, letter.truncated) == (key, b"{", False)
 
 

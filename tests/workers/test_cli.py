@@ -15,14 +15,12 @@ import kafka
 import pytest
 from typer.testing import CliRunner, Result
 
-from stream.broker import LocalBroker
 from stream.consumer import MissingTopic, read_window
 from stream.datasets import Dataset
 from stream.events import DeadLetter, Erasure, decode, encode
 from stream.jars import BrokerError
 from stream.producer import BufferFull, ClickProducer, DeliveryError, Producer
 from stream.replay import replay
-from stream.topics import Topics
 from tests.workers.console_fake import fake_api
 from tests.workers.service import clicks, until
 from workers import demo, erasure
@@ -30,19 +28,15 @@ from workers.backup import write_backup
 from workers.check import fold_offline
 from workers.cli import app, main
 from workers.observe import Observer
-from workers.settings import Kafka, Privacy, Serve, Settings, Trainer, Worker
+from workers.settings import Privacy, Serve, Settings, Trainer, Worker
 
 Upwell = Callable[..., Result]
 
 
 @pytest.fixture
-def settings(broker: LocalBroker, topics: Topics, tmp_path: Path) -> Settings:
+def settings(settings: Settings, tmp_path: Path) -> Settings:
     (tmp_path / "key").write_text("k" * 32)
-    return Settings(
-        kafka=Kafka(bootstrap=broker.bootstrap, prefix=topics.prefix, partitions=3),
-        worker=Worker(group=topics.prefix),
-        privacy=Privacy(key_file=tmp_path / "key"),
-    )
+    return settings.model_copy(update={"privacy": Privacy(key_file=tmp_path / "key")})
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from tests.workers.service import ITEMS, clicks, upwell
 from workers import metrics
 from workers.announcements import newest_model, read_announcements
 from workers.backup import NOWHERE, BadBackup, Counts, read_backup, restore, write_backup
+from workers.bench.stage import environment
 from workers.dead_letters import DeadLetters, place, read, resend
 from workers.doctor import examine
 from workers.generations import NothingMoves, UnknownGeneration, pin, roll_back
@@ -78,12 +79,7 @@ def test_a_role_does_not_start_where_users_would_move(topics: Topics, connection
 def test_the_dead_letters_of_a_release_without_erasure(connection: Connection) -> None:
     """Its topic is not compacted and its letters are keyed as their messages: refused with the way out, none lost."""
     settings = settings_of(connection)
-    environment = {
-        "UPWELL_KAFKA__BOOTSTRAP": connection.bootstrap,
-        "UPWELL_KAFKA__PREFIX": settings.kafka.prefix,
-        "UPWELL_KAFKA__PARTITIONS": "3",
-    }
-    topic = settings.topics.dead_letters
+    topic, given = settings.topics.dead_letters, environment(settings)
     with kafka.KafkaAdminClient(**connection.kafka_python()) as admin:
         admin.create_topics({topic.name: {"num_partitions": 1, "configs": topic.config() | OLD_POLICY}})
     letters = [
@@ -93,13 +89,13 @@ def test_the_dead_letters_of_a_release_without_erasure(connection: Connection) -
     with Producer(connection) as producer:
         for letter in letters:
             producer.send_raw(topic.name, letter.key, encode(letter))
-    refused = upwell("topics", **environment)
+    refused = upwell("topics", **given)
     assert refused.returncode == 2, refused.stderr
     assert refused.stderr.splitlines()[1:] == [
         f"{topic.name} is 'delete', it has to be 'compact,delete': `upwell topics fix` makes it so"
     ]
-    assert f"{topic.name}: cleanup.policy = compact,delete" in upwell("topics", "fix", **environment).stdout
-    assert upwell("topics", **environment).returncode == 0
+    assert f"{topic.name}: cleanup.policy = compact,delete" in upwell("topics", "fix", **given).stdout
+    assert upwell("topics", **given).returncode == 0
     assert [letter for _, letter in read(settings)] == letters
     assert set(DeadLetters(settings, None)._of({"u1"})) == {place(letter) for letter in letters[:2]}  # type: ignore[arg-type]
 

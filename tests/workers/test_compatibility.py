@@ -7,7 +7,7 @@ import json
 import shutil
 import threading
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -18,7 +18,6 @@ from model.learner import Learner
 from model.manifest import MANIFEST, DamagedGeneration, FileEntry, Manifest, decode_manifest
 from model.model import Model
 from model.user_state import EMPTY, Applied, Entry, Limits, UserState, apply_clicks, decode_state, encode_state
-from stream.broker import LocalBroker
 from stream.events import (
     VERSION,
     WIRE_TYPES,
@@ -38,10 +37,11 @@ from stream.events import (
 )
 from stream.producer import Producer
 from stream.topics import Topics
+from tests.records import Record
 from workers.announcements import Announcements, newest_model
 from workers.backup import BadBackup, read_backup
 from workers.live import Live
-from workers.settings import Kafka, Settings
+from workers.settings import Settings
 from workers.states import keep_newest
 from workers.training_input import Texts
 from workers.user_worker import UserWorker
@@ -151,23 +151,11 @@ def test_a_field_added_with_a_default_is_read_where_it_is_missing(raw: bytes) ->
     assert all(getattr(read, name) == getattr(GOLDEN[raw], name) for name in short)
 
 
-class Record(NamedTuple):
-    """As a consumer gives it."""
-
-    topic: str
-    key: bytes
-    value: bytes
-    partition: int = 1
-    offset: int = 2
-    timestamp: int = 3
-    headers: tuple[tuple[str, bytes], ...] = ()
-
-
 @pytest.mark.parametrize("later", [{"version": 2}, {"event_type": "stare"}])
 def test_a_later_releases_click_is_a_dead_letter_that_can_be_sent_again(later: dict[str, Any]) -> None:
     worker = UserWorker.__new__(UserWorker)  # decoding needs nothing of it
     raw = changed(KINDS[names.index("Click")], **later)
-    reads, _, (letter,) = worker._decode([Record("upwell.clicks", b"u1", raw)])
+    reads, _, (letter,) = worker._decode([Record(b"u1", raw)])
     assert reads == [] and (letter.payload, letter.key, letter.truncated) == (raw, b"u1", False)
     assert letter.cause.startswith(next(iter(later)))
 
@@ -184,7 +172,7 @@ def test_states_stay_and_a_field_more_is_passed_over() -> None:
 def test_a_state_of_another_form_stops_the_worker() -> None:
     """Going on would fold into an empty state and overwrite the real one."""
     with pytest.raises(msgspec.DecodeError):
-        keep_newest({}, Record("upwell.users", b"u1", msgspec.msgpack.encode({"version": 2})))
+        keep_newest({}, Record(b"u1", msgspec.msgpack.encode({"version": 2})))
 
 
 def test_manifests_stay_and_a_later_one_is_refused_by_name() -> None:
@@ -240,19 +228,17 @@ def test_followers_pass_over_what_a_later_release_wrote() -> None:
     ):
         raw = KINDS[names.index(kind)]
         for value in (changed(raw, version=2), raw):
-            follower(Record(topic, b"i1", value))
+            follower(Record(b"i1", value, topic=topic))
     assert list(texts.take()[1]) == ["i1"]
     assert list(live.catalogue.items) == list(live.catalogue.vectors) == ["i1"]
     assert [artifact.name for artifact in live._announcements.wanted()] == ["g1"]
 
 
-def test_the_trainer_resumes_from_the_newest_model_that_it_can_read(broker: LocalBroker, topics: Topics) -> None:
+def test_the_trainer_resumes_from_the_newest_model_that_it_can_read(settings: Settings, topics: Topics) -> None:
     raw = KINDS[names.index("Artifact")]
-    settings = Settings(kafka=Kafka(bootstrap=broker.bootstrap, prefix=topics.prefix, partitions=3))
-    producer = Producer(settings.connection)
-    for value in (raw, changed(raw, version=2, name="later")):
-        producer.send_raw(topics.models.name, b"model", value)
-    producer.close()
+    with Producer(settings.connection) as producer:
+        for value in (raw, changed(raw, version=2, name="later")):
+            producer.send_raw(topics.models.name, b"model", value)
     assert newest_model(settings) == GOLDEN[raw]
 
 

@@ -6,19 +6,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from stream.broker import LocalBroker
 from stream.consumer import read_window
 from stream.producer import ClickProducer, partition_of
 from stream.topics import Topics
 from tests.workers.service import clicks
 from workers.handed import Handed, Stuck
 from workers.sender import BatchSender
-from workers.settings import Kafka, Settings
+from workers.settings import Settings
 
 
-async def test_what_was_dropped_is_read_again(broker: LocalBroker, topics: Topics) -> None:
-    kafka = Kafka(bootstrap=broker.bootstrap, prefix=topics.prefix, partitions=3)
-    settings = Settings(kafka=kafka)
+async def test_what_was_dropped_is_read_again(settings: Settings, topics: Topics) -> None:
     with ClickProducer(settings.connection, topics) as producer:
         for click in clicks(60):
             producer.send(msgspec.structs.replace(click, user_id="one"))
@@ -38,10 +35,9 @@ async def test_what_was_dropped_is_read_again(broker: LocalBroker, topics: Topic
 
 
 async def test_a_partition_that_stands_still_after_a_second_fetch_is_stuck(
-    broker: LocalBroker, topics: Topics, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, topics: Topics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workers.handed.STUCK_S", 0.0)
-    settings = Settings(kafka=Kafka(bootstrap=broker.bootstrap, prefix=topics.prefix, partitions=3))
     with ClickProducer(settings.connection, topics) as producer:
         producer.send(clicks(1)[0])
     handed, partition = Handed(settings), partition_of(clicks(1)[0].user_id, 3)
@@ -51,9 +47,8 @@ async def test_a_partition_that_stands_still_after_a_second_fetch_is_stuck(
         await handed.behind({partition: 1})
 
 
-async def test_a_producer_s_open_transaction_ends_no_worker(broker: LocalBroker, topics: Topics) -> None:
+async def test_a_producer_s_open_transaction_ends_no_worker(settings: Settings, topics: Topics) -> None:
     """To a reader of what is committed the topic ends where it began; Faust reads on."""
-    settings = Settings(kafka=Kafka(bootstrap=broker.bootstrap, prefix=topics.prefix, partitions=3))
     open_, done = (BatchSender(settings.connection, transactional_id=f"{topics.prefix}-{name}") for name in "ab")
     try:
         for sender in (open_, done):

@@ -15,15 +15,13 @@ from model.learner import Learner
 from model.model import Model
 from model.probes import RecallTooLow
 from model.sampling import Events
-from stream.broker import LocalBroker
 from stream.events import Artifact, Item, ItemVector, encode
 from stream.producer import Producer
-from stream.topics import Topics
 from workers import indexer
 from workers.announcements import read_announcements
 from workers.indexer import Indexer
 from workers.settings import Indexer as IndexerSettings
-from workers.settings import Kafka, Settings
+from workers.settings import Settings
 
 ITEMS = [f"i{row}" for row in range(30)]
 TEXT = np.random.default_rng(5).normal(size=(30, 64)).astype(np.float32)
@@ -31,16 +29,9 @@ CONFIG = ModelConfig(text_dim=64, warmup_steps=0, replay=2)
 
 
 @pytest.fixture
-def settings(
-    broker: LocalBroker, topics: Topics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed_producers: None
-) -> Settings:
+def settings(settings: Settings, monkeypatch: pytest.MonkeyPatch, closed_producers: None) -> Settings:
     monkeypatch.setattr(indexer, "Encoder", lambda *_, **__: SimpleNamespace(name="e", dim=64, device="cpu"))
-    return Settings(
-        kafka=Kafka(bootstrap=broker.bootstrap, prefix=topics.prefix, partitions=3),
-        indexer=IndexerSettings(fresh_items=5),
-        artifacts=str(tmp_path),
-        cache=tmp_path / "cache",
-    )
+    return settings.model_copy(update={"indexer": IndexerSettings(fresh_items=5)})
 
 
 def started(settings: Settings, items: int = 20, *models: Artifact) -> Indexer:

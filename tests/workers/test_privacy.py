@@ -19,11 +19,9 @@ from kafka.admin import ConfigResource
 from litestar.testing import TestClient
 
 from model.user_state import EMPTY, UserState, encode_state
-from stream.broker import LocalBroker
 from stream.consumer import read_window
 from stream.events import OFFSET_HEADER, WIRE_TYPES, Click, DeadLetter, ItemVector, encode
 from stream.producer import ClickProducer, Producer, partition_of
-from stream.topics import Topics
 from tests.workers.service import until
 from tests.workers.test_limits import Still
 from workers import metrics
@@ -33,7 +31,7 @@ from workers.keys import OPEN
 from workers.logs import configure
 from workers.server import build_app
 from workers.service import Service
-from workers.settings import ConfigError, Kafka, Privacy, Settings, Worker, load_settings
+from workers.settings import ConfigError, Privacy, Settings, load_settings
 from workers.training_input import Window
 
 
@@ -108,13 +106,6 @@ def test_a_key_file_that_is_none_is_refused_by_name(tmp_path: Path, monkeypatch:
         monkeypatch.setenv("UPWELL_PRIVACY__KEY_FILE", str(tmp_path / name))
         with pytest.raises(ConfigError, match=rf"privacy\.key_file.*{cause}"):
             load_settings()
-
-
-@pytest.fixture
-def settings(broker: LocalBroker, topics: Topics) -> Settings:
-    return Settings(
-        kafka=Kafka(bootstrap=broker.bootstrap, prefix=topics.prefix, partitions=3), worker=Worker(group=topics.prefix)
-    )
 
 
 @pytest.fixture

@@ -19,9 +19,10 @@ from stream.ports import free_port
 from stream.producer import ClickProducer
 from stream.topics import ensure
 from tests.workers.service import clicks, until
+from workers.bench.stage import environment
 from workers.check import count_applied
 from workers.preflight import check_access
-from workers.settings import ConfigError, Kafka, Settings
+from workers.settings import ConfigError, Kafka, Serve, Settings
 from workers.states import raw_states
 
 PASSWORD = "secret"
@@ -90,18 +91,11 @@ def right(broker: SecureBroker, folder: Path) -> Kafka:
     )
 
 
-def environment(section: Kafka, folder: Path) -> dict[str, str]:
+def variables(section: Kafka, folder: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("UPWELL_")}
-    given = section.model_dump(exclude_none=True) | {"password": section.password}
-    return (
-        kept
-        | {f"UPWELL_KAFKA__{key.upper()}": str(value) for key, value in given.items() if value is not None}
-        | {
-            "UPWELL_ARTIFACTS": str(folder / "artifacts"),
-            "UPWELL_CACHE": str(folder / "cache"),
-            "UPWELL_SERVE__PORT": str(free_port()),
-        }
-    )
+    serve = Serve(port=free_port())
+    settings = Settings(kafka=section, artifacts=str(folder / "artifacts"), cache=folder / "cache", serve=serve)
+    return kept | environment(settings)
 
 
 @pytest.mark.parametrize("mechanism", ["SCRAM-SHA-512", "PLAIN"])
@@ -115,7 +109,7 @@ def test_one_setting_for_faust_and_kafka_python(secure: tuple[SecureBroker, Path
         for click in sent:
             producer.send(click)
     command = [sys.executable, "-m", "workers.cli", "worker"]
-    worker = subprocess.Popen(command, env=environment(section, folder), stderr=subprocess.DEVNULL)
+    worker = subprocess.Popen(command, env=variables(section, folder), stderr=subprocess.DEVNULL)
     try:
         until(lambda: count_applied(sent, raw_states(settings)) == 20, "all clicks are applied")
     finally:
@@ -150,7 +144,7 @@ def test_what_is_wrong_is_said(secure: tuple[SecureBroker, Path], wrong: dict[st
 def test_no_role_starts_with_a_wrong_password(secure: tuple[SecureBroker, Path], role: str) -> None:
     section = right(*secure).model_copy(update={"password": "wrong"})
     command = [sys.executable, "-m", "workers.cli", role]
-    done = subprocess.run(command, env=environment(section, secure[1]), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=variables(section, secure[1]), capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     head, line = done.stderr.splitlines()
     assert head == "configuration:"

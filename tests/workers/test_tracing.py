@@ -6,7 +6,6 @@ import secrets
 import subprocess
 import sys
 from contextlib import suppress
-from pathlib import Path
 from types import SimpleNamespace
 from urllib.request import urlopen
 
@@ -28,7 +27,8 @@ from stream.topics import Topics
 from stream.tracing import TRACEPARENT, traceparent
 from tests.workers.service import ITEMS, Collector, Service, clicks, collecting, until
 from workers import tracing
-from workers.settings import ConfigError, Settings
+from workers.bench.stage import environment
+from workers.settings import ConfigError, Serve, Settings
 
 
 def test_one_click_is_one_trace(service: Service, collector: Collector) -> None:
@@ -69,24 +69,14 @@ def test_one_click_is_one_trace(service: Service, collector: Collector) -> None:
     assert user not in str(collector.spans)
 
 
-def test_a_server_that_a_signal_ends_sends_its_last_spans(
-    connection: Connection, topics: Topics, tmp_path: Path
-) -> None:
+def test_a_server_that_a_signal_ends_sends_its_last_spans(settings: Settings, topics: Topics) -> None:
     port = free_port()
     with collecting() as collector:
-        environment = {
-            "UPWELL_KAFKA__BOOTSTRAP": connection.bootstrap,
-            "UPWELL_KAFKA__PREFIX": topics.prefix,
-            "UPWELL_KAFKA__PARTITIONS": "3",
-            "UPWELL_ARTIFACTS": str(tmp_path),
-            "UPWELL_CACHE": str(tmp_path),
-            "UPWELL_SERVE__PORT": str(port),
-            "UPWELL_TRACING": "true",
-            "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
-            "OTEL_BSP_SCHEDULE_DELAY": "600000",
-        }
+        settings = settings.model_copy(update={"serve": Serve(port=port), "tracing": True})
+        exporting = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "600000"}
         own = {name: value for name, value in os.environ.items() if not name.startswith(("UPWELL_", "OTEL_"))}
-        with subprocess.Popen([sys.executable, "-m", "workers.cli", "serve"], env=own | environment) as server:
+        command = [sys.executable, "-m", "workers.cli", "serve"]
+        with subprocess.Popen(command, env=own | exporting | environment(settings)) as server:
             try:
 
                 def asked() -> bool:

@@ -12,17 +12,15 @@ from model.config import ModelConfig
 from model.gate import Verdict, hold_out
 from model.generation import build_generation, publish
 from model.learner import Learner
-from model.manifest import manifest_sha256
 from model.model import Model
 from model.sampling import Events
-from stream.broker import LocalBroker
 from stream.consumer import end_offsets
 from stream.events import Artifact, Click, ItemVector, encode
 from stream.producer import Producer
-from stream.topics import Topics
+from tests.records import announced
 from tests.workers.service import upwell
 from workers.announcements import newest_model
-from workers.settings import Kafka, Settings
+from workers.settings import Settings
 from workers.settings import Trainer as TrainerSettings
 from workers.trainer import Trainer
 from workers.training_input import Read
@@ -32,13 +30,8 @@ CONFIG = ModelConfig(text_dim=8, projected_text_dim=4, covisitation_rank=4)
 
 
 @pytest.fixture
-def settings(broker: LocalBroker, topics: Topics, tmp_path: Path, closed_producers: None) -> Settings:
-    return Settings(
-        kafka=Kafka(bootstrap=broker.bootstrap, prefix=topics.prefix, partitions=3),
-        trainer=TrainerSettings(window_events=5_000),
-        artifacts=str(tmp_path),
-        cache=tmp_path / "cache",
-    )
+def settings(settings: Settings, closed_producers: None) -> Settings:
+    return settings.model_copy(update={"trainer": TrainerSettings(window_events=5_000)})
 
 
 def model(items: int = 20) -> Model:
@@ -48,18 +41,15 @@ def model(items: int = 20) -> Model:
 
 
 def send(settings: Settings, topic: str, key: str, value: bytes) -> None:
-    producer = Producer(settings.connection)
-    producer.send_raw(topic, key.encode(), value)
-    producer.close()
+    with Producer(settings.connection) as producer:
+        producer.send_raw(topic, key.encode(), value)
 
 
 def announce_generation(settings: Settings, name: str, folder: Path) -> Path:
     """Built, stored and announced; where it lies."""
     build_generation(folder / name, model(), version=name, encoder="e", offsets={})
     url = publish(folder / name, f"{settings.artifacts}/store")
-    digest = manifest_sha256(folder / name)
-    artifact = Artifact(name=name, url=url, manifest_sha256=digest, created_ms=1, encoder="e")
-    send(settings, settings.topics.generations.name, name, encode(artifact))
+    send(settings, settings.topics.generations.name, name, encode(announced(folder / name, 1, url)))
     return Path(url.removeprefix("file://"))
 
 

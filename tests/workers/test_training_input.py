@@ -51,9 +51,7 @@ def test_of_a_long_window_the_newest_clicks_are_read_and_no_more_are_held(
     assert peak < 5_000 * NEWEST  # bytes: two windows are 1.4 MB, all 60,000 clicks 40
 
 
-def test_an_erasure_is_heeded_however_many_clicks_come_after_it(
-    window: Callable[[Iterator[Record]], Window],
-) -> None:
+def test_an_erasure_is_heeded_however_many_clicks_come_after_it(window: Callable[[Iterator[Record]], Window]) -> None:
     """The trainer may hold older clicks of that user."""
 
     wish: Event = Erasure(event_type="erase", user_id="gone", requested_ms=NOW_MS)

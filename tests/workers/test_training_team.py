@@ -10,19 +10,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from model.learner import Learner
-from stream.broker import LocalBroker
 from stream.events import ItemVector, encode
 from stream.producer import ClickProducer
 from stream.topics import Topics
 from tests.model.test_learner import CONFIG, ITEMS, TEXT, chain, flat
 from tests.workers.service import clicks
 from workers.announcements import newest_model
-from workers.settings import Kafka, Settings
+from workers.bench.stage import environment
+from workers.settings import Settings, Trainer
 from workers.training_team import training_team
 
 MODEL_S = 150.0  # start, training and judging, in two processes that other work may hold up
@@ -62,11 +61,8 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     torch.testing.assert_close(load_file(tmp_path / "two"), one, rtol=1e-5, atol=1e-5)
 
 
-def test_the_trainer_publishes_and_ends_in_order(
-    broker: LocalBroker, topics: Topics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kafka = Kafka(bootstrap=broker.bootstrap, prefix=topics.prefix, partitions=3)
-    settings = Settings(kafka=kafka, artifacts=str(tmp_path))
+def test_the_trainer_publishes_and_ends_in_order(settings: Settings, topics: Topics) -> None:
+    settings = settings.model_copy(update={"trainer": Trainer(holdout=40)})
     with ClickProducer(settings.connection, topics) as producer:
         for number, text in enumerate(TEXT):
             vector = ItemVector(
@@ -75,14 +71,7 @@ def test_the_trainer_publishes_and_ends_in_order(
             producer.send_raw(topics.vectors.name, vector.item_id.encode(), encode(vector))
         for click in clicks(400):
             producer.send(click)
-    environment = {
-        "UPWELL_KAFKA__BOOTSTRAP": broker.bootstrap,
-        "UPWELL_KAFKA__PREFIX": topics.prefix,
-        "UPWELL_KAFKA__PARTITIONS": "3",
-        "UPWELL_ARTIFACTS": str(tmp_path),
-        "UPWELL_TRAINER__HOLDOUT": "40",
-    }
-    with torchrun("--module", "workers.cli", "trainer", **environment) as process:
+    with torchrun("--module", "workers.cli", "trainer", **environment(settings)) as process:
         deadline = time.monotonic() + MODEL_S
         while newest_model(settings) is None and process.poll() is None:
             assert time.monotonic() < deadline, "no model is announced"
