@@ -9,8 +9,9 @@ from stream.events import EventType, Id, Item
 MAX_K = 200
 Share = Annotated[float, Meta(ge=0, le=1)]
 Ids = Annotated[list[Id], Meta(max_length=1000)]
-Moment = Annotated[  # narrower than on the wire: a click of 1970 moves no list, and nobody is told
-    int, Meta(ge=10**11, lt=2**53, description="milliseconds since the epoch, UTC; a smaller number would be seconds")
+Moment = Annotated[  # narrower than on the wire: seconds would be January 1970, a click of which moves no list
+    int,
+    Meta(ge=4 * 10**9, lt=2**53, description="milliseconds since the epoch, UTC; a smaller number would be seconds"),
 ]
 
 
