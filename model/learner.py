@@ -261,7 +261,8 @@ class Learner:
         self._renew_items()
         view = self._view()
         unclicked = torch.from_numpy(self._counts == 0).to(self.device)
-        view.arrays["tower.bias"] = torch.where(unclicked, view.unclicked_bias(self._items), view.arrays["tower.bias"])
+        unseen = view.unclicked_bias(self._items, view.arrays["text.items"])
+        view.arrays["tower.bias"] = torch.where(unclicked, unseen, view.arrays["tower.bias"])
         return view.frozen()
 
     def _renew_items(self) -> None:

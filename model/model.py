@@ -131,7 +131,7 @@ class Model:
             ),
             "text.items": TEXT_GAIN * (unit @ arrays["text.projection"]),  # (M, P)
         }
-        new["tower.bias"] = self.unclicked_bias(new["tower.items"])
+        new["tower.bias"] = self.unclicked_bias(new["tower.items"], new["text.items"])
         grown = {
             name: torch.cat([arrays[name], new.get(name, arrays[name].new_zeros(len(ids), *shape[1:]))])
             for name, shape in array_shapes(config, len(self.ids)).items()
@@ -140,15 +140,20 @@ class Model:
         return Model(config, [*self.ids, *ids], arrays | grown, self.tower)
 
     @torch.no_grad()
-    def unclicked_bias(self, items: Tensor) -> Tensor:
-        """(M,) tower biases of items (M, d) that nobody has clicked: to a stranger all are like the mean item.
+    def unclicked_bias(self, items: Tensor, text: Tensor) -> Tensor:
+        """(M,) tower biases of items (M, d) with text (M, P) that nobody has clicked: to a stranger each is like the
+        mean item, and a little better the more its text is like what is new and clicked (a cosine).
 
         What a stranger would click among the items of before says nothing of a new one. Without it unseen items were
         ranked by that for everybody, on online-retail worse than by chance (docs/quality.md).
         """
-        stranger = self.user_parts(pad([History.of()], 1), np.zeros(1, np.int64))["tower"][0, :-1]  # (d,)
-        known = self.arrays["tower.items"] @ stranger  # (N,)
-        return known.sum() / max(1, len(known)) - items @ stranger
+        arrays = self.arrays
+        nobody, at = pad([History.of()], 1), np.zeros(1, np.int64)
+        stranger = self.user_parts(nobody, at)["tower"][0, :-1]  # (d,)
+        known = arrays["tower.items"] @ stranger  # (N,)
+        taste = F.normalize(arrays["popularity"][:, -1] @ arrays["text.items"], dim=0)  # (P,) by the slower newness
+        turned = arrays["mix"][situation(nobody, at), PARTS.index("tower")].sign()  # (1,) the mix may weigh it below 0
+        return known.sum() / max(1, len(known)) - items @ stranger + turned * (text @ taste) / TEXT_GAIN
 
     def tastes(self, rows: NDArray[np.int64]) -> Floats:
         """(M, d) tower vectors of rows (M,), of length 1: how alike items are by text and behaviour together."""

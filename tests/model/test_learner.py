@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from model.config import ModelConfig
 from model.evaluate import LearnerArm, replayed
 from model.learner import Learner
-from model.model import Model
+from model.model import TEXT_GAIN, Model
 from model.outcome import Ranks
 from model.sampling import EventLog, Events, History, Padded, shuffle_ties
 from model.told import text_query
@@ -152,16 +152,28 @@ def test_an_item_never_seen_is_its_text_however_much_is_learned() -> None:
     np.testing.assert_allclose(extended[40], extended[41], rtol=1e-4, atol=1e-5)
 
 
-def test_what_strangers_click_says_nothing_of_an_item_that_nobody_has() -> None:
-    """In the model or behind it: the tower scores all of them alike, as it does the mean item, and clicked ones not."""
+@pytest.mark.parametrize("turn", [1, -1])
+def test_what_strangers_click_says_nothing_of_an_item_that_nobody_has(turn: int) -> None:
+    """In the model or behind it a stranger gets them by likeness of text to what is new and clicked alone, whatever
+    sign the mix gives the tower; clicked ones by more."""
     made, unseen = learner(), np.random.default_rng(3).normal(size=(6, 16)).astype(np.float32)
     made.add_items(["a", "b", "c"], unseen[:3])
     made.learn(chain(400, 0.2))
+    turned = made._mix.weights() * turn
+    made._mix.weights = lambda: turned  # type: ignore[method-assign]
     model = made.model().extended(["d", "e", "f"], unseen[3:])
+    text, newness = model.arrays["text.items"].numpy(), model.arrays["popularity"][:, -1].numpy()  # (46, P), (46,)
+    taste = newness @ text
+    alike = text[40:] @ taste / np.linalg.norm(taste) / TEXT_GAIN  # (6,)
     tower = slice(CONFIG.tower_dim + 1)
-    stranger, known = model.user_vectors([NOBODY, HISTORY], [0, 4000])[:, tower] @ model.item_vectors()[:, tower].T
-    assert np.ptp(stranger[40:]) < 1e-4 < 0.01 < np.ptp(stranger[:40])
-    assert np.ptp(known[40:]) > 0.01  # to whom has a history they are not alike
+    users = model.user_vectors([NOBODY, HISTORY], [0, 4000])
+    stranger, known = users[:, tower] @ model.item_vectors()[:, tower].T
+    weight = users[0, CONFIG.tower_dim]  # the mix's of the tower: the bias meets it
+    assert weight * turn > 0.01 and np.ptp(alike) > 0.05
+    assert np.ptp(stranger[40:] - abs(weight) * alike) < 1e-4 < 0.01 < np.ptp(stranger[:40])
+    order = np.argsort((users @ model.item_vectors().T)[0, 40:])
+    assert order.tolist() == np.argsort(alike).tolist()
+    assert np.ptp(known[40:] - abs(weight) * alike) > 0.01  # to whom has a history they are not alike
 
 
 def test_an_unknown_item_in_an_event_joins_without_text() -> None:
