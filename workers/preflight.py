@@ -7,14 +7,13 @@ refuses us would refuse it each time.
 import asyncio
 import ssl
 import time
-from contextlib import closing
 from typing import Any
 
+import kafka
 from aiokafka.conn import AIOKafkaConnection
 from aiokafka.errors import KafkaError, SaslAuthenticationFailed
 
 from stream.connection import Connection
-from stream.consumer import open_consumer
 from stream.topics import check_partitions
 from workers.settings import ConfigError, Settings
 
@@ -36,10 +35,16 @@ def check_keyed(settings: Settings) -> None:
     somebody added some: users would begin anew in other partitions than their states. What is missing is passed over.
     """
     topics = settings.topics
-    with closing(open_consumer(settings.connection)) as consumer:
-        for topic in (topics.clicks, topics.users, topics.recommendations):
-            if found := consumer.partitions_for_topic(topic.name):
-                check_partitions(topic, len(found))
+    keyed = {topic.name: topic for topic in (topics.clicks, topics.users, topics.recommendations)}
+    options = settings.connection.kafka_python() | {"bootstrap_timeout_ms": int(1000 * ANSWER_S)}
+    try:
+        with kafka.KafkaAdminClient(**options) as admin:
+            there = keyed.keys() & set(admin.list_topics())
+            found = {topic["name"]: topic["partitions"] for topic in admin.describe_topics(list(there)) if there}
+    except kafka.errors.KafkaError:  # does not answer now: no matter of configuration
+        return
+    for name, partitions in found.items():
+        check_partitions(keyed[name], len(partitions))
 
 
 async def _knock(address: str, options: dict[str, Any]) -> None:
@@ -52,16 +57,16 @@ async def _knock(address: str, options: dict[str, Any]) -> None:
             await writer.wait_closed()
         except OSError:  # a TimeoutError is one
             return
-        kafka = AIOKafkaConnection(host, int(port), **options)
+        link = AIOKafkaConnection(host, int(port), **options)
         try:
             async with asyncio.timeout(ANSWER_S):
-                await kafka.connect()
-                await kafka.close()
+                await link.connect()
+                await link.close()
             return
         except TimeoutError:
             return
         except SaslAuthenticationFailed as error:
-            await asyncio.wait([kafka.close()], timeout=ANSWER_S)  # TLS says goodbye first; else a socket is left
+            await asyncio.wait([link.close()], timeout=ANSWER_S)  # TLS says goodbye first; else a socket is left
             raise ConfigError(f"kafka.username, kafka.password, kafka.mechanism: {address}: {error}") from error
         except ssl.SSLError as error:
             raise ConfigError(f"kafka.tls, kafka.ca_file: {address}: {error}") from error

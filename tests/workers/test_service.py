@@ -19,7 +19,7 @@ import torch
 
 from model.config import PER_ITEM
 from model.generation import build_generation
-from model.manifest import manifest_sha256
+from model.manifest import MANIFEST, manifest_sha256
 from model.model import Model
 from model.user_state import decode_state
 from stream.broker import LocalBroker
@@ -175,13 +175,15 @@ def test_a_click_on_an_item_not_seen_yet_is_kept(service: Service) -> None:
 def test_a_bad_generation_is_refused_and_the_old_one_serves(service: Service) -> None:
     serving = service.call("/v1/users/u1/recommendations")[1]["generation"]
     refused = service.metric("upwell_swaps_total{refused}", "serve")
-    bad = Artifact(name="bad", url=str(service.logs / "nowhere"), manifest_sha256="0" * 64, created_ms=1, encoder="?")
+    (service.logs / "damaged").mkdir()
+    (service.logs / "damaged" / MANIFEST).write_text("{}")
+    bad = Artifact(name="bad", url=str(service.logs / "damaged"), manifest_sha256="0" * 64, created_ms=1, encoder="?")
     producer = Producer(service.settings.connection)
     producer.send_raw(service.settings.topics.generations.name, b"generation", encode(bad))
     producer.close()
     until(lambda: service.metric("upwell_swaps_total{refused}", "serve") > refused, "the generation is refused")
     assert service.call("/v1/users/u1/recommendations")[1]["generation"] == serving
-    assert "nowhere" in service.log("serve")
+    assert MANIFEST in service.log("serve")
     killed = service.roles.pids["worker"]
     os.kill(killed, signal.SIGKILL)
     until(lambda: service.roles.pids["worker"] != killed, "the worker is started again")
