@@ -81,7 +81,7 @@ def test_prometheus_sees_every_role_and_every_panel_has_data(service: Service, p
         return not without
 
     try:
-        until(all_have_data, "every panel has data")
+        until(all_have_data, "every panel has data", 200.0)  # one waits for a swap: a round, a build, a load
     except AssertionError as error:
         raise AssertionError(f"{error}; without: {without}") from error
     _rules_are_evaluated(prometheus)
