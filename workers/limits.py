@@ -148,9 +148,9 @@ class Gate:
         return sending
 
 
-def with_slashes(app: ASGIApp) -> ASGIApp:
-    """Before the routes: an id may hold a slash, as %2F, and ASGI's `path` no longer tells it from the path's own. And
-    where there is none, the words after it are not the id."""
+def ids_in_paths(app: ASGIApp) -> ASGIApp:
+    """Before the routes: an id may hold a slash, as %2F, and ASGI's `path` no longer tells it from the path's own. An
+    empty id gets a sign, too: else the routes would take the word after it for the id."""
 
     async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
         raw = scope.get("raw_path", b"").partition(b"?")[0]

@@ -92,12 +92,12 @@ def _send(
 
 
 @contextmanager
-def _kafka() -> Iterator[None]:
-    """What it does not take, or may not have: a 503 that asks for the same again."""
+def _into_kafka(what: str) -> Iterator[None]:
+    """What Kafka does not take, or may not have taken, is a 503 that asks for the same again."""
     try:
         yield
     except (DeliveryError, BufferFull, kafka.errors.KafkaError, TimeoutError) as error:
-        raise refused(503, f"Kafka did not take the events: {error or 'no acknowledgement in time'}", 2) from error
+        raise refused(503, f"Kafka did not take {what}: {error or 'no acknowledgement in time'}", 2) from error
 
 
 async def _deliver(
@@ -105,7 +105,7 @@ async def _deliver(
 ) -> Receipt:
     """What is accepted is in Kafka when this returns; a 503 says that it may not be: send it again."""
     entries = _entries(raw, service.settings.serve.max_batch)
-    with _kafka():
+    with _into_kafka("the events"):
         loop = asyncio.get_running_loop()
         sent, rejected = await loop.run_in_executor(service.sending, copy_context().run, _send, entries, read, send)
         if not sent:
@@ -174,7 +174,7 @@ async def post_items(service: Served, body: RawBody) -> Receipt:
     **route("ingest"),
 )
 async def remove_item(service: Served, item_id: ItemId) -> Delivered:
-    with _kafka():
+    with _into_kafka("the removal"):
         loop = asyncio.get_running_loop()
         sent = await loop.run_in_executor(service.sending, lambda: service.producer.remove_item(item_id))
         place = await asyncio.wait_for(asyncio.wrap_future(sent), DELIVERY_S)
