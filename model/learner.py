@@ -168,8 +168,8 @@ class Learner:
     def _learn_mix(self, numbers: Rows, rows: Rows, ts_ms: Rows) -> list[float]:
         """Against all items seen, not a sample, whose best are not the best: of a large catalogue with fewer events.
 
-        One item in twelve cost 9 % of NDCG@10 by the mix, nothing by the towers (docs/quality.md). The mix's first
-        events all count: there are no more items than events yet.
+        One item in twelve cost 9 % of NDCG@10 by the mix, nothing by the towers (docs/quality.md). The first events
+        all count: a stream that young has seen no more items than events.
         """
         window, config = self.log.ending_at(numbers, 1), self.config
         chosen = (window.goals[:, 0] > 0) & (self._counts[rows] > 0)
