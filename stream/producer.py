@@ -70,6 +70,7 @@ class Producer(Closing):
             "compression_type": "lz4",
             "max_request_size": 2 * MAX_ITEM_BYTES,
             "max_block_ms": METADATA_MS,
+            "bootstrap_timeout_ms": METADATA_MS,
             "delivery_timeout_ms": NEVER_MS,
             "reconnect_backoff_max_ms": 1000,
             "allow_auto_create_topics": False,

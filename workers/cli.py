@@ -72,15 +72,17 @@ def refusing() -> Iterator[None]:
 def settings_for(role: str, reach_kafka: bool = True) -> Settings:
     """Settings, with logs configured; bad configuration ends the process with one line a key.
 
-    So does a Kafka that answers and does not let us in, or has other partitions; one that does not answer is no matter
-    of configuration.
+    So does a Kafka that answers and does not let us in, or has other partitions. One that does not answer is no matter
+    of configuration: roles wait for it, a command ends, with exit code 1.
     """
     with refusing():
         settings = load_settings()
         if reach_kafka:
             from workers.preflight import check_access, check_keyed
 
-            check_access(settings.connection)
+            if not check_access(settings.connection) and role not in (*ROLES, "up"):
+                typer.echo(f"no Kafka answers at {settings.kafka.bootstrap}", err=True)
+                raise typer.Exit(1)  # Kafka's clients would try for 30 s and more
             if role in KEYED:
                 check_keyed(settings)
         processors = tracing.start(settings, role)

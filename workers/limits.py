@@ -5,7 +5,7 @@ import math
 import re
 import time
 from collections import OrderedDict
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote, unquote_to_bytes
 
 from litestar.connection import Request
@@ -157,6 +157,17 @@ def ids_in_paths(app: ASGIApp) -> ASGIApp:
         if _SLASHES.search(raw):
             scope["path"] = unquote_to_bytes(_SLASHES.sub(quote(SLASH).encode(), raw)).decode(errors="replace")
         scope["path"] = _EMPTY.sub(EMPTY, scope["path"])
+        await app(scope, receive, send)
+
+    return middleware
+
+
+def heads(app: ASGIApp) -> ASGIApp:
+    """HEAD is answered as GET (RFC 9110, 9.3.2), without the body, which uvicorn leaves out; a stream's has no end."""
+
+    async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get("method") == "HEAD" and scope["path"] != "/v1/stream":
+            scope = cast(Scope, {**scope, "method": "GET"})
         await app(scope, receive, send)
 
     return middleware

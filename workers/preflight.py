@@ -1,6 +1,6 @@
-"""Does Kafka let us in? Asked once before a role starts, because both client libraries retry for ever in silence.
+"""Does Kafka let us in? Asked once before a role or a command starts, because both client libraries retry in silence.
 
-A broker that is away is no bad configuration: the role goes on, ends by itself and is restarted. One that answers and
+A broker that is away is no bad configuration: a role goes on, ends by itself and is restarted. One that answers and
 refuses us would refuse it each time.
 """
 
@@ -20,14 +20,15 @@ from workers.settings import ConfigError, Settings
 ANSWER_S = 5.0  # for a broker that closes connections: it may be starting or stopping
 
 
-def check_access(connection: Connection) -> None:
-    """Raises ConfigError, one line, when a bootstrap server answers and TLS or the login fails."""
+def check_access(connection: Connection) -> bool:
+    """Whether a bootstrap server answers. Raises ConfigError, one line, when one does and TLS or the login fails."""
     try:
         options = connection.aiokafka()
     except OSError as error:
         raise ConfigError(f"kafka.ca_file, kafka.cert_file, kafka.key_file: {error}") from error
-    for address in options.pop("bootstrap_servers"):
-        asyncio.run(_knock(address, options))
+    addresses = options.pop("bootstrap_servers")
+    answered = [asyncio.run(_knock(address, options)) for address in addresses]
+    return any(answered)
 
 
 def check_keyed(settings: Settings) -> None:
@@ -47,7 +48,7 @@ def check_keyed(settings: Settings) -> None:
         check_partitions(keyed[name], len(partitions))
 
 
-async def _knock(address: str, options: dict[str, Any]) -> None:
+async def _knock(address: str, options: dict[str, Any]) -> bool:
     host, _, port = address.rpartition(":")
     ends = time.monotonic() + ANSWER_S
     while True:
@@ -56,15 +57,15 @@ async def _knock(address: str, options: dict[str, Any]) -> None:
             writer.close()
             await writer.wait_closed()
         except OSError:  # a TimeoutError is one
-            return
+            return False
         link = AIOKafkaConnection(host, int(port), **options)
         try:
             async with asyncio.timeout(ANSWER_S):
                 await link.connect()
                 await link.close()
-            return
+            return True
         except TimeoutError:
-            return
+            return False
         except SaslAuthenticationFailed as error:
             await asyncio.wait([link.close()], timeout=ANSWER_S)  # TLS says goodbye first; else a socket is left
             raise ConfigError(f"kafka.username, kafka.password, kafka.mechanism: {address}: {error}") from error

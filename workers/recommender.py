@@ -5,8 +5,10 @@ Folded micro-batches -> Snapshot.recommend -> Recommended; a new generation that
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import compress
 from typing import NamedTuple
 
+from model.sampling import History
 from model.user_state import Entry, UserState
 from stream.events import Artifact, Click, Ranked
 from workers.arms import arm_of, query_of
@@ -86,40 +88,44 @@ class Recommender:
         ]
         after = [query_of(settings, click, state.history, state.seen, sent=True) for state, click in touched]
         try:
-            snapshot, (served, lists) = self._live.use(partial(self._ranked, scored, after))
+            snapshot, (served, histories, lists) = self._live.use(partial(self._ranked, scored, after))
         except NotReady:
             return [Recommended("", {}, {}, set())] * len(together)
         before = [query for query, _ in scored]
         self._test(applied, before, served)
         self._try(snapshot, before, applied, served)
         k = settings.worker.k
-        fresh = iter(snapshot.explain(after, [ranked[:k] for ranked in lists], settings.worker.explained))
+        fresh = iter(snapshot.explain(after, histories, [ranked[:k] for ranked in lists], settings.worker.explained))
         sent = (Sent(snapshot.name, top(ranked)) for ranked in lists)
+        known = (len(history.rows) > 0 for history in histories)
         return [
             Recommended(
                 snapshot.name,
                 dict(zip(folded.newest, fresh, strict=False)),
                 dict(zip(folded.newest, sent, strict=False)),
-                {user_id for user_id in folded.newest if snapshot.knows(folded.states[user_id].history)},
+                set(compress(folded.newest, known)),
             )
             for folded in together
         ]
 
     def _ranked(
         self, scored: Sequence[tuple[Query, Sent | None]], after: Sequence[Query], snapshot: Snapshot
-    ) -> tuple[list[Top], list[list[Ranked]]]:
-        """What stood before the scored clicks, searched for only where no list of this generation was sent; new lists.
+    ) -> tuple[list[Top], list[History], list[list[Ranked]]]:
+        """What stood before the scored clicks, searched for only where no list of this generation was sent; histories
+        and new lists.
 
         A user's next click is nearly always scored in the list sent after the one before: that halves the searches.
         """
         known = [self._known(query, sent, snapshot) for query, sent in scored]
         unknown = [query for (query, _), item_ids in zip(scored, known, strict=True) if item_ids is None]
-        lists = iter(snapshot.recommend([*unknown, *after], max(self._settings.worker.k, K)))
+        queries = [*unknown, *after]
+        histories = snapshot.histories(queries)
+        lists = iter(snapshot.ranked(queries, histories, max(self._settings.worker.k, K)))
         before = [top(next(lists)) if item_ids is None else item_ids for item_ids in known]
         for (query, _), item_ids in zip(scored, before, strict=True):
             if stranger(query):
                 self._strangers = Sent(snapshot.name, item_ids)
-        return before, list(lists)
+        return before, histories[len(unknown) :], list(lists)
 
     def _known(self, query: Query, sent: Sent | None, snapshot: Snapshot) -> Top | None:
         if stranger(query):

@@ -49,7 +49,7 @@ class BatchSender:
             enable_idempotence=True,
             transactional_id=self._transactional_id,
             transaction_timeout_ms=self._timeout_ms,
-            compression_type="lz4",
+            compression_type="zstd",  # a third of the time of aiokafka's lz4, which is at level 9, and smaller
             max_batch_size=MAX_BATCH_BYTES,
             max_request_size=MAX_BATCH_BYTES + 100_000,
         )

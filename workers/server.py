@@ -25,7 +25,7 @@ from workers import routes_erasure, routes_ingest, routes_ops, routes_read, rout
 from workers.guests import OtherEncoder
 from workers.keys import OPEN, Keys
 from workers.lag import LagFollower
-from workers.limits import Gate, ids_in_paths, measured
+from workers.limits import Gate, heads, ids_in_paths, measured
 from workers.live import NotReady
 from workers.processes import end_with_threads, settle, share_heaps
 from workers.routes import invalid, nested, not_ready, other_encoder, problem, readable, too_large
@@ -120,7 +120,7 @@ def build_app(service: Service, keys: Keys) -> Litestar:
         on_shutdown=[service.stop, partial(tracing.stop, service.settings)],  # uvicorn ends by the signal again
         logging_config=None,
     )
-    app.asgi_handler = ids_in_paths(app.asgi_handler)
+    app.asgi_handler = heads(ids_in_paths(app.asgi_handler))
     return app
 
 

@@ -14,6 +14,7 @@ from kafka.structs import OffsetAndMetadata
 from model.user_state import Applied, Fold, Limits, UserState, decode_state, encode_state
 from stream.connection import Connection
 from stream.events import Artifact, DeadLetter, encode
+from stream.ports import free_port
 from stream.producer import ClickProducer, Producer, partition_of
 from stream.topics import Topics, WrongTopic, ensure
 from tests.workers.service import ITEMS, clicks, upwell
@@ -74,6 +75,13 @@ def test_a_role_does_not_start_where_users_would_move(topics: Topics, connection
     other = {"UPWELL_KAFKA__BOOTSTRAP": connection.bootstrap, "UPWELL_KAFKA__PREFIX": topics.prefix}
     done = upwell(role, **other, UPWELL_KAFKA__PARTITIONS="5")
     assert done.returncode == 2 and "3 partitions, the settings say 5" in done.stderr
+
+
+@pytest.mark.parametrize("command", [["lag"], ["topics"], ["generations", "list"], ["replay", "ml-100k"]])
+def test_a_command_does_not_wait_for_a_kafka_that_is_away(command: list[str]) -> None:
+    bootstrap = f"127.0.0.1:{free_port()}"
+    done = upwell(*command, UPWELL_KAFKA__BOOTSTRAP=bootstrap)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"no Kafka answers at {bootstrap}\n")
 
 
 def test_the_dead_letters_of_a_release_without_erasure(connection: Connection) -> None:

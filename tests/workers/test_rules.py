@@ -14,7 +14,7 @@ from model.config import ModelConfig
 from model.generation import build_generation
 from model.learner import Learner
 from model.manifest import manifest_sha256
-from model.sampling import Events
+from model.sampling import Events, History
 from model.user_state import Entry, digest
 from stream.answers import Guest, Wishes
 from stream.events import Artifact, Click, Item, ItemVector, Ranked, encode
@@ -199,7 +199,7 @@ def test_reasons_name_the_clicks(snapshot: Snapshot) -> None:
         assert {reason.item_id for reason in place.because} <= {"i1", "i9"}
         assert not place.because or sum(reason.share for reason in place.because) == pytest.approx(1, abs=2e-3)
     assert not any(place.because or place.explained for place in stranger)
-    (first, *rest), _ = snapshot.explain(asked, snapshot.recommend(asked, K), 1)
+    (first, *rest), _ = snapshot.explain(asked, snapshot.histories(asked), snapshot.recommend(asked, K), 1)
     assert first == known[0] and not any(place.because for place in rest)
 
 
@@ -291,13 +291,13 @@ def test_what_is_sent_says_arm_chances_reasons_and_source(snapshot: Snapshot) ->
 def test_a_click_is_scored_in_the_list_sent_before_it(snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the generation that serves made it of the user's state just before: else it is searched for."""
     asked, scored = list[Sequence[Query]](), list[tuple[str, ...]]()
-    search, worker = Snapshot.recommend, UserWorker(Settings(), Serving(snapshot), None, None)  # type: ignore[arg-type]
+    search, worker = Snapshot.ranked, UserWorker(Settings(), Serving(snapshot), None, None)  # type: ignore[arg-type]
 
-    def recommend(self: Snapshot, queries: Sequence[Query], k: int) -> list[list[Ranked]]:
+    def ranked(self: Snapshot, queries: Sequence[Query], histories: Sequence[History], k: int) -> list[list[Ranked]]:
         asked.append(queries)
-        return search(self, queries, k)
+        return search(self, queries, histories, k)
 
-    monkeypatch.setattr(Snapshot, "recommend", recommend)
+    monkeypatch.setattr(Snapshot, "ranked", ranked)
     monkeypatch.setattr(worker._recommender._score, "add", lambda item_id, seen, served, arm: scored.append(served))
     owned = Owned(PackedStates(), cast(Any, None), {})
 
@@ -312,7 +312,7 @@ def test_a_click_is_scored_in_the_list_sent_before_it(snapshot: Snapshot, monkey
 
     def fresh(*items: str) -> tuple[str, ...]:
         query = Query([Entry(one, 1.0, NOW_MS) for one in items], b"".join(map(digest, items)), NOW_MS)
-        return tuple(place.item_id for place in search(snapshot, [query], 10)[0])
+        return tuple(place.item_id for place in search(snapshot, [query], snapshot.histories([query]), 10)[0])
 
     click("i1")
     click("i2")

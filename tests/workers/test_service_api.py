@@ -163,6 +163,21 @@ def test_guests_leave_nothing_behind(service: Service) -> None:
     assert get(service, "/v1/figures")["events_total"] == users
 
 
+def test_head_is_get_without_its_body(service: Service) -> None:
+    connection = http.client.HTTPConnection(service.url.removeprefix("http://"), timeout=10)
+    for path, status in [("/livez", 200), ("/v1/items?limit=1", 200), ("/v1/items?limit=x", 400), ("/nowhere", 404)]:
+        answers = []
+        for method in ("GET", "HEAD"):
+            connection.request(method, path)
+            answer = connection.getresponse()
+            answers.append((answer.status, answer.headers["Content-Type"], answer.headers["Content-Length"]))
+            assert bool(answer.read()) == (method == "GET")
+        assert answers[0] == answers[1] and answers[0][0] == status
+    connection.request("HEAD", "/v1/stream?user=nobody")  # it would have no end
+    assert connection.getresponse().status == 405
+    connection.close()
+
+
 def test_looking(service: Service) -> None:
     found = get(service, "/v1/items?q=CHESS,%20part%203&limit=5")["items"]
     assert [item["title"] for item in found] == ["chess, part 3"] and found[0]["available"]
