@@ -45,6 +45,7 @@ class Learner:
         self._popularity = Popularity((*popular, config.covisitation_half_life))
         self._covisitation = Covisitation(config.covisitation_half_life, config.covisitation_pairs)
         self._mix = Mix(config.mix_candidates, config.mix_half_life)
+        self._mix_first: float = config.mix_half_life  # events of which the mix is given every one
         self._tower = TowerTrainer(config, seed, device, team)
         self._catalogue = Catalogue(config, seed, device)
         self._random = np.random.default_rng(seed)
@@ -62,6 +63,7 @@ class Learner:
             self._tower.text.weight.copy_(model.arrays["tower.text"])
         self._tower.table.values = model.arrays["tower.ids"].to(self.device).clone()
         self._mix.restore(model.arrays["mix"].cpu().numpy())
+        self._mix_first = 0
         self._warmup_left = 0
         self._counts = _counts_of(model)
         self._born = np.where(self._counts > 0, -np.inf, np.inf)
@@ -169,13 +171,14 @@ class Learner:
         """Against all items seen, not a sample, whose best are not the best: of a large catalogue with fewer events.
 
         One item in twelve cost 9 % of NDCG@10 by the mix, nothing by the towers (docs/quality.md). The first events
-        all count: a stream that young has seen no more items than events.
+        are all given: a stream that young has seen no more items than events.
         """
         window, config = self.log.ending_at(numbers, 1), self.config
         chosen = (window.goals[:, 0] > 0) & (self._counts[rows] > 0)
-        seen = int((self._counts > 0).sum())
-        if seen > config.full_softmax_items and self.log.count > config.mix_half_life:
-            chosen &= numbers % math.ceil(seen / config.sampled_items) == 0  # cells scored a batch: as with the sample
+        seen, every = int((self._counts > 0).sum()), 1
+        if seen > config.full_softmax_items and self.log.count > self._mix_first:
+            every = math.ceil(seen / config.sampled_items)  # cells scored a batch: as with the sample
+            chosen &= numbers % every == 0
         if not chosen.any():
             return []
         numbers, targets = numbers[chosen], rows[chosen]
@@ -184,7 +187,7 @@ class Learner:
         history = self.log.before(numbers, config.history, config.same_stamp_history)
         parts = self._scores(self._view(), history, ts_ms[chosen], candidates)
         excluded = self.log.consumed_mask(self.log.users(numbers), columns, len(candidates))
-        losses = self._mix.learn(parts, columns[targets], excluded, situation(history, ts_ms[chosen]))
+        losses = self._mix.learn(parts, columns[targets], excluded, situation(history, ts_ms[chosen]), every)
         if not np.isfinite(self._mix.weights()).all():
             raise FloatingPointError(f"mix weights diverged at event {self.log.count}")
         return [float(loss) for loss in losses]

@@ -69,8 +69,11 @@ class Mix:
         targets: NDArray[np.int64],
         excluded: NDArray[np.bool_],
         situations: NDArray[np.int64],
+        stands_for: int = 1,
     ) -> NDArray[np.float64]:
         """One step on the softmax over each event's candidates; losses (n <= B,) of those that count.
+
+        Of a stream of which every k-th event is given, each stands for k: it counts as many, and as many are forgotten.
 
         The candidates are the best of each part, and an event counts only if its target is one of them: adding
         the target would teach that whatever lifts an item into the best speaks against it. They do not depend on
@@ -94,7 +97,7 @@ class Mix:
         share = odds / odds.sum(axis=1, keepdims=True)  # (B, K)
         mean = np.einsum("bk,bkf->bf", share, chosen)
         spread = np.einsum("bk,bkf,bkg->bfg", share, chosen, chosen, optimize=True) - mean[:, :, None] * mean[:, None]
-        self._fold(rows, spread, np.einsum("bfg,bg->bf", spread, weights) + own - mean)
+        self._fold(rows, spread, np.einsum("bfg,bg->bf", spread, weights) + own - mean, stands_for)
         return np.asarray(peak[:, 0] + np.log(odds.sum(axis=1)) - (own * weights).sum(axis=1))
 
     def _best(
@@ -115,12 +118,14 @@ class Mix:
         twice = np.pad(best[:, 1:] == best[:, :-1], ((0, 0), (1, 0)))
         return best, twice | np.take_along_axis(excluded, best, 1)
 
-    def _fold(self, rows: NDArray[np.float64], spread: NDArray[np.float64], pull: NDArray[np.float64]) -> None:
+    def _fold(
+        self, rows: NDArray[np.float64], spread: NDArray[np.float64], pull: NDArray[np.float64], stands_for: int
+    ) -> None:
         """Adds the events' curvature (B, F, F) and pull (B, F) to what rows (B, R) of the weights know."""
-        kept, size = float(np.exp(-self._decay * len(rows))), self._start.size
+        kept, size = float(np.exp(-self._decay * stands_for * len(rows))), self._start.size
         added = np.einsum("br,bs,bfg->rfsg", rows, rows, spread, optimize=True).reshape(size, size)
-        self._curvature = kept * self._curvature + added
-        self._pull = kept * self._pull + np.einsum("br,bf->rf", rows, pull).ravel()
+        self._curvature = kept * self._curvature + stands_for * added
+        self._pull = kept * self._pull + stands_for * np.einsum("br,bf->rf", rows, pull).ravel()
         trust = self._trust.ravel()
         solved = np.linalg.solve(self._curvature + np.diag(trust), self._pull + trust * self._start.ravel())
         self._values = np.asarray(solved.reshape(self._start.shape), np.float64)

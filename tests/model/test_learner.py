@@ -60,19 +60,30 @@ def test_the_mix_of_a_large_catalogue_learns_against_all_of_it_from_fewer_events
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of a sample's best it learned to rank the middle: at one item in twelve 9 % of NDCG@10 (docs/quality.md)."""
-    shapes, learn = [], Mix.learn
+    calls, learn = list[tuple[int, int, int]](), Mix.learn
 
     def noted(mix: Mix, parts: Any, *others: Any) -> Any:
-        shapes.append(parts.shape[1:])
+        calls.append((*parts.shape[1:], others[-1]))
         return learn(mix, parts, *others)
 
     monkeypatch.setattr(Mix, "learn", noted)
     config = replace(CONFIG, exclude_seen=False, full_softmax_items=10, sampled_items=8, mix_half_life=500.0)
-    learner(config).learn(chain(1024, 0.2))
-    early, late = shapes[:6], shapes[-7:]
-    assert sum(events for events, _ in early) > 5 * CONFIG.micro_batch
-    assert sum(events for events, _ in late) == pytest.approx(7 * CONFIG.micro_batch / 5, abs=10)
-    assert {candidates for _, candidates in late} == {40}
+    old, events = learner(config), chain(1024, 0.2)
+    old.learn(events)
+    early, late = calls[:6], calls[-7:]
+    assert sum(num_events for num_events, _, _ in early) > 5 * CONFIG.micro_batch
+    assert {stands_for for _, _, stands_for in early} == {1}
+
+    def every_fifth(calls: list[tuple[int, int, int]]) -> None:
+        num_events, candidates, stands_for = zip(*calls, strict=True)
+        assert sum(num_events) == pytest.approx(len(calls) * CONFIG.micro_batch / 5, abs=10)
+        assert (set(candidates), set(stands_for)) == ({40}, {5})
+
+    every_fifth(late)
+    resumed = Learner(config)
+    resumed.resume(old.model(), old.text())
+    resumed.learn(events.slice(0, 448))
+    every_fifth(calls[-7:])
 
 
 def test_noise_scores_at_chance() -> None:

@@ -103,3 +103,14 @@ def test_users_who_have_the_popular_items_do_not_turn_popularity_around_for_stra
         targets = np.random.default_rng(seed).integers(0, 25, 32)  # of the unpopular
         mix.learn(parts, targets, np.zeros((32, 40), np.bool_), np.full(32, PAGE))
     assert mix.weights()[STRANGER, popular].sum() > 0
+
+
+def test_an_event_that_stands_for_three_counts_and_forgets_as_three() -> None:
+    thin, whole = (Mix(candidates=40, half_life=200.0) for _ in range(2))
+    for seed in range(20):
+        parts, targets = noise(seed), np.random.default_rng(seed).integers(0, 40, 32)
+        parts[seed // 10, np.arange(32), targets] += 2.0
+        barred, where = np.zeros((32, 40), np.bool_), np.full(32, PAGE)
+        thin.learn(parts, targets, barred, where, stands_for=3)
+        whole.learn(np.tile(parts, (1, 3, 1)), np.tile(targets, 3), np.tile(barred, (3, 1)), np.tile(where, 3))
+    np.testing.assert_allclose(thin.weights(), whole.weights(), rtol=1e-4, atol=1e-5)
