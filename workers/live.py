@@ -183,7 +183,7 @@ class Live:
         search = SearchProcess(folder, sha256)
         try:
             snapshot = Snapshot.of(announced, search, Model.load(folder / "model"), self.catalogue)
-            snapshot.recommend([Query((), b"", 0)], 1)  # the first call takes 30 ms: not one that somebody waits for
+            snapshot.recommend([Query((), b"", 0)], 1)  # the first call is the slowest: not one that somebody waits for
             return snapshot
         except BaseException:
             search.close()
