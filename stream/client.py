@@ -7,7 +7,7 @@ ApiError(RuntimeError)     the service has refused the request: `status`, and it
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, TypedDict, TypeVar, Unpack
 from urllib.parse import quote
@@ -35,6 +35,7 @@ from stream.events import Item
 
 BUSY = (429, 502, 503, 504)  # 502, 504: a proxy before a server that starts
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0
+REQUEST_ENTRIES, REQUEST_BYTES = 1000, 1_000_000  # within the defaults of serve.max_batch and serve.max_body_bytes
 SILENCE_S = 40.0  # an open stream says something every 15 s
 
 
@@ -96,13 +97,16 @@ class Client(Closing):
         return self._get(f"/v1/users/{quote(user_id, safe='')}", UserOut)
 
     def send(self, *clicks: EventIn) -> Receipt:
-        """In Kafka when this returns, but for those in `rejected`. Raises ApiError 400 when all are refused."""
+        """In Kafka when this returns, but for those in `rejected`; many of them in several requests.
+
+        Raises ApiError 400 where all of a request are refused: what was in the requests before it is sent.
+        """
         named = [msgspec.structs.replace(click, event_id=click.event_id or uuid.uuid4().hex) for click in clicks]
-        return self._call("POST", "/v1/events", Receipt, content=msgspec.json.encode(named))  # safe to try again: named
+        return self._post("/v1/events", named)  # safe to try again: named
 
     def send_items(self, *items: Item) -> Receipt:
         """Adds items or replaces them; answers and raises as `send`."""
-        return self._call("POST", "/v1/items", Receipt, content=msgspec.json.encode(items))
+        return self._post("/v1/items", items)
 
     def remove_item(self, item_id: str) -> Delivered:
         """Takes an item out of the catalogue: no list shows it again."""
@@ -151,6 +155,19 @@ class Client(Closing):
             self._opened, self._pid = self._open(), os.getpid()
         return self._opened
 
+    def _post(self, path: str, entries: Sequence[EventIn] | Sequence[Item]) -> Receipt:
+        whole = Receipt(0, [], [])
+        for first, content in _requests(entries):
+            part = self._call("POST", path, Receipt, content=content)
+            for refused in part.rejected:
+                refused.index += first
+            for delivered in part.results:
+                delivered.index += first
+            whole.accepted += part.accepted
+            whole.rejected += part.rejected
+            whole.results += part.results
+        return whole
+
     def _get(self, path: str, kind: type[T], **query: Any) -> T:
         return self._call("GET", path, kind, params=query)
 
@@ -175,6 +192,19 @@ class Client(Closing):
 
 
 KINDS: dict[str, type[Update] | type[Status]] = {"recommendations": Update, "status": Status}
+
+
+def _requests(entries: Sequence[EventIn] | Sequence[Item]) -> Iterator[tuple[int, bytes]]:
+    """Bodies that a server takes by default, each with the number of its first entry."""
+    first, held, size = 0, list[bytes](), 0
+    for raw in map(msgspec.json.encode, entries):
+        if held and (len(held) == REQUEST_ENTRIES or size + len(raw) > REQUEST_BYTES):
+            yield first, b"[%b]" % b",".join(held)
+            first, held, size = first + len(held), [], 0
+        held.append(raw)
+        size += len(raw) + 1
+    if held:
+        yield first, b"[%b]" % b",".join(held)
 
 
 def _check(answer: httpx.Response) -> None:

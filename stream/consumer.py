@@ -23,7 +23,8 @@ class MissingTopic(ValueError):
     """The topics have not been made, or this login may not see them."""
 
     def __init__(self, *names: str) -> None:
-        super().__init__(f"no such topic: {', '.join(names)}; `upwell topics` creates what is missing")
+        what = ", ".join(names)
+        super().__init__(f"no such topic: {what}; `upwell topics` creates what is missing, if it is not hidden from us")
 
 
 class Record(Protocol):

@@ -45,6 +45,8 @@ def _lines(path: Path, columns: Mapping[str, str], titles: dict[str, str]) -> It
         for number, row in enumerate(reader, 2):
             said = {name: (row[column] or "").strip() for name, column in columns.items()}
             try:
+                if not (said["user"] and said["item"]):
+                    raise ValueError(f"{'item' if said['user'] else 'user'} is empty")
                 value = float(said["value"]) if said.get("value") else None
                 yield _EventLine(said["user"], said["item"], said.get("type") or "click", _seconds(said["ts"]), value)
             except ValueError as error:

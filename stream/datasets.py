@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 
@@ -54,16 +54,19 @@ class NoDataset(ValueError):
     """It is not there, and what would be."""
 
 
+Id = Annotated[str, msgspec.Meta(min_length=1)] | int
+
+
 class _EventLine(msgspec.Struct):
-    user_id: str | int
-    item_id: str | int
+    user_id: Id
+    item_id: Id
     event_type: str
     ts: float
     value: float | None = None
 
 
 class _ItemLine(msgspec.Struct):
-    item_id: str | int
+    item_id: Id
     title: str
     text: str = ""
     categories: list[str] = []

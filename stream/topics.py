@@ -75,7 +75,9 @@ class Topics:
         self.prefix = prefix
         self.clicks = topic(
             "clicks",
-            "What users do, and their wish to be erased, keyed by user: one user, one partition, one order.",
+            "What users do, and their wish to be erased, keyed by user: one user, one partition, one order. The partition "
+            "is murmur2 of the key, as Kafka's Java client has it (librdkafka: `partitioner=murmur2_random`); no "
+            "transactions: the workers read what is not committed, too.",
             partitions,
             clicks_ms,
         )
@@ -142,6 +144,8 @@ def _create(topics: list[Topic], admin: kafka.KafkaAdminClient) -> None:
 
 def _compare(topic: Topic, partitions: int, config: dict[str, dict[str, str]]) -> None:
     check_partitions(topic, partitions)
+    if not config:  # kafka-python passes over the error
+        raise WrongTopic(f"{topic.name}: this login may not read its settings: it needs DescribeConfigs")
     for key in ("cleanup.policy", "message.timestamp.type"):  # the second: windows go by the broker's clock
         if set((value := config[key]["value"]).split(",")) != set(topic.config()[key].split(",")):
             wanted = topic.config()[key]

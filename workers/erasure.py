@@ -7,8 +7,8 @@ The receipt is the wish's place, which names nobody: what has become of it is re
 
 import re
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 
 import kafka
 from kafka import TopicPartition
@@ -63,6 +63,18 @@ def status(settings: Settings, receipt: str) -> Erased:
     span_ms = longest_ms(settings)
     found.gone_by_ms = None if span_ms is None else found.requested_ms + span_ms
     return found
+
+
+def waiting(settings: Settings) -> Iterator[tuple[str, int]]:
+    """User and offset of each wish that the workers have not committed. Raises KafkaError, TimeoutError, ValueError."""
+    topic, connection = settings.topics.clicks.name, settings.connection
+    committed = committed_offsets(connection, settings.worker.group, topic)
+    for record in read_window(connection, topic, offsets=committed):
+        if b'"erase"' not in (record.value or b""):  # to decode all of a long lag would take minutes
+            continue
+        with suppress(BadEvent):
+            if isinstance(event := decode_record(record.value, record.key, record.timestamp), Erasure):
+                yield event.user_id, record.offset
 
 
 def _asked_ms(connection: Connection, topic: str, partition: int, offset: int) -> int:

@@ -9,6 +9,7 @@ from litestar.exceptions import HTTPException
 from litestar.params import Parameter
 
 from stream.answers import Erased
+from stream.consumer import MissingTopic
 from stream.events import BadEvent
 from stream.producer import BufferFull, DeliveryError
 from workers.erasure import UnknownReceipt, status
@@ -33,8 +34,8 @@ async def erase_user(service: Served, user_id: UserId) -> Erased:
         return await asyncio.get_running_loop().run_in_executor(service.sending, service.erase, user_id)
     except BadEvent as error:
         raise HTTPException(status_code=400, detail=str(error)) from error
-    except (DeliveryError, BufferFull, kafka.errors.KafkaError) as error:
-        raise refused(503, "Kafka did not take the erasure", 2) from error
+    except (DeliveryError, BufferFull, MissingTopic, kafka.errors.KafkaError) as error:
+        raise refused(503, f"Kafka did not take the erasure: {error}", 2) from error
 
 
 @get(
@@ -48,5 +49,5 @@ async def erasure(service: Served, receipt: ReceiptId) -> Erased:
         return await asyncio.get_running_loop().run_in_executor(service.sending, status, service.settings, receipt)
     except UnknownReceipt as error:
         raise HTTPException(status_code=404, detail=str(error)) from error
-    except kafka.errors.KafkaError as error:
-        raise refused(503, "Kafka does not answer", 2) from error
+    except (MissingTopic, kafka.errors.KafkaError) as error:
+        raise refused(503, f"Kafka does not say: {error}", 2) from error

@@ -34,6 +34,7 @@ class Stream:
         self._wishes = Wishes(k=service.settings.worker.k, explain=True)
         self._status: Status | None = None
         self._sent_to = -1  # newest offset behind a list that was sent
+        self._owed = False  # its own list could not be made yet
 
     async def events(self) -> AsyncIterator[ServerSentEventMessage]:
         """Ends when the server does."""
@@ -57,15 +58,14 @@ class Stream:
                     yield self._said()  # a comment would do for proxies, but EventSource hides those from its page
 
     async def _changes(self) -> AsyncIterator[ServerSentEventMessage]:
-        """The status where it is another, and with another generation its list."""
+        """The status where it is another, and with another generation, or once it can be made, its list."""
         updates, before = self._service.updates, self._status
-        status = Status(updates.connected, updates.generation)
-        if status == before:
-            return
-        self._status = status
-        yield self._said()
-        if before is None or before.generation != status.generation:
+        self._status = status = Status(updates.connected, updates.generation)
+        if status != before:
+            yield self._said()
+        if self._owed or before is None or before.generation != status.generation:
             answer = await self._own()
+            self._owed = answer is None
             if answer and _id(answer) != self._last_id:
                 yield self._update(answer, None)
 

@@ -18,7 +18,7 @@ from workers import metrics
 from workers.arms import arm_of, rules_of
 from workers.erasure import ask, longest_ms
 from workers.guests import TextEncoder, session
-from workers.live import Live
+from workers.live import Live, NotReady
 from workers.settings import Settings
 from workers.snapshot import Query, Rules, Snapshot
 from workers.tracing import tracer_of
@@ -86,7 +86,7 @@ class Service:
     def recommend(self, user_id: str, wishes: Wishes, reached: bool = True) -> Answer:
         """reached: the state asked for is there. Raises NotReady."""
         stored_id = self.stored_id(user_id)
-        state, at = self.users.of(stored_id), self.users.places.get(stored_id)
+        state, at = self._state(stored_id), self.users.places.get(stored_id)
         arm, now_ms = arm_of(self.settings, stored_id), time.time_ns() // 1_000_000
         query = Query(state.history, state.seen, now_ms, self._rules(wishes, arm))
         snapshot, items = self._list(query, wishes)
@@ -138,9 +138,9 @@ class Service:
         return found
 
     def user(self, user_id: str) -> UserOut | None:
-        """None for a user of whom nothing is known."""
+        """None for a user of whom nothing is known. Raises NotReady."""
         stored_id = self.stored_id(user_id)
-        state = self.users.of(stored_id)
+        state = self._state(stored_id)
         if state is EMPTY:
             return None
         return UserOut(
@@ -151,6 +151,13 @@ class Service:
             as_of=AsOf(self.users.partition(stored_id), state.offset),
             arm=arm_of(self.settings, stored_id),
         )
+
+    def _state(self, stored_id: str) -> UserState:
+        """Raises NotReady while it may still be among those that are being read: a known user is no stranger."""
+        state = self.users.of(stored_id)
+        if state is EMPTY and not self.users.caught_up.is_set():
+            raise NotReady("the users' states are being read")
+        return state
 
     def places(self, ranked: Sequence[Ranked]) -> list[RankedItem]:
         return [

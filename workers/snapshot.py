@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from model.explain import contributions, reasons
-from model.index import EXACT_SHARE
+from model.index import EXACT_SHARE, ExactIndex
 from model.model import History, Model
 from model.queries import Rows, Vectors
 from model.rules import chances, diversify, explore
@@ -166,9 +166,11 @@ class Snapshot:
 
     def history(self, entries: Sequence[Entry]) -> History:
         """The entries whose items this generation knows. Among many users' ids the lookups cost more than the model."""
-        known = [(self.rows[e.item_id], e.weight, e.ts_ms) for e in entries if e.item_id in self.rows]
-        rows, weights, stamps = zip(*known, strict=True) if known else ((), (), ())
-        return History(np.array(rows, np.int64), np.array(weights, np.float32), np.array(stamps, np.int64))  # (T,) each
+        rows = np.array([self.rows.get(entry.item_id, -1) for entry in entries], np.int64)  # (T,) each
+        weights = np.array([entry.weight for entry in entries], np.float32)
+        stamps = np.array([entry.ts_ms for entry in entries], np.int64)
+        known = rows >= 0
+        return History(rows[known], weights[known], stamps[known])
 
     def knows(self, entries: Sequence[Entry]) -> bool:
         """Whether a list made from this history is personal: of other items this generation has learned nothing."""
@@ -211,21 +213,16 @@ class Snapshot:
 
     def _open(self, users: Vectors, width: int, excluded: Sequence[Rows], hidden: Rows) -> tuple[Rows, Vectors]:
         """The best rows (B, width) and their scores, without those excluded; row -1 where there are no more."""
-        indexed = [rows[rows < self.num_indexed] for rows in excluded]
-        rows, scores = self.search.search(users, width, indexed, hidden[hidden < self.num_indexed])
+        end = self.num_indexed
+        rows, scores = self.search.search(users, width, [out[out < end] for out in excluded], hidden[hidden < end])
         if not len(self.fresh):
             return rows, scores
-        fresh = users @ self.fresh.T  # (B, F)
-        fresh[:, hidden[hidden >= self.num_indexed] - self.num_indexed] = -np.inf
-        for query, out in enumerate(excluded):
-            fresh[query, out[out >= self.num_indexed] - self.num_indexed] = -np.inf
-        fresh_rows = np.arange(self.num_indexed, self.num_indexed + len(self.fresh))
-        all_rows = np.concatenate([rows, np.broadcast_to(fresh_rows, fresh.shape)], axis=1)  # (B, width + F)
-        all_scores = np.concatenate([scores, fresh], axis=1)
-        best = np.argsort(-all_scores, axis=1, kind="stable")[:, :width]
-        scores = np.take_along_axis(all_scores, best, axis=1)
-        rows = np.take_along_axis(all_rows, best, axis=1)
-        return np.where(np.isneginf(scores), -1, rows), scores
+        own = [out[out >= end] - end for out in excluded]
+        fresh, values = ExactIndex(self.fresh).search(users, width, own, hidden[hidden >= end] - end)
+        rows = np.concatenate([rows, np.where(fresh < 0, -1, fresh + end)], axis=1)  # (B, 2 width)
+        scores = np.concatenate([scores, values], axis=1)
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :width]
+        return np.take_along_axis(rows, best, axis=1), np.take_along_axis(scores, best, axis=1)
 
     def _filtered(self, user: Vectors, query: Query, width: int, excluded: Rows, hidden: Rows) -> tuple[Rows, Vectors]:
         """The best rows (width,) that pass the filters: of more than needed, or of a scan where few pass."""

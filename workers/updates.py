@@ -147,12 +147,13 @@ class Updates:
             box.wake.set()
 
     async def _tell_of_changes(self) -> None:
-        said = (self.connected, self.generation)
+        before = None
         while True:
-            await asyncio.sleep(WATCH_S)
-            if said != (self.connected, self.generation):
-                said = (self.connected, self.generation)
+            now = self.connected, self.generation, self._users.caught_up.is_set()
+            if now != before:
+                before = now
                 self._wake_all()
+            await asyncio.sleep(WATCH_S)
 
     def _wake_all(self) -> None:
         for boxes in self._boxes.values():

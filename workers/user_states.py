@@ -4,15 +4,20 @@ import threading
 import time
 from collections import OrderedDict
 
+import structlog
+from kafka.errors import KafkaError
 from msgspec import Struct
 
 from model.user_state import EMPTY, UserState
 from stream.consumer import Record, tail
 from stream.producer import partition_of
 from workers import metrics
+from workers.erasure import waiting
 from workers.settings import Settings
 from workers.state_writer import LAST
 from workers.states import PackedStates, keep_newest
+
+log = structlog.get_logger()
 
 RECENT_USERS = 50
 MARKED_S = 600.0  # a worker that has been overtaken is fenced long before
@@ -76,7 +81,7 @@ class UserStates:
 
     def _follow(self) -> None:
         topic, ahead = self._settings.topics.users.name, dict[int, int]()
-        for records in tail(self._settings.connection, [topic], self._stop, self.caught_up.set):
+        for records in tail(self._settings.connection, [topic], self._stop, self._caught_up):
             progress: dict[int, int] = {}
             with self._changing:
                 for record in records:
@@ -88,6 +93,15 @@ class UserStates:
             self.progress |= progress  # once all states of the read are there
             while len(self.recent) > RECENT_USERS:
                 self.recent.popitem(last=False)
+
+    def _caught_up(self) -> None:
+        """With the wishes that no worker has got to: their nulls went by before this server listened."""
+        try:
+            for user_id, offset in waiting(self._settings):
+                self.erase(user_id, offset)
+        except (KafkaError, TimeoutError, ValueError) as error:
+            log.warning("waiting erasures not read", reason=repr(error))
+        self.caught_up.set()
 
     def _take(self, record: Record) -> int:
         """The offset of the user's newest state."""

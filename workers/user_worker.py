@@ -7,13 +7,14 @@ upwell.clicks -> decode_record -> Fold.apply -> Snapshot.recommend -> upwell.use
 import asyncio
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Container, Mapping, Sequence, Set
 from typing import Any
 
 import structlog
 
 from model.user_state import EMPTY, Applied, Fold, Limits
 from stream.events import BadEvent, DeadLetter, Erasure, Recommendations, decode_record, encode
+from stream.producer import partition_of
 from stream.tracing import Header
 from workers import metrics
 from workers.arms import arm_of
@@ -67,7 +68,7 @@ class UserWorker:
         """The users that were erased."""
         metrics.batch_clicks.observe(len(records))
         began = time.perf_counter()
-        reads, erased, dead = self._decode(records)
+        reads, erased, dead = self._decode(records, owned.states)
         folded = self._fold(owned, reads, erased)
         owned.states.update(folded.states)
         await owned.writer.put({u.encode(): owned.record(u, folded.states[u]) for u in folded.changed})
@@ -89,12 +90,16 @@ class UserWorker:
         self._check_ratio(records, dead)
         return erased.keys()
 
-    def _decode(self, records: Sequence[Any]) -> tuple[list[Read], dict[str, int], list[DeadLetter]]:
+    def _decode(
+        self, records: Sequence[Any], states: Container[str]
+    ) -> tuple[list[Read], dict[str, int], list[DeadLetter]]:
         """Clicks that count, the users that are erased (-> offset of the wish), and what is neither."""
         reads, erased, dead = list[Read](), dict[str, int](), list[DeadLetter]()
         for record in records:
             try:
                 event = decode_record(record.value, record.key, record.timestamp)
+                if event.user_id not in states:
+                    self._check_partition(event.user_id, record.partition)
             except BadEvent as error:
                 dead.append(dead_letter(record, str(error)))
                 continue
@@ -103,6 +108,15 @@ class UserWorker:
             else:
                 reads.append(Read(event, record.offset, record.timestamp))
         return [read for read in reads if read.offset > erased.get(read.click.user_id, -1)], erased, dead
+
+    def _check_partition(self, user_id: str, partition: int) -> None:
+        """Of a user without a state here: a client that deals keys otherwise would make one user two. 2 us.
+
+        Raises BadEvent.
+        """
+        right = partition_of(user_id, self._settings.kafka.partitions)
+        if partition != right:
+            raise BadEvent(f"key: in partition {partition}, by murmur2 it belongs in {right}: look at the partitioner")
 
     def _fold(self, owned: Owned, reads: Sequence[Read], erased: Mapping[str, int]) -> Folded:
         states = owned.states

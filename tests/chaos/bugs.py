@@ -66,7 +66,7 @@ def repeated_applied() -> None:
 def dead_letters_dropped() -> None:
     """Bad messages vanish."""
     decode = UserWorker._decode
-    UserWorker._decode = lambda self, records: (*decode(self, records)[:2], [])  # type: ignore[method-assign]
+    UserWorker._decode = lambda *given: (*decode(*given)[:2], [])  # type: ignore[method-assign]
 
 
 def states_kept() -> None:
@@ -156,8 +156,8 @@ def id_logged() -> None:
     """A user's id in a log line."""
     decode = UserWorker._decode
 
-    def chatty(self: UserWorker, records: Any) -> Any:
-        found = decode(self, records)
+    def chatty(self: UserWorker, records: Any, states: Any) -> Any:
+        found = decode(self, records, states)
         for user_id in found[1]:
             print("erased", user_id, flush=True)
         return found
@@ -191,8 +191,8 @@ def erasure_passed_over() -> None:
     """A wish is read and nothing comes of it."""
     decode = UserWorker._decode
 
-    def deaf(self: UserWorker, records: Any) -> Any:
-        reads, _, dead = decode(self, records)
+    def deaf(self: UserWorker, records: Any, states: Any) -> Any:
+        reads, _, dead = decode(self, records, states)
         return reads, {}, dead
 
     UserWorker._decode = deaf  # type: ignore[method-assign]
@@ -203,9 +203,9 @@ def hoards() -> None:
     decode = UserWorker._decode
     hoard: list[bytes] = []
 
-    def keep(self: UserWorker, records: Any) -> Any:
+    def keep(self: UserWorker, records: Any, states: Any) -> Any:
         hoard.extend(b"x" * (1 << 18) for _ in records)
-        return decode(self, records)
+        return decode(self, records, states)
 
     UserWorker._decode = keep  # type: ignore[method-assign]
 
@@ -215,10 +215,10 @@ def leaks() -> None:
     decode = UserWorker._decode
     kept: list[Any] = []
 
-    def keep(self: UserWorker, records: Any) -> Any:
+    def keep(self: UserWorker, records: Any, states: Any) -> Any:
         kept.extend(b"x" * (1 << 15) for _ in records)
         kept.append(os.open(os.devnull, os.O_RDONLY))
-        return decode(self, records)
+        return decode(self, records, states)
 
     UserWorker._decode = keep  # type: ignore[method-assign]
 

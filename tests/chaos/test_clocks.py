@@ -94,7 +94,7 @@ def _read(settings: Settings) -> tuple[list[str], dict[str, bytes], int]:
     owned, dead = Owned(PackedStates(), cast(Any, None), {}), 0
     for partition in range(settings.kafka.partitions):
         records = list(read_window(settings.connection, settings.topics.clicks.name, only=[partition]))
-        reads, erased, letters = worker._decode(records)
+        reads, erased, letters = worker._decode(records, owned.states)
         owned.states.update(worker._fold(owned, reads, erased).states)
         dead += len(letters)
     return ids, {user_id: encode_state(state) for user_id, state in owned.states.items()}, dead

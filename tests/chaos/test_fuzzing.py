@@ -21,13 +21,15 @@ from tests.chaos.fuzz_decoder import check
 from tests.model.test_user_state import slow_twin
 from tests.records import Record
 from tests.workers.test_compatibility import GOLDEN, GOLDEN_STATE
-from workers.settings import Settings, Worker
+from workers.settings import Kafka, Settings, Worker
 from workers.states import Owned
 from workers.user_worker import UserWorker
 
 SEED, SHORT, LONG, FUZZ_S = 18, 200, 10_000, 600
 LIMITS = Limits(history=4, event_ids=3, seen=3)  # few, so that a redelivery reaches back behind what is remembered
-SETTINGS = Settings(worker=Worker(history=LIMITS.history, event_ids=LIMITS.event_ids, seen=LIMITS.seen))
+SETTINGS = Settings(
+    worker=Worker(history=LIMITS.history, event_ids=LIMITS.event_ids, seen=LIMITS.seen), kafka=Kafka(partitions=1)
+)
 ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.timeout(1800)
@@ -79,7 +81,7 @@ def delivered(log: Log, data: st.DataObject) -> tuple[dict[str, bytes], int]:
     dead: set[int] = set()
     while at < len(records):
         upto = data.draw(st.integers(at + 1, len(records)))
-        reads, erased, letters = worker._decode(records[at:upto])
+        reads, erased, letters = worker._decode(records[at:upto], memory)
         dead |= {letter.offset for letter in letters}
         folded = worker._fold(Owned(cast(Any, memory), cast(Any, None), {}), reads, erased)
         if deaths < 4 and data.draw(st.booleans()):

@@ -88,6 +88,8 @@ def test_variables_are_settings() -> None:
 
 def test_compose_has_every_role_and_what_they_name() -> None:
     services = COMPOSE["services"]
+    for name in (*ROLES, "topics"):  # topics made otherwise than the roles are told end these
+        assert services[name]["environment"] == COMPOSE["x-upwell"]["environment"], name
     assert services.keys() >= {*ROLES, "kafka", "topics", "prometheus", "grafana"}
     for name, service in services.items():
         assert set(service.get("depends_on", {})) <= services.keys(), name

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from stream.answers import EventIn, Guest, Status, Update
-from stream.client import ApiError, Client, Unavailable, _events
+from stream.client import ApiError, Client, Unavailable, _events, _requests
 from stream.ports import free_port
 from tests.workers.console_fake import Fake, fake_api
 
@@ -37,6 +37,19 @@ def test_answers_are_typed(fake: tuple[Fake, str]) -> None:
         assert client.remove_item("i/7").item_id == "i/7"
         assert client.erasure(client.forget("a/b ü").receipt).partition == 3
         assert client.user("a/b ü").clicks == 0
+
+
+def test_many_clicks_go_in_requests_that_the_server_takes(fake: tuple[Fake, str]) -> None:
+    api, url = fake
+    clicks = [EventIn(user_id="u", item_id="nowhere" if n == 2100 else "i1", event_id=f"e{n}") for n in range(2300)]
+    with Client(url) as client:
+        receipt = client.send(*clicks)
+        assert client.send().accepted == 0
+    assert api.requests == 3
+    assert (receipt.accepted, [one.index for one in receipt.rejected]) == (2299, [2100])
+    assert [one.index for one in receipt.results] == [n for n in range(2300) if n != 2100]
+    bodies = list(_requests([EventIn(user_id="u", item_id="i", context={"page": "x" * 50_000})] * 30))
+    assert [first for first, _ in bodies] == [0, 19] and all(len(body) < 2**20 for _, body in bodies)
 
 
 def test_a_busy_service_is_asked_again_and_a_click_counts_once(fake: tuple[Fake, str]) -> None:

@@ -48,6 +48,9 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     write(tmp_path, [event(1), {"user_id": "u"}], [])
     with pytest.raises(ValueError, match=r"events.jsonl.gz, line 2: .*item_id"):
         load_dataset(tmp_path)
+    write(tmp_path, [event(1, user="")], [])  # all who have no id would be one user
+    with pytest.raises(ValueError, match=r"line 1: .*length >= 1 - at `\$.user_id`"):
+        load_dataset(tmp_path)
 
 
 def test_ml_100k_is_read_inside_the_wheel(tmp_path: Path) -> None:

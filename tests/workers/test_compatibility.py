@@ -155,7 +155,7 @@ def test_a_field_added_with_a_default_is_read_where_it_is_missing(raw: bytes) ->
 def test_a_later_releases_click_is_a_dead_letter_that_can_be_sent_again(later: dict[str, Any]) -> None:
     worker = UserWorker.__new__(UserWorker)  # decoding needs nothing of it
     raw = changed(KINDS[names.index("Click")], **later)
-    reads, _, (letter,) = worker._decode([Record(b"u1", raw)])
+    reads, _, (letter,) = worker._decode([Record(b"u1", raw)], ())
     assert reads == [] and (letter.payload, letter.key, letter.truncated) == (raw, b"u1", False)
     assert letter.cause.startswith(next(iter(later)))
 

@@ -56,6 +56,7 @@ class Still(Service):
     async def start(self) -> None:
         self.updates._loop = asyncio.get_running_loop()
         self.updates.close()
+        self.users.caught_up.set()
 
     async def stop(self) -> None:
         for threads in (self.sending, self.encoding):

@@ -18,13 +18,14 @@ import structlog
 from kafka.admin import ConfigResource
 from litestar.testing import TestClient
 
-from model.user_state import EMPTY, UserState, encode_state
-from stream.consumer import read_window
+from model.user_state import EMPTY, Entry, UserState, encode_state
+from stream.consumer import MissingTopic, read_window
 from stream.events import OFFSET_HEADER, WIRE_TYPES, Click, DeadLetter, ItemVector, encode
 from stream.producer import ClickProducer, Producer, partition_of
 from tests.workers.service import until
 from tests.workers.test_limits import Still
 from workers import metrics
+from workers.bench.stage import _write
 from workers.dead_letters import names_one
 from workers.erasure import UnknownReceipt, ask, longest_ms, status
 from workers.keys import OPEN
@@ -33,6 +34,7 @@ from workers.server import build_app
 from workers.service import Service
 from workers.settings import ConfigError, Privacy, Settings, load_settings
 from workers.training_input import Window
+from workers.user_states import UserStates
 
 
 def test_no_wire_type_and_no_state_carries_a_user_s_vector() -> None:
@@ -224,6 +226,35 @@ def test_no_wish_is_sent_whose_receipt_cannot_be_made(settings: Settings) -> Non
     with ClickProducer(settings.connection, settings.topics) as producer, refused:
         ask(producer, "u", denied)
     assert not any(read_window(settings.connection, settings.topics.clicks.name))
+
+
+def test_a_server_that_starts_before_the_worker_gets_to_a_wish_knows_of_it(settings: Settings) -> None:
+    """The null that makes servers forget went by before it listened."""
+    topics, connection = settings.topics, settings.connection
+    partition = partition_of("u", settings.kafka.partitions)
+    with ClickProducer(connection, topics) as producer:
+        for number in range(3):
+            producer.send(Click(event_id=f"e{number}", user_id="u", item_id=f"i{number}", ts_ms=number))
+        state = UserState(offset=2, applied=3, history=(Entry("i1", 1.0, 1),))
+        asyncio.run(_write(settings, [(topics.users.name, partition, [(b"u", encode_state(state))])]))
+        producer.erase("u", time.time_ns() // 1_000_000)
+    users = UserStates(settings)
+    users.start()
+    try:
+        until(users.caught_up.is_set, "the states are read")
+        assert users.of("u") is EMPTY and users.states["u"].offset == 3
+    finally:
+        users.stop()
+
+
+def test_an_erasure_of_topics_that_may_not_be_described_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """kafka-python passes over the error of a topic whose settings this login may not see."""
+    monkeypatch.setattr(Still, "erase", lambda *_: (_ for _ in ()).throw(MissingTopic("upwell.users")))
+    with TestClient(build_app(Still(Settings()), OPEN), base_url="http://127.0.0.1") as api:
+        answer = api.delete("/v1/users/u")
+    assert answer.status_code == 503 and "upwell.users" in answer.json()["detail"]
 
 
 def test_receipts_asked_for_while_kafka_is_away_hold_up_no_list(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from stream.events import Artifact, Click, Item, ItemVector, Ranked, encode
 from workers import metrics
 from workers.arms import arm_of
 from workers.catalogue import Catalogue
+from workers.live import NotReady
 from workers.recommender import Read
 from workers.search import SearchProcess
 from workers.service import Service
@@ -241,6 +242,9 @@ class Serving:
 def test_what_is_asked_for_says_its_arm_and_counts_for_it(snapshot: Snapshot) -> None:
     service = Service(Settings(arms={"draws": Arm(share=0.5, explore=0.5)}))
     service.live = cast(Any, Serving(snapshot))
+    with pytest.raises(NotReady, match="being read"):  # whom nothing is known of yet may be known
+        service.recommend("u0", Wishes(k=K))
+    service.users.caught_up.set()
 
     def count(*labels: str) -> float:
         return float(metrics.answers.labels(*labels)._value.get())

@@ -21,11 +21,13 @@ import pytest
 from litestar.response.sse import ServerSentEventMessage
 
 from model.user_state import UserState
+from stream.answers import Answer
 from stream.consumer import read_window
 from stream.events import OFFSET_HEADER, Ranked, Recommendations, decode, decode_click, encode
 from stream.producer import ClickProducer, partition_of
 from tests.workers.service import ITEMS, PARTITIONS, Service, until
 from workers import routes_stream
+from workers.live import NotReady
 from workers.routes_stream import Stream
 from workers.service import Service as Answers
 from workers.settings import Settings
@@ -260,6 +262,30 @@ async def test_a_slow_reader_gets_the_newest_list_and_holds_no_other() -> None:
     service.updates.close()
     assert await waiting is None
     assert service.updates.num_open == 0 and not service.updates._boxes
+
+
+async def test_a_stream_that_opened_too_early_gets_its_list_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the next click of the user alone would bring one."""
+    service, ready = Answers(Settings()), False
+
+    def recommend(user_id: str, _: Any) -> Answer:
+        if not ready:
+            raise NotReady("the users' states are being read")
+        return Answer(user_id=user_id, items=[], generation="g", source="personal", fallback=None, as_of=None, age_ms=0)
+
+    monkeypatch.setattr(service, "recommend", recommend)
+    events = Stream(service, "u", None).events()
+    await anext(events)
+    assert (await anext(events)).event == "status"
+    waiting = asyncio.ensure_future(anext(events))
+    await asyncio.sleep(0.1)
+    ready = True
+    watch = asyncio.create_task(service.updates._tell_of_changes())
+    assert (await waiting).event == "recommendations"
+    watch.cancel()
+    service.updates.close()
 
 
 async def test_a_quiet_stream_says_its_status_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,9 @@ import pytest
 
 from model.user_state import digest
 from stream.events import Click, encode
+from stream.producer import partition_of
 from tests.records import Record
-from workers.settings import Settings, Worker
+from workers.settings import Kafka, Settings, Worker
 from workers.states import Owned
 from workers.user_worker import RATIO_MIN, RATIO_WINDOW, TooManyBadEvents, UserWorker
 
@@ -19,16 +20,27 @@ def records(good: list[bool]) -> list[Record]:
 
 
 def made(**worker: Any) -> UserWorker:
-    return UserWorker(Settings(worker=Worker(**worker)), *(cast(Any, None),) * 3)
+    return UserWorker(Settings(worker=Worker(**worker), kafka=Kafka(partitions=1)), *(cast(Any, None),) * 3)
 
 
 def test_what_a_user_had_seen_is_kept_of_scored_clicks_alone() -> None:
     """A copy of it with each click would be the square of a micro-batch."""
     worker = made(scored_clicks=2, seen=1)
-    reads, erased, _ = worker._decode(records([True] * 4))
+    reads, erased, _ = worker._decode(records([True] * 4), {})
     applied = worker._fold(Owned(cast(Any, {}), cast(Any, None), {}), reads, erased).applied
     assert [before.history is None for before in applied] == [False, False, True, True]
     assert [before.seen for before in applied] == [b"", digest("i0"), b"", b""]
+
+
+def test_a_user_whose_clicks_come_into_another_partition_is_refused_not_split() -> None:
+    """librdkafka deals keys by CRC32: beside what HTTP takes, one user would have two states."""
+    worker = UserWorker(Settings(kafka=Kafka(partitions=8)), *(cast(Any, None),) * 3)
+    here = [record._replace(partition=partition_of("u", 8)) for record in records([True])]
+    there = [record._replace(partition=(partition_of("u", 8) + 1) % 8) for record in here]
+    assert [len(found) for found in worker._decode(here, {})] == [1, 0, 0]
+    reads, _, (letter,) = worker._decode(there, {})
+    assert not reads and "murmur2" in letter.cause
+    assert len(worker._decode(there, {"u"})[0]) == 1  # whose state is here from before
 
 
 @pytest.mark.parametrize("batch", [RATIO_MIN, RATIO_WINDOW, 3 * RATIO_WINDOW])
@@ -36,7 +48,7 @@ def test_the_share_of_bad_messages_is_of_the_newest_in_their_order_whatever_the_
     def work_off(good: list[bool]) -> None:
         for at in range(0, len(good), batch):
             part = records(good)[at : at + batch]
-            worker._check_ratio(part, worker._decode(part)[2])
+            worker._check_ratio(part, worker._decode(part, {})[2])
 
     worker = made(dead_letter_ratio=0.5)
     work_off([at % 3 > 0 for at in range(3 * RATIO_WINDOW)])
