@@ -5,7 +5,7 @@ from pathlib import Path
 
 import fsspec
 
-from model.manifest import DamagedGeneration, file_entry, file_names, model_sha256
+from model.manifest import DamagedGeneration, MissingGeneration, file_entry, file_names, model_sha256
 from model.model import Model
 
 KEEP_VERDICTS = 1000  # a line each, where a model is megabytes
@@ -32,10 +32,11 @@ def publish_model(model: Model, url: str, verdict: str) -> str:
 
 def fetch_model(url: str, digest: str) -> Model:
     """Raises DamagedGeneration when the files are not those announced, ValueError when they are no model, OSError
-    where nothing is there: a folder that is not mounted looks so, and says nothing about the model."""
+    where not even the folder around it is there: a store that is not mounted says nothing about the model."""
     store, root = fsspec.core.url_to_fs(url)
     if not (paths := store.find(root)):
-        raise FileNotFoundError(f"{url}: nothing there")
+        kind = MissingGeneration if store.isdir(root.rpartition("/")[0]) else FileNotFoundError
+        raise kind(f"{url}: nothing there")
     with tempfile.TemporaryDirectory(prefix="upwell-model-") as scratch:
         try:
             for path in paths:
@@ -56,11 +57,11 @@ def verdicts(url: str) -> dict[str, str]:
     return {Path(path).stem: store.cat_file(path).decode() for path in texts}
 
 
-def prune_models(url: str, keep: int) -> None:
+def prune_models(url: str, keep: int, newest: str = "") -> None:
     """Delete all but the newest `keep` checkpoints under `url`, and all but KEEP_VERDICTS of what the gate said of
-    them; their names sort by time."""
+    them; their names sort by time, but for `newest`: the clock may have been set back since the others."""
     store, root = fsspec.core.url_to_fs(url)
-    paths = sorted(store.ls(root, detail=False))
+    paths = sorted(store.ls(root, detail=False), key=lambda path: (Path(path).stem == newest, path))
     texts = [path for path in paths if path.endswith(".txt")]
     models = [path for path in paths if path not in texts]
     for path in [*models[:-keep], *texts[:-KEEP_VERDICTS]]:

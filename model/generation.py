@@ -171,9 +171,12 @@ def fetch(url: str, cache_dir: Path, manifest_sha256: str, *, verified: bool = T
         _download(store, root, copy, manifest_sha256)
         verify(copy, manifest_sha256)
         _seal(copy, folder)
-    except BaseException:
-        shutil.rmtree(copy, ignore_errors=True)
-        raise
+    except OSError:
+        if not folder.exists():
+            raise
+        verify(folder, manifest_sha256)  # another role on this machine was faster
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)  # not there any more where it is `folder` now
     with suppress(OSError):  # another role on this machine may be deleting the same one
         prune(str(cache_dir), CACHED, {folder.name})
     return folder

@@ -75,9 +75,9 @@ class Topics:
         self.prefix = prefix
         self.clicks = topic(
             "clicks",
-            "What users do, and their wish to be erased, keyed by user: one user, one partition, one order. The partition "
-            "is murmur2 of the key, as Kafka's Java client has it (librdkafka: `partitioner=murmur2_random`); no "
-            "transactions: the workers read what is not committed, too.",
+            "What users do, and their wish to be erased, keyed by user: one user, one partition, one order. "
+            "The partition is murmur2 of the key, as Kafka's Java client has it (librdkafka: "
+            "`partitioner=murmur2_random`); no transactions: the workers read what is not committed, too.",
             partitions,
             clicks_ms,
         )

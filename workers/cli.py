@@ -215,7 +215,9 @@ def evaluate(
     """Test, then learn: the product and what could stand in its place, on a recorded stream, in process."""
     from workers.evaluate import main as evaluate_stream
 
-    raise typer.Exit(evaluate_stream(stream, arms, mode, limit, seed, out, columns))
+    with refusing():
+        settings = load_settings()
+    raise typer.Exit(evaluate_stream(settings, stream, arms, mode, limit, seed, out, columns))
 
 
 @app.command()

@@ -28,7 +28,7 @@ from stream.datasets import Dataset, load_dataset
 from stream.text import item_text
 from workers.figures import Figures, mode_figures
 from workers.report import write_report
-from workers.settings import strength
+from workers.settings import Indexer, Settings
 from workers.threads import compute_in_one_thread
 from workers.training_input import events_of
 
@@ -37,6 +37,7 @@ WARMUP = 0.2  # share of the events that is learned from and not counted
 
 @dataclass(frozen=True)
 class Options:
+    settings: Settings
     stream: str
     arms: tuple[str, ...]
     modes: tuple[Mode, ...]
@@ -44,7 +45,6 @@ class Options:
     seed: int
     out: Path
     columns: str | None = None
-    cache: Path = Path(".cache/upwell")
 
 
 class _Watched:
@@ -90,9 +90,9 @@ def evaluate(options: Options) -> Figures:
     dataset = load(options)
     titles = {item.item_id: item_text(item) for item in dataset.items}
     items = list(titles | dict.fromkeys((click.item_id for click in dataset.events), ""))
-    text = _texts([titles.get(item, "") for item in items], options.cache)
-    events = events_of(dataset.events, strength)
-    digest = _digest(events, titles)
+    text, encoder = _texts([titles.get(item, "") for item in items], options.settings)
+    events = events_of(dataset.events, options.settings.weight)
+    digest = _digest(events, titles, encoder)
     warmup = int(WARMUP * len(events))
     bits: Figures = {
         "stream": dataset.name, "events": len(events), "users": len(set(events.users)), "items": len(items),
@@ -118,10 +118,15 @@ def evaluate(options: Options) -> Figures:
     return bits
 
 
-def _texts(texts: list[str], cache: Path) -> NDArray[np.float32]:
+def _texts(texts: list[str], settings: Settings) -> tuple[NDArray[np.float32], str]:
+    """Vectors (N, E), and the name of their encoder: "" for the default one, which the key of a result never named, and
+    where there is nothing to read."""
     if not any(text.strip() for text in texts):
-        return np.zeros((len(texts), 384), np.float32)
-    return Encoder("minilm", cache=cache / "vectors.sqlite").encode(texts)
+        return np.zeros((len(texts), 384), np.float32), ""
+    name, pooling = settings.indexer.encoder, settings.indexer.pooling
+    encoder = Encoder(name, pooling=pooling, cache=settings.cache / "vectors.sqlite")
+    default = (name, pooling) == (Indexer().encoder, Indexer().pooling)
+    return encoder.encode(texts), "" if default else encoder.name
 
 
 def _rows(events: Events, items: list[str]) -> NDArray[np.int64]:
@@ -129,10 +134,10 @@ def _rows(events: Events, items: list[str]) -> NDArray[np.int64]:
     return np.array([row_of[item] for item in events.items], np.int64)
 
 
-def _digest(events: Events, titles: dict[str, str]) -> str:
-    """Of every event and of what the items say."""
+def _digest(events: Events, titles: dict[str, str], encoder: str) -> str:
+    """Of every event, of what the items say and of what has read it."""
     made = hashlib.blake2b(events.weights.tobytes() + events.ts_ms.tobytes(), digest_size=16)
-    made.update(json.dumps([list(events.users), list(events.items), titles]).encode())
+    made.update(json.dumps([list(events.users), list(events.items), titles]).encode() + encoder.encode())
     return made.hexdigest()
 
 
@@ -168,7 +173,16 @@ def _read(path: Path, key: str) -> tuple[Outcome, NDArray[np.float64]] | None:
         return Outcome(**{field.name: kept[field.name] for field in fields(Outcome)}), kept["seconds"]
 
 
-def main(stream: str, arms: str, mode: str, limit: int | None, seed: int, out: Path | None, columns: str | None) -> int:
+def main(
+    settings: Settings,
+    stream: str,
+    arms: str,
+    mode: str,
+    limit: int | None,
+    seed: int,
+    out: Path | None,
+    columns: str | None,
+) -> int:
     """The command: prints one line an arm; 2 for what does not exist (stream, arm, mode) and an arm that diverges."""
     modes: dict[str, tuple[Mode, ...]] = {"strict": ("strict",), "line": ("line",), "both": ("strict", "line")}
     names = tuple(arms.split(",")) if arms else CHEAP
@@ -177,7 +191,7 @@ def main(stream: str, arms: str, mode: str, limit: int | None, seed: int, out: P
             raise ValueError(f"no mode {mode!r}: {', '.join(modes)}")
         check_names(names)
         folder = out or Path("out/evaluate") / Path(stream).stem
-        results = evaluate(Options(stream, names, modes[mode], limit, seed, folder, columns))
+        results = evaluate(Options(settings, stream, names, modes[mode], limit, seed, folder, columns))
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

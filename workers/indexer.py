@@ -39,7 +39,8 @@ log = structlog.get_logger()
 
 RETRY_S = 5.0
 PROGRESS_S = 30.0
-ENCODE_AT_ONCE = 256  # texts between two looks at the topics: 2 s on two cores
+ENCODE_AT_ONCE = 256  # texts: 2 s on two cores
+ENCODE_S = 5.0  # between two looks at the topics and at what is to be built
 
 
 class Base(NamedTuple):
@@ -117,32 +118,48 @@ class Indexer:
         elif vector.encoder == self._encoder.name:
             self._hashes[item_id] = vector.text_hash
             self._vectors[item_id] = np.frombuffer(vector.vector, "<f2").astype(np.float32)
+        else:  # it stands in place of ours, which goes out anew with the item: at a start all are read again, later
+            self._hashes.pop(item_id, None)  # only what is sent again, or two indexers would answer each other for ever
 
     def _encode(self, stop: threading.Event) -> None:
-        """Text vectors of the pending items whose text is new, in groups, onto the vectors topic."""
-        texts = {item_id: item_text(item) for item_id, item in self._pending.items()}
-        self._pending.clear()
-        hashes = {item_id: sha256(text.encode()).hexdigest()[:32] for item_id, text in texts.items()}
-        new = [item_id for item_id in texts if self._hashes.get(item_id) != hashes[item_id]]
-        for at in range(0, len(new), ENCODE_AT_ONCE):
-            part = new[at : at + ENCODE_AT_ONCE]
-            with metrics.encode_s.labels(str(self._encoder.device)).time():
-                vectors = self._encoder.encode([texts[item_id] for item_id in part])  # (B, E)
-            metrics.encoded_items.inc(len(part))
-            for item_id, vector in zip(part, vectors, strict=True):
-                self._vectors[item_id], self._hashes[item_id] = vector, hashes[item_id]
-                self._encoded.add(item_id)
-                event = ItemVector(
-                    item_id=item_id,
-                    encoder=self._encoder.name,
-                    text_hash=hashes[item_id],
-                    vector=vector.astype("<f2").tobytes(),
-                )
-                self._producer.send_raw(self._topics.vectors.name, item_id.encode(), encode(event))
-            self._producer.flush()
-            log.info("items encoded", done=at + len(part), of=len(new))
-            if stop.is_set():
+        """Text vectors of the pending items whose text is new, in groups, onto the vectors topic.
+
+        For ENCODE_S; before the first build all of them: what an encoder begins with is to hold the catalogue.
+        """
+        until = time.monotonic() + ENCODE_S
+        while self._pending and not stop.is_set():
+            if texts := self._new_texts():
+                self._encode_group(texts)
+            if self._base is not None and time.monotonic() > until:
                 return
+
+    def _new_texts(self) -> dict[str, tuple[str, str]]:
+        """Item -> text and its hash, of as many as are encoded at once, taken from the end of what is pending."""
+        new: dict[str, tuple[str, str]] = {}
+        while self._pending and len(new) < ENCODE_AT_ONCE:
+            item_id, item = self._pending.popitem()
+            text = item_text(item)
+            text_hash = sha256(text.encode()).hexdigest()[:32]
+            if self._hashes.get(item_id) != text_hash:
+                new[item_id] = text, text_hash
+        return new
+
+    def _encode_group(self, texts: Mapping[str, tuple[str, str]]) -> None:
+        with metrics.encode_s.labels(str(self._encoder.device)).time():
+            vectors = self._encoder.encode([text for text, _ in texts.values()])  # (B, E)
+        metrics.encoded_items.inc(len(texts))
+        for (item_id, (_, text_hash)), vector in zip(texts.items(), vectors, strict=True):
+            self._vectors[item_id], self._hashes[item_id] = vector, text_hash
+            self._encoded.add(item_id)
+            event = ItemVector(
+                item_id=item_id,
+                encoder=self._encoder.name,
+                text_hash=text_hash,
+                vector=vector.astype("<f2").tobytes(),
+            )
+            self._producer.send_raw(self._topics.vectors.name, item_id.encode(), encode(event))
+        self._producer.flush()
+        log.info("items encoded", items=len(texts), pending=len(self._pending))
 
     def _build_if_due(self) -> None:
         """Build, check, publish, announce. A model or an index that fails its checks changes nothing."""
@@ -176,11 +193,13 @@ class Indexer:
     def _due(self, base: Base) -> bool:
         """A model that no generation holds, or as many new items as `indexer.fresh_items`, or a first generation.
 
-        Where texts alone serve, a corrected one counts as new: no model is to come with it.
+        Where texts alone serve, a corrected one counts as new: no model is to come with it. While more are pending, as
+        many as are indexed: an import in builds of 500 each would build all of it again and again.
         """
         known = self._indexed if base.parent else self._indexed - self._encoded
         fresh = len(self._vectors.keys() - known)
-        return base.generation is None or self._unbuilt or fresh >= self._settings.indexer.fresh_items
+        enough = max(self._settings.indexer.fresh_items, len(self._indexed) if self._pending else 0)
+        return base.generation is None or self._unbuilt or fresh >= enough
 
     def _newest(self) -> Base:
         """Of the generation announced last, which may be one that was rolled back to: what that held back stays back.
@@ -213,20 +232,21 @@ class Indexer:
             base = self._texts_alone()  # anew: directions found in a few texts are not those of a catalogue
         base = base._replace(model=self._covering(base.model))
         artifact = self._publish(base)
+        # Read before it is announced: what serves till then, or is pinned, is what it is on trial against.
+        kept = {artifact.name, *(one.name for one in read_announcements(self._settings).wanted()[:1])}
         self._base, self._unbuilt = base._replace(generation=artifact.name), False
         self._indexed, self._encoded = set(base.model.ids), set()
         self._producer.send_raw(self._topics.generations.name, artifact.name.encode(), encode(artifact))
-        serving = {wanted.name for wanted in read_announcements(self._settings).wanted()[:1]}
-        for pruned in self._prune(serving):
+        for pruned in self._prune(kept):
             self._producer.send_raw(self._topics.generations.name, pruned.encode(), None)
         self._producer.flush()
         metrics.build_s.observe(time.monotonic() - began)
         metrics.index_recall.set(artifact.metrics["recall@20"])
         log.info("generation published", generation=artifact.name, items=len(base.model.ids), **artifact.metrics)
 
-    def _prune(self, serving: set[str]) -> list[str]:
+    def _prune(self, kept: set[str]) -> list[str]:
         try:
-            return prune(f"{self._settings.store}/generations", self._settings.indexer.keep, serving)
+            return prune(f"{self._settings.store}/generations", self._settings.indexer.keep, kept)
         except OSError as error:
             log.error("old generations not deleted", reason=str(error))
             return []

@@ -120,12 +120,22 @@ class Worker(Section):
 
 class Trainer(Section):
     round_s: float = Field(10.0, ge=0, description="from the end of a round to the start of the next, at least")
-    min_events: int = Field(300, ge=40, description="fewest new clicks worth a round")
-    holdout: int = Field(400, ge=20, description="newest clicks kept from training to judge the candidate on")
+    min_events: int = Field(300, ge=40, description="fewest clicks since the last round worth another")
+    holdout: int = Field(
+        400,
+        ge=20,
+        description="newest clicks kept from training to judge the candidate on; at first fewer: half of the new ones",
+    )
     window_days: float = Field(30.0, gt=0, description="how far back the window reaches at start, by Kafka's clock")
     window_events: int = Field(1_000_000, ge=1000, description="clicks kept for replay and read at a start, the newest")
     seed: int = 0
     metrics_port: int = Field(0, ge=0, le=65535)
+
+    @model_validator(mode="after")
+    def _room(self) -> Self:
+        if self.window_events < (least := self.min_events + self.holdout):
+            raise ValueError(f"window_events has to hold min_events and holdout, {least}")
+        return self
 
 
 class Indexer(Section):
@@ -212,7 +222,7 @@ class Settings(BaseSettings):
     event_weights: Weights = DEFAULT_WEIGHTS
     event_values: Scales = DEFAULT_VALUES
     arms: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")], Arm] = {}
-    arms_key: str = Field("", max_length=64, description="of the hash that deals the users: another one deals anew")
+    arms_key: str = Field("", description="of the hash that deals the users: another one deals anew")
     artifacts: str = Field("data/artifacts", description="fsspec URL or folder: models and generations")
     cache: Path = Field(Path(".cache/upwell"), description="text vectors, fetched generations")
     metrics_host: str = Field("127.0.0.1", description="where worker, trainer and indexer export their metrics")
@@ -243,6 +253,13 @@ class Settings(BaseSettings):
     @property
     def topics(self) -> Topics:
         return Topics(self.kafka.prefix, self.kafka.partitions, self.trainer.window_days)
+
+    @field_validator("arms_key")
+    @classmethod
+    def _fits_the_hash(cls, key: str) -> str:
+        if (size := len(key.encode())) > 64:
+            raise ValueError(f"{size} bytes, at most 64")
+        return key
 
     @field_validator("event_values")
     @classmethod

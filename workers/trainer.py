@@ -48,6 +48,7 @@ class Trainer:
         self._texts, self._window = Texts(settings, stop), Window(settings)
         self._producer = Producer(settings.connection)
         self._text: dict[str, NDArray[np.float32]] = {}
+        self._held = 0  # of the pending clicks the oldest: the last round's slice, judged on and not yet learned
         self._before: deque[str] = deque(maxlen=DRIFT_CLICKS)  # items of the clicks before the newest slice
         self._encoder = ""
         self._learner: Learner | None = None
@@ -59,7 +60,8 @@ class Trainer:
         ended = float("-inf")  # the first round waits for events only
         while not self._stop.wait(POLL_S):
             pending = self._read(pending)
-            if len(pending) >= self._config.min_events and time.monotonic() - ended > self._config.round_s:
+            enough = len(pending) - self._held >= self._config.min_events
+            if enough and time.monotonic() - ended > self._config.round_s:
                 pending = self._round(pending)
                 ended = time.monotonic()
         self._producer.close()
@@ -70,8 +72,11 @@ class Trainer:
         new, erased = self._window.read(), self._window.erased
         if erased and self._learner is not None:
             self._learner.forget(erased)
+        self._held -= sum(read.click.user_id in erased for read in pending[: self._held])
         kept = [read for read in pending if read.click.user_id not in erased] + new
-        return kept[-self._config.window_events :]
+        over = max(0, len(kept) - self._config.window_events)
+        self._held = max(0, self._held - over)
+        return kept[over:]
 
     def _resume(self) -> list[Read]:
         """The window; after a restart with the newest model's weights, and only what it has not been trained on."""
@@ -96,10 +101,14 @@ class Trainer:
         known = [read for read in reads if read.offset < announced.offsets.get(read.partition, 0)]
         self._learner.absorb(self._events(known))
         log.info("resumed", model=announced.name, known=len(known), new=len(reads) - len(known))
-        return [read for read in reads if read.offset >= announced.offsets.get(read.partition, 0)]
+        unlearned = [read for read in reads if read.offset >= announced.offsets.get(read.partition, 0)]
+        self._held = min(len(unlearned), self._config.holdout)  # what the model was judged on begins them
+        return unlearned
 
     def _round(self, reads: list[Read]) -> list[Read]:
         """Train on all but the newest slice and judge on that slice: the next round begins by learning it.
+
+        A young stream's slice grows to `trainer.holdout` by half of the new clicks a round: the rest is for training.
 
         Raises FloatingPointError when training diverges: the process ends, and its successor resumes from the
         newest model that was accepted.
@@ -107,7 +116,7 @@ class Trainer:
         learner = self._grown()
         if learner is None:
             return reads  # no item has a vector yet
-        cut = max(len(reads) - self._config.holdout, len(reads) // 2)
+        cut = max(len(reads) - self._config.holdout, (len(reads) - self._held) // 2)
         with metrics.training_s.time():
             report = learner.learn(self._events(reads[:cut]))
         candidate = learner.model()
@@ -119,6 +128,7 @@ class Trainer:
         self._before.extend(read.click.item_id for read in reads[:cut])
         metrics.drift.set(drift(self._texts_of(self._before), self._texts_of(r.click.item_id for r in reads[cut:])))
         self._conclude(candidate, verdict, trained_to)
+        self._held = len(reads) - cut
         return reads[cut:]
 
     def _judged(self, candidate: Model, held_out: Slice) -> Verdict:
@@ -185,7 +195,7 @@ class Trainer:
         root = f"{self._settings.store}/{place}"
         try:
             digest = publish_model(candidate, f"{root}/{name}", verdict.reason)
-            prune_models(root, KEEP_MODELS)
+            prune_models(root, KEEP_MODELS, name)
         except OSError as error:
             metrics.rounds.labels("failed").inc()
             log.error("model not stored", model=name, accepted=verdict.accepted, reason=str(error))

@@ -354,6 +354,22 @@ def test_published_and_fetched(built: Path, store: str, tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+def test_two_roles_of_a_machine_fetch_the_same_at_once(
+    built: Path, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, cache, sha256 = publish(built, store), tmp_path / "cache", manifest_sha256(built)
+    download = generation._download
+
+    def slow(*args: Any) -> None:
+        monkeypatch.undo()
+        fetch(url, cache, sha256)  # the other one's: done before this one's
+        download(*args)
+
+    monkeypatch.setattr(generation, "_download", slow)
+    copy = fetch(url, cache, sha256)
+    assert verify(copy) == verify(built) and list(cache.iterdir()) == [copy]
+
+
 def test_a_cache_keeps_the_newest_copies_and_the_one_just_asked_for(folder: Path, store: str, tmp_path: Path) -> None:
     cache, there = tmp_path / "cache", list[tuple[str, str]]()
     for number in range(6):

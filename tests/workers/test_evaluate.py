@@ -19,6 +19,7 @@ from workers import evaluate
 from workers.cli import app
 from workers.evaluate import Options
 from workers.figures import Figures, mode_figures
+from workers.settings import Settings
 
 SHARED = Path("../shared/data")
 COLUMNS = "user=who,item=what,ts=when,type=kind,value=stars"
@@ -56,6 +57,7 @@ def test_csv_is_read_by_its_column_map(tmp_path: Path) -> None:
         ("user=who,item=what,ts=day", "a,x,1,order,2", "no column day"),
         ("user=who,item=what,ts=when", "a,x,yesterday,order,2", "line 2: .*yesterday"),
         ("user=who,item=what,ts=when", "a,x,nan,order,2", "line 2: .*nan"),
+        ("user=who,item=what,ts=when", " ,x,1,order,2", "line 2: user is empty"),  # all of them would be one user
     ],
 )
 def test_a_bad_csv_is_refused_by_what_is_wrong(tmp_path: Path, columns: str, line: str, said: str) -> None:
@@ -127,7 +129,9 @@ def test_what_is_finished_is_kept_and_what_was_asked_otherwise_is_not(
     monkeypatch.setattr(evaluate, "make_arm", counted)
 
     def run(*arms: str, limit: int | None = None, seed: int = 0) -> Figures:
-        return evaluate.evaluate(Options(str(path), arms, ("line",), limit, seed, tmp_path / "out", COLUMNS))
+        return evaluate.evaluate(
+            Options(Settings(), str(path), arms, ("line",), limit, seed, tmp_path / "out", COLUMNS)
+        )
 
     first = run("popularity", "bpr")
     assert run("popularity", "bpr", "markov")["modes"]["line"]["arms"]["bpr"] == first["modes"]["line"]["arms"]["bpr"]
@@ -142,6 +146,54 @@ def test_what_is_finished_is_kept_and_what_was_asked_otherwise_is_not(
         path.write_text("\n".join([lines[0], ",".join(cells), *lines[2:]]) + "\n", encoding="utf-8")
         run("popularity")
     assert made[5:] == ["popularity"] * 4
+
+
+def test_the_settings_say_what_an_event_counts_and_who_reads_the_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned, read = set[float](), list[tuple[str, str, Path]]()
+
+    class Spy(PopularityArm):
+        def learn(self, events: Events, rows: NDArray[np.int64]) -> None:
+            learned.update(events.weights.tolist())
+            super().learn(events, rows)
+
+    class Reader:
+        def __init__(self, name: str, pooling: str, cache: Path) -> None:
+            read.append((name, pooling, cache))
+            self.name = f"{name}:{pooling}"
+
+        def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+            return np.ones((len(texts), 4), np.float32)
+
+    def run() -> set[float]:
+        """The weights learned; none where a result is kept."""
+        learned.clear()
+        columns = "user=who,item=what,ts=when,value=stars,type=kind,title=what"
+        code, said = upwell(str(path), "--columns", columns, "--arms", "popularity", "--mode", "line", "--out", out)
+        assert code == 0, said
+        return set(learned)
+
+    monkeypatch.setattr(evaluate, "make_arm", lambda name, setting: Spy(len(setting.items)))
+    monkeypatch.setattr(evaluate, "Encoder", Reader)
+    monkeypatch.setenv("UPWELL_CACHE", str(tmp_path))
+    path, out = write_csv(tmp_path / "shop.csv"), str(tmp_path / "out")
+    stars = path.read_text(encoding="utf-8").replace("order,2", "rate,1", 1).replace("order,2", "rate,5")
+    path.write_text(stars, encoding="utf-8")
+    assert (run(), run()) == ({1.0}, set())
+    monkeypatch.setenv("UPWELL_EVENT_VALUES", '{"rate": [3, 5]}')
+    assert (run(), run()) == ({-1.0, 1.0}, set())
+    for key, value in (("ENCODER", "other"), ("POOLING", "cls")):
+        monkeypatch.setenv(f"UPWELL_INDEXER__{key}", value)
+        assert (run(), run()) == ({-1.0, 1.0}, set())
+    cache = tmp_path / "vectors.sqlite"
+    assert read[::2] == [("minilm", "mean", cache)] * 2 + [("other", "mean", cache), ("other", "cls", cache)]
+
+
+def test_a_bad_setting_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UPWELL_EVENT_VALUES", '{"rate": [3, 3]}')
+    code, said = upwell(str(write_csv(tmp_path / "shop.csv")), "--columns", COLUMNS, "--out", str(tmp_path / "out"))
+    assert code == 2 and "event_values" in said and not (tmp_path / "out").exists()
 
 
 def test_state_of_yesterday_is_whole_whatever_today_has_brought(
@@ -161,13 +213,15 @@ def test_state_of_yesterday_is_whole_whatever_today_has_brought(
 
     monkeypatch.setattr(evaluate, "make_arm", lambda name, setting: Delayed(Spy(85), 86_400_000, 0, 0))
     columns = "user=who,item=what,ts=when"
-    evaluate.evaluate(Options(str(path), ("upwell-state-day",), ("line",), None, 0, tmp_path / "out", columns))
+    evaluate.evaluate(
+        Options(Settings(), str(path), ("upwell-state-day",), ("line",), None, 0, tmp_path / "out", columns)
+    )
     assert shown == [0] * 30 + [30] * 55
 
 
 def test_a_broken_off_run_leaves_nothing_that_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_csv(tmp_path / "shop.csv")
-    options = Options(str(path), ("markov",), ("line",), None, 0, tmp_path / "out", COLUMNS)
+    options = Options(Settings(), str(path), ("markov",), ("line",), None, 0, tmp_path / "out", COLUMNS)
 
     def broken(file: object, **columns: object) -> None:
         raise KeyboardInterrupt
@@ -196,6 +250,6 @@ def test_a_folder_of_events_strictly(tmp_path: Path) -> None:
     (folder / "items.jsonl.gz").write_bytes(gzip.compress(b""))
     found, modes = {}, tuple[Mode, ...](("line", "strict"))
     for mode in modes:
-        options = Options(str(folder), ("markov",), (mode,), None, 0, tmp_path / mode)
+        options = Options(Settings(), str(folder), ("markov",), (mode,), None, 0, tmp_path / mode)
         found[mode] = evaluate.evaluate(options)["modes"][mode]["arms"]["markov"]["hr@10"]
     assert found["line"] > found["strict"]

@@ -1,7 +1,9 @@
 """What a generation is made of, whatever is announced, damaged or rolled back: on a real Kafka, without an encoder."""
 
+import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,6 +74,18 @@ def published(settings: Settings) -> list[Artifact]:
     return list(read_announcements(settings).generations.values())
 
 
+def folder(artifact: Artifact) -> Path:
+    return Path(artifact.url.removeprefix("file://"))
+
+
+def damage(model: Artifact) -> None:
+    Path(model.url, "weights.safetensors").write_bytes(b"damaged")
+
+
+def delete(model: Artifact) -> None:
+    shutil.rmtree(model.url)
+
+
 def ids(artifact: Artifact) -> tuple[str | None, int]:
     """The model that it says it holds, and how many items."""
     return artifact.parent, len(Model.load(Path(artifact.url.removeprefix("file://")) / "model").ids)
@@ -125,10 +139,13 @@ def test_what_was_rolled_back_does_not_come_back_with_new_items(settings: Settin
 
 
 @pytest.mark.parametrize("restarted", [True, False])
-def test_a_model_that_cannot_be_loaded_changes_nothing(settings: Settings, restarted: bool) -> None:
+@pytest.mark.parametrize("spoil", [damage, delete])
+def test_a_model_that_cannot_be_loaded_changes_nothing(
+    settings: Settings, restarted: bool, spoil: Callable[[Artifact], None]
+) -> None:
     """Nor does its name stand on what is built next: on the model before it, and never on none."""
     m1, m2 = trained(settings, "m1", 1), trained(settings, "m2", 10**14)
-    Path(m2.url, "weights.safetensors").write_bytes(b"damaged")
+    spoil(m2)
     one = started(settings, 20, m1)
     (first,) = published(settings)
     if restarted:
@@ -190,12 +207,43 @@ def test_an_encoder_that_comes_back_builds_at_once(settings: Settings) -> None:
     assert [(one.name == "other", one.encoder) for one in published(settings)][1:] == [(True, "another"), (False, "e")]
 
 
-def test_where_nothing_is_whole_texts_serve_under_no_model_s_name(settings: Settings) -> None:
+@pytest.mark.parametrize("spoil", [damage, delete])
+def test_where_nothing_is_whole_texts_serve_under_no_model_s_name(
+    settings: Settings, spoil: Callable[[Artifact], None]
+) -> None:
     model = trained(settings, "m1", 1)
-    Path(model.url, "weights.safetensors").write_bytes(b"damaged")
+    spoil(model)
     started(settings, 20, model)
     (only,) = published(settings)
     assert ids(only) == (None, 20) and "candidate_ndcg@10" not in only.metrics
+
+
+def test_a_store_that_is_not_mounted_says_nothing_of_the_model(settings: Settings) -> None:
+    one, model = started(settings), trained(settings, "m1", 10**14)
+    away = Path(settings.store, "models").rename(Path(settings.artifacts, "away"))
+    announce(settings, one, model)
+    more(one, 25)
+    assert len(published(settings)) == 1
+    away.rename(Path(settings.store, "models"))
+    more(one, 25)
+    assert ids(published(settings)[-1]) == ("m1", 25)
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_what_serves_while_the_new_one_is_on_trial_is_kept(
+    settings: Settings, pinned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However old it is: it was pinned or rolled back to. So is the new one where the clock has been set back."""
+    one = started(settings.model_copy(update={"indexer": IndexerSettings(fresh_items=5, keep=2)}), 5)
+    more(one, 10)
+    old, topic = published(settings)[0], settings.topics.generations.name
+    one._producer.send_raw(topic, b"pin" if pinned else old.name.encode(), encode(old))
+    one._producer.flush()
+    more(one, 15)
+    assert folder(old).exists() and len(published(settings)) == 3
+    monkeypatch.setattr("model.generation.time", SimpleNamespace(time_ns=lambda: 0))
+    more(one, 20)
+    assert len(published(settings)) == 3 + pinned and folder(old).exists() == pinned
 
 
 def test_another_installation_s_generations_are_not_deleted(settings: Settings, tmp_path: Path) -> None:
@@ -244,6 +292,38 @@ def test_a_removed_item_comes_back_after_a_restart(settings: Settings, items_fir
     take(settings, again, "items", "x", item)
     again._encode(threading.Event())
     assert len(encoder.given) == 2 and set(again._vectors) == {"x"}
+
+
+def test_an_encoder_that_comes_back_sends_its_vectors_again(settings: Settings) -> None:
+    """At its start; not in answer to those of another that still runs."""
+    one, again, item = Indexer(settings), Indexer(settings), encode(Item(item_id="x", title="X"))
+    one._encoder = again._encoder = encoder = Encodes()  # type: ignore[assignment]
+    take(settings, one, "items", "x", item)
+    one._encode(threading.Event())
+    mine = ItemVector(item_id="x", encoder="e", text_hash=one._hashes["x"], vector=bytes(128))
+    other = encode(msgspec.structs.replace(mine, encoder="another"))
+    for topic, value in [("items", item), ("vectors", encode(mine)), ("vectors", other)]:
+        take(settings, again, topic, "x", value)
+    again._encode(threading.Event())
+    assert len(encoder.given) == 2
+    take(settings, again, "vectors", "x", other)
+    again._encode(threading.Event())
+    assert len(encoder.given) == 2 and set(again._vectors) == {"x"}
+
+
+def test_an_import_leaves_builds_their_turn(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And they do not follow each 5 items of it: as many as there are."""
+    monkeypatch.setattr(indexer, "ENCODE_S", 0.0)
+    monkeypatch.setattr(indexer, "ENCODE_AT_ONCE", 6)
+    one = Indexer(settings)
+    correct(settings, one, 10)
+    assert not one._pending  # what is there at its start: all of it
+    sizes = list[int]()
+    for step in range(6):
+        correct(settings, one, 30 if step == 2 else 0)
+        one._build_if_due()
+        sizes.append(len(published(settings)) and ids(published(settings)[-1])[1])
+    assert sizes == [0, 10, 10, 22, 22, 30] and not one._pending
 
 
 def correct(settings: Settings, one: Indexer, items: int) -> None:

@@ -52,6 +52,7 @@ def test_environment_wins_over_the_file(monkeypatch: pytest.MonkeyPatch, tmp_pat
         ("UPWELL_WORKER__EVENT_IDS", "100000", "worker .*history, seen and event_ids allow 1012300 bytes"),
         ("UPWELL_SERVE__CORS_ORIGINS", "https://shop.example", "UPWELL_SERVE__CORS_ORIGINS: .*JSON"),
         ("UPWELL_ARMS", "{", "UPWELL_ARMS: .*JSON"),
+        ("UPWELL_ARMS_KEY", "\u5b9e\u9a8c" * 12, "arms_key .*72 bytes, at most 64"),
         ("UPWELL_SERVE__CERT_FILE", "/nope", r"serve\.cert_file .*No such file"),
         ("UPWELL_SERVE__KEY_FILE", "/nope", r"serve\.key_file .*No such file"),
     ],
@@ -75,6 +76,7 @@ def test_bad_variables_are_named(monkeypatch: pytest.MonkeyPatch, name: str, val
         ("[arms.'no spaces']\nshare = 0.5\n", "arms"),
         ("[worker]\nk = 5\n[arms.draws]\nshare = 0.5\nexplore = 0.1\n", "worker.k has to be at least 10"),
         ("[serve]\nwait_s = 10\n", "must be below timeout_s"),
+        ("[trainer]\nwindow_events = 1000\nholdout = 800\n", "trainer .*has to hold min_events and holdout, 1100"),
         ("[serve]\ncert_file = '/dev/null'\n", "belong together"),
     ],
 )

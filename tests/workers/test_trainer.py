@@ -9,9 +9,9 @@ import pytest
 
 from model.checkpoint import publish_model
 from model.config import ModelConfig
-from model.gate import Verdict, hold_out
+from model.gate import Slice, Verdict, hold_out
 from model.generation import build_generation, publish
-from model.learner import Learner
+from model.learner import Learner, LearnReport
 from model.model import Model
 from model.sampling import Events
 from stream.consumer import end_offsets
@@ -38,6 +38,14 @@ def model(items: int = 20) -> Model:
     learner = Learner(CONFIG)
     learner.add_items(ITEMS[:items], TEXT[:items])
     return learner.model()
+
+
+def clicked(count: int) -> list[Read]:
+    """One a millisecond, ten users in turn."""
+    return [
+        Read(Click(event_id=f"e{at}", user_id=f"u{at % 10}", item_id=ITEMS[at % 24], ts_ms=at), 0, at)
+        for at in range(count)
+    ]
 
 
 def send(settings: Settings, topic: str, key: str, value: bytes) -> None:
@@ -68,6 +76,7 @@ def test_a_refused_candidate_is_kept_and_named_and_not_announced(
     trainer = Trainer(settings, threading.Event())
     trainer._conclude(model(), Verdict(False, "because"), {0: 7})
     (kept,) = (tmp_path / settings.kafka.prefix / "refused").glob("*/weights.safetensors")
+    monkeypatch.setenv("UPWELL_KAFKA__BOOTSTRAP", settings.kafka.bootstrap)
     monkeypatch.setenv("UPWELL_ARTIFACTS", str(tmp_path))
     monkeypatch.setenv("UPWELL_KAFKA__PREFIX", settings.kafka.prefix)
     assert upwell("generations", "refused").stdout == f"{kept.parent.name}  because\n"
@@ -124,18 +133,23 @@ def test_a_release_that_reads_no_generation_of_the_one_before_starts_anew(
     assert judged(settings).reason == "first model"
 
 
-def test_a_restarted_trainer_knows_the_texts_that_have_come_since(settings: Settings, tmp_path: Path) -> None:
-    """And takes its window from the settings, not from the model."""
+def test_a_restarted_trainer_knows_the_texts_that_have_come_since(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Takes its window from the settings, not from the model; what the model was judged on is not new to it."""
     digest = publish_model(model(20), f"{tmp_path}/m", "better")
-    artifact = Artifact(name="m", url=f"{tmp_path}/m", manifest_sha256=digest, created_ms=1, encoder="e")
+    artifact = Artifact(
+        name="m", url=f"{tmp_path}/m", manifest_sha256=digest, created_ms=1, encoder="e", offsets={0: 50}
+    )
     send(settings, settings.topics.models.name, "model", encode(artifact))
     for item_id, vector in zip(ITEMS, TEXT.astype("<f2"), strict=True):
         event = ItemVector(item_id=item_id, encoder="e", text_hash="h", vector=vector.tobytes())
         send(settings, settings.topics.vectors.name, item_id, encode(event))
     stop = threading.Event()
     trainer = Trainer(settings, stop)
+    monkeypatch.setattr(trainer._window, "read", lambda: clicked(500))
     trainer._texts.start()
-    trainer._resume()
+    assert (trainer._resume(), trainer._held) == (clicked(500)[50:], settings.trainer.holdout)
     stop.set()
     trainer._texts.join()
     learner = trainer._grown()
@@ -147,7 +161,39 @@ def test_a_restarted_trainer_knows_the_texts_that_have_come_since(settings: Sett
 def test_what_waits_to_be_learned_is_no_more_than_the_window(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = Trainer(settings, threading.Event())
-    reads = [Read(Click(event_id=f"e{at}", user_id="u", item_id="i", ts_ms=at), 0, at) for at in range(7_000)]
+    trainer, reads = Trainer(settings, threading.Event()), clicked(7_000)
     monkeypatch.setattr(trainer._window, "read", lambda: reads[4_000:])
-    assert trainer._read(reads[:4_000]) == reads[-5_000:]
+    trainer._held = 2_100  # the last round's slice: the window's beginning cuts it, too
+    assert trainer._read(reads[:4_000]) == reads[-5_000:] and trainer._held == 100
+    trainer._window.erased = {"u0": 7_000}
+    monkeypatch.setattr(trainer._window, "read", lambda: reads[:0])
+    assert len(trainer._read(reads[-5_000:])) == 4_500 and trainer._held == 90
+
+
+def test_a_round_waits_for_new_clicks_and_is_judged_on_all_of_the_held_out(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last round's slice is not new; a young stream's grows by half of what is new, until it is `holdout`."""
+    short = TrainerSettings(min_events=100, holdout=200, round_s=0)
+    trainer = Trainer(settings.model_copy(update={"trainer": short}), stop := threading.Event())
+    trainer._encoder, trainer._text, trainer._learner = "e", dict(zip(ITEMS, TEXT, strict=True)), Learner(CONFIG)
+    trainer._learner.add_items(ITEMS, TEXT)
+    slices, polls = list[list[int]](), iter([clicked(1_000)[at : at + 50] for at in range(0, 1_000, 50)])
+
+    def read() -> list[Read]:
+        if not (new := next(polls, [])):
+            stop.set()
+        return new
+
+    def judged(candidate: Model, held_out: Slice) -> Verdict:
+        slices.append([int(held_out.events.ts_ms[0]), len(held_out.events)])
+        return Verdict(False, "")
+
+    monkeypatch.setattr("workers.trainer.POLL_S", 0)
+    monkeypatch.setattr(trainer._learner, "learn", lambda _: LearnReport(0, 0, 0.0, 0.0))
+    for name, instead in (("_judged", judged), ("_conclude", lambda *_: None), ("_take_texts", dict)):
+        monkeypatch.setattr(trainer, name, instead)
+    monkeypatch.setattr(trainer._window, "read", read)
+    monkeypatch.setattr(trainer, "_resume", list)
+    trainer.run()
+    assert slices == [[50, 50], [100, 100], [150, 150]] + [[at, 200] for at in range(200, 900, 100)]
