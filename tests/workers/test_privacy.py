@@ -25,7 +25,7 @@ from stream.producer import ClickProducer, Producer, partition_of
 from tests.workers.service import until
 from tests.workers.test_limits import Still
 from workers import metrics
-from workers.bench.stage import _write
+from workers.bench.stage import write
 from workers.dead_letters import names_one
 from workers.erasure import UnknownReceipt, ask, longest_ms, status
 from workers.keys import OPEN
@@ -236,7 +236,7 @@ def test_a_server_that_starts_before_the_worker_gets_to_a_wish_knows_of_it(setti
         for number in range(3):
             producer.send(Click(event_id=f"e{number}", user_id="u", item_id=f"i{number}", ts_ms=number))
         state = UserState(offset=2, applied=3, history=(Entry("i1", 1.0, 1),))
-        asyncio.run(_write(settings, [(topics.users.name, partition, [(b"u", encode_state(state))])]))
+        asyncio.run(write(settings, [(topics.users.name, partition, [(b"u", encode_state(state))])]))
         producer.erase("u", time.time_ns() // 1_000_000)
     users = UserStates(settings)
     users.start()

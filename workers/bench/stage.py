@@ -95,7 +95,7 @@ def write_clicks(settings: Settings, clicks: Keyed) -> None:
     batches: dict[int, list[tuple[bytes, bytes]]] = {}
     for user_id, raw in clicks:
         batches.setdefault(partition_of(user_id, settings.kafka.partitions), []).append((user_id.encode(), raw))
-    asyncio.run(_write(settings, [(settings.topics.clicks.name, *batch) for batch in batches.items()]))
+    asyncio.run(write(settings, [(settings.topics.clicks.name, *batch) for batch in batches.items()]))
 
 
 def announce(settings: Settings, items: Sequence[Item], artifact: Artifact) -> None:
@@ -103,10 +103,10 @@ def announce(settings: Settings, items: Sequence[Item], artifact: Artifact) -> N
     topics = settings.topics
     catalogue = [(item.item_id.encode(), encode(item)) for item in items]
     generation = [(artifact.name.encode(), encode(artifact))]
-    asyncio.run(_write(settings, [(topics.items.name, 0, catalogue), (topics.generations.name, 0, generation)]))
+    asyncio.run(write(settings, [(topics.items.name, 0, catalogue), (topics.generations.name, 0, generation)]))
 
 
-async def _write(settings: Settings, batches: Sequence[tuple[str, int, Sequence[tuple[bytes, bytes]]]]) -> None:
+async def write(settings: Settings, batches: Sequence[tuple[str, int, Sequence[tuple[bytes, bytes]]]]) -> None:
     sender = BatchSender(settings.connection)
     await sender.start()
     for topic, partition, records in batches:
