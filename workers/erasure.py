@@ -65,7 +65,7 @@ def status(settings: Settings, receipt: str) -> Erased:
     return found
 
 
-def waiting(settings: Settings) -> Iterator[tuple[str, int]]:
+def waiting_wishes(settings: Settings) -> Iterator[tuple[str, int]]:
     """User and offset of each wish that the workers have not committed. Raises KafkaError, TimeoutError, ValueError."""
     topic, connection = settings.topics.clicks.name, settings.connection
     committed = committed_offsets(connection, settings.worker.group, topic)

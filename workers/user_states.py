@@ -12,7 +12,7 @@ from model.user_state import EMPTY, UserState
 from stream.consumer import Record, tail
 from stream.producer import partition_of
 from workers import metrics
-from workers.erasure import waiting
+from workers.erasure import waiting_wishes
 from workers.settings import Settings
 from workers.state_writer import LAST
 from workers.states import PackedStates, keep_newest
@@ -97,7 +97,7 @@ class UserStates:
     def _caught_up(self) -> None:
         """With the wishes that no worker has got to: their nulls went by before this server listened."""
         try:
-            for user_id, offset in waiting(self._settings):
+            for user_id, offset in waiting_wishes(self._settings):
                 self.erase(user_id, offset)
         except (KafkaError, TimeoutError, ValueError) as error:
             log.warning("waiting erasures not read", reason=repr(error))
