@@ -47,7 +47,6 @@ class Verdict:
 def hold_out(learner: Learner, events: Events) -> Slice:
     """Events that the learner has not seen, each with what its user had done before: what the learner knows,
     and the slice's own earlier events. Items that the learner does not know stay out of histories."""
-    row_of = {item: row for row, item in enumerate(learner.ids)}
     pasts: dict[Hashable, tuple[list[Past], set[int]]] = {}
     histories, consumed = [], []
     columns = (events.users, events.items, events.weights.tolist(), events.ts_ms.tolist())
@@ -57,7 +56,7 @@ def hold_out(learner: Learner, events: Events) -> Slice:
         past, taken = pasts[user]
         histories.append(History.of(*zip(*past[-learner.config.history :], strict=True)))
         consumed.append(np.array(sorted(taken), np.int64))
-        row = row_of.get(item)
+        row = learner.rows.get(item)
         if row is not None:
             past.append((row, weight, ts_ms))
             taken |= {row} if weight > 0 else set()

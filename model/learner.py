@@ -73,6 +73,11 @@ class Learner:
     def ids(self) -> list[str]:
         return self._catalogue.ids
 
+    @property
+    def rows(self) -> dict[str, int]:
+        """Item -> its place in `ids`."""
+        return self._catalogue.rows
+
     def text(self) -> Floats:
         """(N, E) texts of `ids` as given: what the gate scores unknown items by."""
         return np.asarray(self._catalogue.text[: len(self.ids)].cpu().numpy())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,12 @@ class Model:
             if name in PER_ITEM
         }
         return Model(config, [*self.ids, *ids], arrays | grown, self.tower)
+
+    def only(self, ids: Collection[str]) -> Model:
+        """The same model without its other items, in the order of its rows."""
+        rows = [row for row, item in enumerate(self.ids) if item in ids]
+        kept = {name: self.arrays[name][rows] for name in PER_ITEM}
+        return Model(self.config, [self.ids[row] for row in rows], self.arrays | kept, self.tower)
 
     @torch.no_grad()
     def unclicked_bias(self, items: Tensor, text: Tensor) -> Tensor:

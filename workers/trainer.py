@@ -37,6 +37,7 @@ log = structlog.get_logger()
 POLL_S = 1.0
 KEEP_MODELS = 5
 DRIFT_CLICKS = 5000  # clicks before the newest slice that it is compared with
+MOST_REMOVED = 0.1  # of the items, before the learner is made anew without them: it costs a read of the window
 
 
 class Trainer:
@@ -48,6 +49,7 @@ class Trainer:
         self._texts, self._window = Texts(settings, stop), Window(settings)
         self._producer = Producer(settings.connection)
         self._text: dict[str, NDArray[np.float32]] = {}
+        self._removed = set[str]()  # items of the learner that were removed since it was made
         self._held = 0  # of the pending clicks the oldest: the last round's slice, judged on and not yet learned
         self._before: deque[str] = deque(maxlen=DRIFT_CLICKS)  # items of the clicks before the newest slice
         self._encoder = ""
@@ -62,7 +64,10 @@ class Trainer:
             pending = self._read(pending)
             enough = len(pending) - self._held >= self._config.min_events
             if enough and time.monotonic() - ended > self._config.round_s:
-                pending = self._round(pending)
+                before, pending = self._parent, self._round(pending)
+                if self._parent != before and len(self._removed) > MOST_REMOVED * len(self._text):
+                    self._window = Window(self._settings)
+                    pending = self._resume()
                 ended = time.monotonic()
         self._producer.close()
 
@@ -79,7 +84,11 @@ class Trainer:
         return kept[over:]
 
     def _resume(self) -> list[Read]:
-        """The window; after a restart with the newest model's weights, and only what it has not been trained on."""
+        """The window; after a restart with the newest model's weights, and only what it has not been trained on.
+
+        Of items that were removed it keeps those that the window's clicks are on: they tell the users' tastes.
+        """
+        self._learner = self._parent = None
         announced = newest_model(self._settings)
         while not self._texts.caught_up.wait(POLL_S):
             if self._stop.is_set():
@@ -92,12 +101,16 @@ class Trainer:
         except (DamagedGeneration, ValueError, OSError) as error:
             log.error("training starts anew", model=announced.name, reason=str(error))
             return reads
-        texts, empty = self._take_texts(), np.zeros(model.config.text_dim, np.float32)
-        text = np.stack([texts.pop(item_id, empty) for item_id in model.ids])  # (N, E)
+        self._take_texts()
+        model = model.only(self._text.keys() | {read.click.item_id for read in reads})
+        text = np.zeros((len(model.ids), model.config.text_dim), np.float32)  # (N, E)
+        for row, item_id in enumerate(model.ids):
+            text[row] = self._text.get(item_id, 0)
         config = ModelConfig(window_events=self._config.window_events).shaped_like(model.config)
         self._parent, self._learner = announced.name, self._make(config, self._config.seed)
         self._learner.resume(model, text)
-        _add(self._learner, texts)  # of the items that have come since
+        _add(self._learner, {i: text for i, text in self._text.items() if i not in self._learner.rows})
+        self._removed.clear()
         known = [read for read in reads if read.offset < announced.offsets.get(read.partition, 0)]
         self._learner.absorb(self._events(known))
         log.info("resumed", model=announced.name, known=len(known), new=len(reads) - len(known))
@@ -167,11 +180,14 @@ class Trainer:
 
     def _take_texts(self) -> dict[str, NDArray[np.float32]]:
         """The text vectors that have come since the last call. Raises EncoderChanged."""
-        encoder, new = self._texts.take()
+        encoder, new, removed = self._texts.take()
         if self._text and encoder != self._encoder:
             raise EncoderChanged(f"from {self._encoder} to {encoder}")
         self._encoder = encoder
         self._text |= new
+        for item_id in removed:
+            self._text.pop(item_id, None)
+        self._removed = (self._removed | removed) - new.keys()
         return new
 
     def _texts_of(self, items: Iterable[str]) -> NDArray[np.float32]:
@@ -179,8 +195,9 @@ class Trainer:
         return np.array([self._text[item_id] for item_id in items if item_id in self._text], np.float32)
 
     def _events(self, reads: Sequence[Read]) -> Events:
-        """Clicks on items that are in the catalogue; the others stay in the users' histories, as ids."""
-        known = [read.click for read in reads if read.click.item_id in self._text]
+        """Clicks on items that the learner has; the others stay in the users' histories, as ids."""
+        assert self._learner is not None
+        known = [read.click for read in reads if read.click.item_id in self._learner.rows]
         return events_of(known, self._settings.weight)
 
     def _conclude(self, candidate: Model, verdict: Verdict, trained_to: Mapping[int, int]) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from model.sampling import Events
 from model.user_state import digest
 from stream.consumer import Record, read_window, tail
-from stream.events import BadEvent, Click, Erasure, ItemVector, decode, decode_record
+from stream.events import BadEvent, Click, Erasure, ItemVector, decode_item, decode_record
 from stream.topics import DAY_MS
 from workers.settings import Settings
 
@@ -105,38 +105,38 @@ class Texts(threading.Thread):
         self.caught_up = threading.Event()
         self._settings, self._stop_event = settings, stop
         self._newest = (0, "")  # Kafka's stamp and encoder of the newest vector
-        self._new: dict[str, ItemVector] = {}
+        self._new: dict[str, ItemVector | None] = {}
         self._lock = threading.Lock()
 
     def run(self) -> None:
         topic = self._settings.topics.vectors.name
         for records in tail(self._settings.connection, [topic], self._stop_event, self.caught_up.set):
             for record in records:
-                if record.value is not None:
-                    self._take(record)
+                self._take(record)
 
     def _take(self, record: Record) -> None:
         try:
-            vector = decode(record.value, ItemVector)
+            item_id, vector = decode_item(record.value, record.key, ItemVector)
         except BadEvent as error:  # a later release's: the thread must not end over it
             log.warning("record passed over", topic=record.topic, offset=record.offset, cause=str(error))
             return
         with self._lock:
-            self._newest = max(self._newest, (record.timestamp, vector.encoder))
-            self._new[vector.item_id] = vector
+            if vector is not None:
+                self._newest = max(self._newest, (record.timestamp, vector.encoder))
+            self._new[item_id] = vector
 
     @property
     def encoder(self) -> str:
         return self._newest[1]
 
-    def take(self) -> tuple[str, dict[str, NDArray[np.float32]]]:
-        """The encoder, and the vectors (E,) that have come since the last call."""
+    def take(self) -> tuple[str, dict[str, NDArray[np.float32]], set[str]]:
+        """The encoder, the vectors (E,) that have come since the last call, and the items removed since."""
         with self._lock:
             new, self._new = self._new, {}
             encoder = self.encoder
         texts = {
             item_id: np.frombuffer(vector.vector, "<f2").astype(np.float32)
             for item_id, vector in new.items()
-            if vector.encoder == encoder
+            if vector is not None and vector.encoder == encoder
         }
-        return encoder, texts
+        return encoder, texts, {item_id for item_id, vector in new.items() if vector is None}

@@ -2,28 +2,30 @@
 
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from model.checkpoint import publish_model
+from model.checkpoint import fetch_model, publish_model
 from model.config import ModelConfig
 from model.gate import Slice, Verdict, hold_out
 from model.generation import build_generation, publish
 from model.learner import Learner, LearnReport
 from model.model import Model
-from model.sampling import Events
+from model.sampling import Events, Floats
 from stream.consumer import end_offsets
 from stream.events import Artifact, Click, ItemVector, encode
 from stream.producer import Producer
-from tests.records import announced
+from tests.records import Record, announced
 from tests.workers.service import upwell
 from workers.announcements import newest_model
 from workers.settings import Settings
 from workers.settings import Trainer as TrainerSettings
 from workers.trainer import Trainer
-from workers.training_input import Read
+from workers.training_input import Read, Window
 
 ITEMS, TEXT = [f"i{row}" for row in range(24)], np.eye(24, 8, dtype=np.float32) + 1  # (24, 8)
 CONFIG = ModelConfig(text_dim=8, projected_text_dim=4, covisitation_rank=4)
@@ -156,6 +158,57 @@ def test_a_restarted_trainer_knows_the_texts_that_have_come_since(
     assert learner is not None
     assert dict(zip(learner.ids, learner.text().tolist(), strict=True)) == dict(zip(ITEMS, TEXT.tolist(), strict=True))
     assert learner.config == ModelConfig(window_events=5_000).shaped_like(CONFIG)
+
+
+def test_removed_items_that_nobody_clicked_in_the_window_leave_the_model(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once they are a tenth of the catalogue and a model has been accepted; what the others have learned goes on."""
+    often = TrainerSettings(min_events=100, holdout=50, round_s=0)
+    trainer = Trainer(settings.model_copy(update={"trainer": often}), stop := threading.Event())
+    reads = [read for read in clicked(2_000) if int(read.click.item_id[1:]) < 15]
+    verdicts, catalogues, resumed = iter([True, False, True, False]), list[list[str]](), list[Model]()
+
+    def take(item_id: str, vector: Floats | None) -> None:
+        event = None
+        if vector is not None:
+            raw = vector.astype("<f2").tobytes()
+            event = encode(ItemVector(item_id=item_id, encoder="e", text_hash="h", vector=raw))
+        trainer._texts._take(Record(item_id.encode(), event))
+
+    def read(window: Window) -> list[Read]:
+        """200 more a round; a window that is read anew gives all that was given before."""
+        first, end = window.offsets.get(0, 0), 200 * (len(catalogues) + 1)
+        window.offsets[0] = reads[end].offset
+        return [read for read in reads[:end] if read.offset >= first]
+
+    def judged(candidate: Model, _: Slice) -> Verdict:
+        catalogues.append(candidate.ids)
+        if len(catalogues) == 1:  # after the first model: known by all, and by no text any more
+            for item_id in ITEMS[13:]:
+                take(item_id, None)
+            take(ITEMS[23], TEXT[23])  # and back again
+        if len(catalogues) == 4:
+            stop.set()
+        return Verdict(next(verdicts), "")
+
+    def kept(learner: Learner, model: Model, text: Floats, resume: Callable[..., None] = Learner.resume) -> None:
+        resumed.append(model)
+        resume(learner, model, text)
+
+    for item_id, vector in zip(ITEMS, TEXT, strict=True):
+        take(item_id, vector)
+    monkeypatch.setattr("workers.trainer.POLL_S", 0)
+    monkeypatch.setattr(Window, "read", read)
+    monkeypatch.setattr(trainer, "_judged", judged)
+    monkeypatch.setattr(Learner, "resume", kept)
+    trainer.run()
+    left = [*ITEMS[:15], ITEMS[23]]
+    assert catalogues == [ITEMS, ITEMS, ITEMS, left]
+    newest, (again,) = newest_model(settings), resumed
+    assert newest is not None and newest.parent is not None
+    whole = fetch_model(newest.url, newest.manifest_sha256).arrays["tower.ids"][[*range(15), 23]]
+    assert torch.equal(again.arrays["tower.ids"], whole) and whole.any()
 
 
 def test_what_waits_to_be_learned_is_no_more_than_the_window(
