@@ -5,7 +5,7 @@ BIN := .venv/bin
 SOURCES := stream model workers tests deploy/grafana/dashboards.py
 STAMP := .venv/.made
 
-.PHONY: help venv demo test chaos lint fmt schemas metrics dashboards reference docs sbom release lock kafka-lock clean FORCE
+.PHONY: help venv demo test chaos lint fmt schemas dashboards reference docs sbom release lock kafka-lock clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -34,9 +34,6 @@ fmt: venv  ## format, and mend what ruff can
 schemas: venv  ## docs/api anew from the wire types
 	$(BIN)/python -m stream.asyncapi docs/api
 
-metrics: venv  ## docs/metrics.md anew from workers/metrics.py
-	$(BIN)/python -m workers.metrics_page docs/metrics.md
-
 dashboards: venv  ## deploy/grafana/dashboards anew from deploy/grafana/dashboards.py
 	$(BIN)/python deploy/grafana/dashboards.py deploy/grafana/dashboards
 
@@ -47,7 +44,7 @@ lock: $(STAMP)/uv  ## deploy/requirements.lock anew from pyproject.toml, with ha
 kafka-lock: venv  ## stream/jgo.lock.toml anew from jgo.toml
 	cd stream && ../$(BIN)/jgo lock && sed -i.old '/^generated = /d' jgo.lock.toml && rm jgo.lock.toml.old
 
-reference: venv  ## docs/reference anew from the API, the topics, the settings and the commands
+reference: venv  ## docs/reference and docs/metrics.md anew from the code
 	$(BIN)/python -m workers.reference docs/reference
 
 docs: venv  ## the documentation as a site, in out/site

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -61,8 +62,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, bool) and value < 0:
-                raise ValueError(f"{field.name} must not be negative: {value}")
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{field.name} must be finite and not negative: {value}")
+            if value == 0 and (field.name.endswith("half_life") or field.name in ("id_prior", "sampled_items")):
+                raise ValueError(f"{field.name} divides: it must not be 0")
         for name in ("text_dim", "tower_dim", "covisitation_rank", "projected_text_dim", "history", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1: {getattr(self, name)}")

@@ -19,6 +19,7 @@ from model.sampling import Events, Floats, History, Rows
 
 Mode = Literal["line", "strict"]
 HISTORY = 50  # newest events of a user that an arm is shown
+MOST_CELLS = 16_000_000  # scores ranked at once, 20 bytes each: where stamps are days, thousands of events are
 
 
 class Arm(Protocol):
@@ -130,8 +131,8 @@ class _Replay:
                 asked.append(self._state.question(position, user, row, self._length))
         for position in range(waiting, stop):
             self._admit(position)
-        if asked:
-            self._found.append(self._ranked(asked))
+        size = max(1, MOST_CELLS // len(self._first))
+        self._found += [self._ranked(asked[at : at + size]) for at in range(0, len(asked), size)]
 
     @property
     def _users(self) -> Sequence[int]:

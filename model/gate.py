@@ -18,7 +18,7 @@ from model.sampling import Events, Floats, History, Past, Rows
 
 SHOWN = 20  # of the list for a stranger; what the worker sends by default
 MUCH = 0.02  # share of the slice's clicks from which an item is looked at, shown or not
-MIN_COMPARED = 10  # events; fewer are no evidence, and a slice without any lets everything through
+MIN_COMPARED = 10  # events; fewer are no evidence, and refuse every candidate but a first model
 DEEPEST = 200  # ranks beyond it are equally bad: the mix is taught among the best 200, what comes after is noise
 # Share of an item's users who have consumed something else too, relative to that share over all items. Lowest among
 # the twenty most popular items, half-lives of 300 to 20,000 events, at eleven places each of online-retail, ml-100k,
@@ -39,6 +39,8 @@ class Slice:
 
 @dataclass(frozen=True)
 class Verdict:
+    """Of `judge`, with its reason; metrics: events compared, NDCG@10 and mean rank of both as far as it got to them."""
+
     accepted: bool
     reason: str
     metrics: dict[str, float] = field(default_factory=dict)

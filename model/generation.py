@@ -155,6 +155,8 @@ def fetch(url: str, cache_dir: Path, manifest_sha256: str, *, verified: bool = T
     """
     store, root = fsspec.core.url_to_fs(url)
     if isinstance(store, LocalFileSystem):
+        if not Path(root).parent.is_dir():
+            raise FileNotFoundError(f"{url}: not even the folder around it is there: is the store mounted?")
         if verified:
             verify(Path(root), manifest_sha256)
         return Path(root)

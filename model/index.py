@@ -66,7 +66,7 @@ class ExactIndex:
 
 
 def _top(scores: Vectors, k: int) -> tuple[Rows, Vectors]:
-    """The k best columns of scores (b, N), best first, ties by row."""
+    """The k best columns of scores (b, N), best first, equal ones by row (but at the cut: any of them)."""
     width = scores.shape[1] // _GROUP  # groups: columns that differ by a multiple of `width`
     if width <= 16 * k:
         return _sorted_top(scores, k)
@@ -158,7 +158,10 @@ class HnswIndex:
         return cls(graph, vectors, copies, lifted, ef, threads, scale)
 
     def save(self, path: Path) -> None:
+        """The graph alone. Raises OSError where the file comes out short: of a full disk hnswlib says nothing."""
         self._graph.save_index(os.fspath(path))
+        if not path.exists() or path.stat().st_size != self._graph.index_file_size():
+            raise OSError(f"{path} could not be written whole: is the disk full?")
 
     @classmethod
     def load(cls, path: Path, vectors: Vectors, ef: int = 128, scale: Vectors | None = None) -> HnswIndex:

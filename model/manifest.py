@@ -41,6 +41,8 @@ class MissingGeneration(DamagedGeneration):
 
 
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a file has to be; sha256 in hexadecimal."""
+
     size_bytes: int
     sha256: str
 
@@ -113,6 +115,7 @@ def file_names(folder: Path) -> set[str]:
 
 
 def file_entry(path: Path) -> FileEntry:
+    """Of a file as it is now. Raises OSError."""
     with path.open("rb") as file:
         return FileEntry(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 

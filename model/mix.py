@@ -1,6 +1,6 @@
 """How much each part of the score counts, learned on the stream by the user's situation.
 
-Legend: B events, C candidates, K candidates kept, F parts (config.PARTS), G situations, R = 9 rows of weights.
+Legend: B events, C candidates, K candidates kept, F parts (config.PARTS), G situations, R = 8 rows of weights.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from model.sampling import History as History
 from model.tower import UserTower, item_vectors
 
 COLUMNS = ("tower.items", "tower.bias", "covisitation.right", "text.items", "popularity")  # of an item vector
-TEXT_GAIN = 5.0  # brings cosines of text to the spread of the other parts, for one Adagrad rate
+TEXT_GAIN = 5.0  # brings cosines of text to the spread of the other parts, for the mix's start and trust
 _PCA_ITEMS = 64  # below it the text projection is random: too few texts to find directions in
 _MEAN_GROWTH = 1.1  # the mean text moves when the catalogue has grown by this much: it re-centres every item
 

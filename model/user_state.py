@@ -20,6 +20,8 @@ DIGEST_BYTES = 8
 
 
 class ClickLike(Protocol):
+    """What a fold reads of a click; ts_ms is the event's own, since the epoch."""
+
     @property
     def event_id(self) -> str: ...
     @property
@@ -37,6 +39,8 @@ class Applied(NamedTuple):
 
 
 class Entry(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A past event as a history keeps it; a negative weight speaks against the item."""
+
     item_id: str
     weight: float
     ts_ms: int
@@ -58,7 +62,9 @@ class UserState(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Limits(msgspec.Struct, frozen=True):
-    history: int = 50  # MODEL.md: the tower reads the last 50
+    """What is kept of a user at most."""
+
+    history: int = 50  # entries: as many as a model reads by default
     event_ids: int = 1024  # an event sent again within a user's last 1,024 is dropped; 8 KiB at most a user
     seen: int = 20_000  # items kept out of the lists, newest first seen; 160 KB at most a user, in each of its records
 

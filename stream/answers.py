@@ -1,10 +1,10 @@
 """What the HTTP routes take and give: the bodies, with their bounds and, for OpenAPI, their meaning."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
-from stream.events import EventType, Id, Item
+from stream.events import EventType, Id, Item, Source
 
 MAX_K = 200
 Share = Annotated[float, Meta(ge=0, le=1)]
@@ -51,6 +51,8 @@ class Guest(Wishes, kw_only=True, forbid_unknown_fields=True):
 
 
 class Reason(Struct):
+    """A click of the user's that speaks for an item, and its share in that."""
+
     item_id: str
     title: str
     share: Annotated[float, Meta(description="of `explained`; the shares of an item add up to 1 over all its clicks")]
@@ -82,7 +84,7 @@ class Answer(Struct, kw_only=True):
     user_id: str | None
     items: list[RankedItem]
     generation: str
-    source: Literal["personal", "session", "popular"]
+    source: Source
     fallback: Annotated[str | None, Meta(description="why the list is not personal, where it should be")] = None
     as_of: AsOf | None
     age_ms: Annotated[int | None, Meta(description="since Kafka took the user's newest state; null: there is none")]
@@ -91,12 +93,16 @@ class Answer(Struct, kw_only=True):
 
 
 class Similar(Struct):
+    """What goes with an item, itself left out."""
+
     item_id: str
     items: list[RankedItem]
     generation: str
 
 
 class ItemOut(Struct):
+    """What is shown of an item of the catalogue."""
+
     item_id: str
     title: str
     categories: list[str]
@@ -104,10 +110,14 @@ class ItemOut(Struct):
 
 
 class ItemsOut(Struct):
+    """The items that have the words asked for."""
+
     items: list[ItemOut]
 
 
 class Past(Struct):
+    """One event of a user's history; `ts_ms` is the event's own, since the epoch."""
+
     item_id: str
     title: str
     weight: Annotated[float, Meta(description="how much the event says about taste; negative: against the item")]
@@ -126,26 +136,33 @@ class UserOut(Struct, kw_only=True):
 
 
 class Erased(Struct, kw_only=True):
-    """cleared: state, seen items, lists and dead letters are gone. gone: the wish and all before it left Kafka, too.
-
-    gone_by_ms: by then at the latest, as the topics are set now; the trainer has left the user out long before.
-    """
+    """A user's wish to be erased, and how far it has come."""
 
     receipt: str
     partition: int
     offset: int
-    requested_ms: int | None  # None: no longer known
-    cleared: bool = False
-    gone: bool = False
-    gone_by_ms: int | None = None
+    requested_ms: Annotated[int | None, Meta(description="since the epoch; null: no longer known")]
+    cleared: Annotated[bool, Meta(description="state, seen items, lists and dead letters are gone")] = False
+    gone: Annotated[bool, Meta(description="the wish and all before it have left Kafka, too")] = False
+    gone_by_ms: Annotated[
+        int | None,
+        Meta(
+            description="gone by then at the latest, as the topics are set now; the trainer leaves the user out long "
+            "before. null: gone, or a topic is kept without end"
+        ),
+    ] = None
 
 
 class Rejected(Struct):
+    """An entry that no reader could use, and why."""
+
     index: Annotated[int, Meta(description="position in the request, from 0")]
     cause: str
 
 
 class Delivered(Struct, omit_defaults=True):
+    """Where an entry lies in Kafka; an event's `offset` is what `min_offset` takes."""
+
     index: int
     partition: int
     offset: int
@@ -205,16 +222,22 @@ class Update(Answer, kw_only=True):
 
 
 class Ticket(Struct):
+    """The right to open one user's stream for a minute, without a key."""
+
     ticket: Annotated[str, Meta(description="for /v1/stream; empty where no key is needed")]
     until_ms: Annotated[int, Meta(description="the stream can be opened until then; an open one stays open")]
 
 
 class Status(Struct):
+    """What a stream says when there is no list to send, and when Kafka comes or goes."""
+
     connected: Annotated[bool, Meta(description="to Kafka")]
     generation: str | None
 
 
 class GenerationFigures(Struct):
+    """What this server serves, since when (ms since the epoch), and the loads since its start."""
+
     name: str | None
     created_ms: int | None
     items: int
@@ -222,11 +245,15 @@ class GenerationFigures(Struct):
 
 
 class Latency(Struct):
+    """From Kafka's stamp of a click to the worker's of its list, in ms; null before the first."""
+
     p50: float | None
     p99: float | None
 
 
 class HitRate(Struct):
+    """Live HR@10, from 0 to 1: of what was served, and of decayed popularity on the same clicks."""
+
     served: float | None
     popularity: float | None
 

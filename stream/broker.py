@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Self
 
 import kafka
 
-from stream.guard import GRACE_S
+from stream.guard import GRACE_S, guarded
 from stream.jars import CACHE, BrokerError, fetch_jars
 from stream.kraft import configure
 
@@ -118,19 +117,8 @@ class LocalBroker:
             raise BrokerError(f"formatting {self.folder} failed:\n{done.stdout[-2000:]}")
 
     def _spawn(self, command: list[str], lock: int) -> None:
-        guard = [sys.executable, "-I", "-S", str(Path(__file__).with_name("guard.py")), str(os.getpid())]
         with (self.folder / "broker.log").open("ab") as log:
-            self._guard = subprocess.Popen(
-                [*guard, *command],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                pass_fds=[lock],
-                start_new_session=True,
-            )
-        assert self._guard.stdout is not None
-        with self._guard.stdout as first_line:
-            self.pid = int(first_line.readline() or 0) or None
+            self._guard, self.pid = guarded(command, log, pass_fds=[lock])
 
     def _await_ready(self) -> None:
         assert self._guard is not None
@@ -195,16 +183,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m stream.broker", description="A local Apache Kafka.")
     parser.add_argument("folder", type=Path, nargs="?", default=Path("out/kafka"))
     parser.add_argument("--port", type=int)
-    parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--fetch", action="store_true", help="only fetch and check the jars")
     options = parser.parse_args()
     if options.fetch:
-        print(f"Kafka: {len(fetch_jars(options.cache))} jars in {options.cache}")
+        print(f"Kafka: {len(fetch_jars())} jars in {CACHE}")
         return
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
-    with LocalBroker(options.folder, options.port, cache=options.cache) as broker:
+    with LocalBroker(options.folder, options.port) as broker:
         print(f"Kafka on {broker.bootstrap}, Java process {broker.pid}", flush=True)
         while broker.running and not stopped.wait(1.0):
             pass

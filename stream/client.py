@@ -1,7 +1,7 @@
 """The HTTP API for Python programs: typed answers, clear errors, patience with a service that starts or is busy.
 
-ApiError(RuntimeError)     the service has refused the request: `status`, and its own words as the text
-  Unavailable              it could not be reached, or said 503 or 429, until `patience_s` was over
+ApiError(RuntimeError)     the request was refused
+  Unavailable              nobody was there to take it
 """
 
 import os
@@ -40,13 +40,15 @@ SILENCE_S = 40.0  # an open stream says something every 15 s
 
 
 class ApiError(RuntimeError):
+    """The service has refused the request: its own words, and `status`, that of HTTP."""
+
     def __init__(self, status: int, detail: str) -> None:
         super().__init__(detail)
-        self.status = status  # 0: no answer
+        self.status = status
 
 
 class Unavailable(ApiError):
-    pass
+    """Out of reach (`status` 0), or busy or starting (429, 502, 503, 504), until `patience_s` was over."""
 
 
 T = TypeVar("T")
@@ -64,13 +66,19 @@ class Rules(TypedDict, total=False):
 
 
 class UserRules(Rules, total=False):
+    """The same, and what only a user's list can be asked."""
+
     exclude_seen: bool
     min_offset: int
     explain: bool
 
 
 class Client(Closing):
-    """A context manager; one a thread. `patience_s`: how long a request is tried again before Unavailable."""
+    """A context manager; one a thread. `timeout_s`: for an answer; `patience_s`: how long a request is tried again.
+
+    Every call raises ApiError for what is refused (400 a wrong value, 401 no valid key, 403 a key that may not, 404
+    where said below) and, but for `updates`, Unavailable when patience ends.
+    """
 
     def __init__(self, url: str, key: str | None = None, *, timeout_s: float = 10.0, patience_s: float = 30.0) -> None:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -87,13 +95,15 @@ class Client(Closing):
         return self._call("POST", "/v1/recommendations", Answer, content=msgspec.json.encode(guest))
 
     def similar(self, item_id: str, k: int = 20, **rules: Unpack[Rules]) -> Similar:
+        """The k items that go best with this one. Raises ApiError 404 where the serving generation does not know it."""
         return self._get(f"/v1/items/{quote(item_id, safe='')}/similar", Similar, k=k, **rules)
 
     def items(self, q: str = "", limit: int = 50) -> list[ItemOut]:
+        """Items of the catalogue with `q` in title or id, whatever the case; `limit` at most, 200 at most."""
         return self._get("/v1/items", ItemsOut, limit=limit, **({"q": q} if q else {})).items
 
     def user(self, user_id: str) -> UserOut:
-        """What is kept of a user, in readable form."""
+        """What is kept of a user, in readable form. Raises ApiError 404 where that is nothing."""
         return self._get(f"/v1/users/{quote(user_id, safe='')}", UserOut)
 
     def send(self, *clicks: EventIn) -> Receipt:
@@ -109,7 +119,7 @@ class Client(Closing):
         return self._post("/v1/items", items)
 
     def remove_item(self, item_id: str) -> Delivered:
-        """Takes an item out of the catalogue: no list shows it again."""
+        """Takes an item out of the catalogue, known or not: no list shows it again."""
         return self._call("DELETE", f"/v1/items/{quote(item_id, safe='')}", Delivered)
 
     def forget(self, user_id: str) -> Erased:
@@ -117,7 +127,7 @@ class Client(Closing):
         return self._call("DELETE", f"/v1/users/{quote(user_id, safe='')}", Erased)
 
     def erasure(self, receipt: str) -> Erased:
-        """Where an erasure stands."""
+        """Where an erasure stands. Raises ApiError 404 for a receipt of none."""
         return self._get(f"/v1/erasures/{receipt}", Erased)
 
     def updates(self, user_id: str) -> Iterator[Update | Status]:
@@ -146,6 +156,7 @@ class Client(Closing):
         return self._call("POST", "/v1/stream/tickets", Ticket, params={"user": user_id})
 
     def close(self) -> None:
+        """Closes the connections: nothing can be asked after it."""
         self._http.close()
 
     @property

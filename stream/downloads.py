@@ -3,12 +3,7 @@
 import os
 from pathlib import Path
 
+_CODE = Path(__file__).resolve().parents[1]
+_USERS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "upwell"
 
-def downloads(package: Path) -> Path:
-    """The folder, which need not exist. package: the folder of our code; a checkout has pyproject.toml beside it."""
-    if (package.parent / "pyproject.toml").exists():
-        return package.parent / ".cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "upwell"
-
-
-DOWNLOADS = downloads(Path(__file__).resolve().parent)
+DOWNLOADS = _CODE / ".cache" if (_CODE / "pyproject.toml").exists() else _USERS

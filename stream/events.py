@@ -26,6 +26,7 @@ EventType = Literal[
     "dislike", "hide", "skip", "return",
 ]  # fmt: skip
 EVENT_TYPES: tuple[str, ...] = get_args(EventType)
+Source = Literal["personal", "session", "popular"]  # of a list: Recommendations says what each means
 
 MAX_ID = 256
 Id = Annotated[str, Meta(min_length=1, max_length=MAX_ID)]
@@ -105,7 +106,7 @@ class Recommendations(Event, frozen=True, kw_only=True):
     user_id: Id
     items: list[Ranked]
     generation: str
-    source: Literal["personal", "session", "popular"]
+    source: Source
     partition: int  # as_of: the last click folded in, so that a reader can ask for "at least offset X"
     offset: int
     event_id: str  # the newest click behind this list

@@ -13,6 +13,7 @@ Imports nothing of ours: it is run by path.
 
 import contextlib
 import ctypes
+import io
 import os
 import select
 import signal
@@ -20,9 +21,31 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Collection, Mapping
 
 GRACE_S = 20
 PR_SET_PDEATHSIG = 1
+
+
+def guarded(
+    command: list[str],
+    stderr: io.BufferedWriter | None,
+    env: Mapping[str, str] | None = None,
+    pass_fds: Collection[int] = (),
+) -> tuple["subprocess.Popen[bytes]", int | None]:
+    """The guard, in a session of its own, and the command's process id; None: it could not start it, and ends."""
+    guard = subprocess.Popen(
+        [sys.executable, "-I", "-S", __file__, str(os.getpid()), *command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        env=env,
+        pass_fds=pass_fds,
+        start_new_session=True,
+    )
+    assert guard.stdout is not None
+    with guard.stdout as first_line:
+        return guard, int(first_line.readline() or 0) or None
 
 
 def wait_for_end(parent: int) -> None:

@@ -34,6 +34,7 @@ class Pseudonyms:
         return cls(path.read_bytes().strip())
 
     def of(self, user_id: str) -> str:
+        """What is sent in the id's place. Any string is taken: whether it can be an id is for the caller to say."""
         if self._is_one(user_id):
             return user_id
         digest = hmac.new(self._key, user_id.encode(), hashlib.sha256).digest()

@@ -3,15 +3,11 @@
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import msgspec
 
 from stream.events import Click
-
-
-class Sender(Protocol):
-    def send(self, click: Click) -> object: ...
+from stream.producer import ClickProducer
 
 
 def shifted(events: Sequence[Click], last_ms: int) -> list[Click]:
@@ -20,7 +16,7 @@ def shifted(events: Sequence[Click], last_ms: int) -> list[Click]:
     return [msgspec.structs.replace(event, ts_ms=event.ts_ms + by) for event in events]
 
 
-def replay(sender: Sender, events: Sequence[Click], rate: float, stop: threading.Event) -> Iterator[Click]:
+def replay(producer: ClickProducer, events: Sequence[Click], rate: float, stop: threading.Event) -> Iterator[Click]:
     """Sends each event at its place in an even schedule of `rate` a second; yields it once sent.
 
     The schedule is open-loop: a slow moment is caught up, so that the rate holds and waiting is not hidden.
@@ -31,5 +27,5 @@ def replay(sender: Sender, events: Sequence[Click], rate: float, stop: threading
     for number, event in enumerate(events):
         if stop.wait(max(0.0, began + number / rate - time.monotonic())):
             return
-        sender.send(event)
+        producer.send(event)
         yield event

@@ -1,6 +1,8 @@
 """The topics: one table, and its creation on a cluster."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import kafka
 from kafka.admin import ConfigResource
@@ -116,40 +118,74 @@ class WrongTopic(ValueError):
     """A topic on the cluster is not as the settings say; the text names it and what to do."""
 
 
+class Found(NamedTuple):
+    """One topic on the cluster; partitions 0: it is not there."""
+
+    topic: Topic
+    partitions: int
+    replicas: int  # of the partition that has the fewest
+    out_of_sync: int  # partitions of which a replica is behind
+    differing: dict[str, tuple[str, str]] | None  # setting -> as it is, as it should be; None: not ours to read
+
+    def faults(self) -> Iterator[str]:
+        """What is not as it should be."""
+        if not self.partitions:
+            yield "missing"
+            return
+        if self.partitions != self.topic.partitions:
+            yield f"{self.partitions} partitions, the settings say {self.topic.partitions}"
+        if self.out_of_sync:
+            yield f"{self.out_of_sync} partitions with a replica that is behind"
+        for name, (found, wanted) in (self.differing or {}).items():
+            yield f"{name} is {found}, should be {wanted}"
+
+
+def describe(topics: Topics, connection: Connection) -> list[Found]:
+    """All topics as they are. Raises KafkaError."""
+    with kafka.KafkaAdminClient(**connection.kafka_python()) as admin:
+        return _describe(admin, topics, set(admin.list_topics()))
+
+
 def ensure(topics: Topics, connection: Connection) -> None:
     """Creates what is missing and waits until it can be used; safe to run from several processes at once.
 
     Raises WrongTopic for one that exists with another number of partitions, cleanup policy or clock.
     """
-    table = {topic.name: topic for topic in topics.all()}
+    names = {topic.name for topic in topics.all()}
     with kafka.KafkaAdminClient(**connection.kafka_python()) as admin:
-        missing = table.keys() - set(admin.list_topics())
+        missing = names - set(admin.list_topics())
         if missing:
-            _create([table[name] for name in missing], admin)
-        admin.wait_for_topics(list(table), timeout_ms=30_000)
-        found = {topic["name"]: topic for topic in admin.describe_topics(list(table))}
-        resources = [ConfigResource("TOPIC", name) for name in table]
-        configs = admin.describe_configs(resources, config_filter="all")["topic"]
-        for topic in table.values():
-            _compare(topic, len(found[topic.name]["partitions"]), configs[topic.name])
+            _create([topic for topic in topics.all() if topic.name in missing], admin)
+        admin.wait_for_topics(list(names), timeout_ms=30_000)
+        for topic, partitions, _, _, differing in _describe(admin, topics, names):
+            check_partitions(topic, partitions)
+            if differing is None:
+                raise WrongTopic(f"{topic.name}: this login may not read its settings: it needs DescribeConfigs")
+            for key in ("cleanup.policy", "message.timestamp.type"):  # the second: windows go by the broker's clock
+                if key in differing:
+                    value, wanted = differing[key]
+                    raise WrongTopic(
+                        f"{topic.name} is '{value}', it has to be '{wanted}': `upwell topics fix` makes it so"
+                    )
 
 
-def _create(topics: list[Topic], admin: kafka.KafkaAdminClient) -> None:
-    """Replicas as the cluster's default says."""
-    wanted = {topic.name: {"num_partitions": topic.partitions, "configs": topic.config()} for topic in topics}
-    for result in admin.create_topics(wanted, raise_errors=False)["topics"]:
-        if result["error_code"] not in (0, ALREADY_EXISTS):
-            raise kafka.errors.for_code(result["error_code"])(f"{result['name']}: {result['error_message']}")
+def fix(topics: Topics, connection: Connection) -> list[str]:
+    """Create what is missing, set what differs but the partitions; a sentence for each change.
 
-
-def _compare(topic: Topic, partitions: int, config: dict[str, dict[str, str]]) -> None:
-    check_partitions(topic, partitions)
-    if not config:  # kafka-python passes over the error
-        raise WrongTopic(f"{topic.name}: this login may not read its settings: it needs DescribeConfigs")
-    for key in ("cleanup.policy", "message.timestamp.type"):  # the second: windows go by the broker's clock
-        if set((value := config[key]["value"]).split(",")) != set(topic.config()[key].split(",")):
-            wanted = topic.config()[key]
-            raise WrongTopic(f"{topic.name} is '{value}', it has to be '{wanted}': `upwell topics fix` makes it so")
+    Raises KafkaError, and WrongTopic before anything is changed.
+    """
+    found = describe(topics, connection)
+    for each in found:
+        if each.partitions:
+            check_partitions(each.topic, each.partitions)
+    changes = {each.topic.name: {key: pair[1] for key, pair in (each.differing or {}).items()} for each in found}
+    resources = [ConfigResource("TOPIC", name, configs) for name, configs in changes.items() if configs]
+    if resources:
+        with kafka.KafkaAdminClient(**connection.kafka_python()) as admin:
+            admin.alter_configs(resources)
+    ensure(topics, connection)
+    created = [f"{each.topic.name}: created" for each in found if not each.partitions]
+    return created + [f"{name}: {key} = {value}" for name, configs in changes.items() for key, value in configs.items()]
 
 
 def check_partitions(topic: Topic, found: int) -> None:
@@ -159,3 +195,34 @@ def check_partitions(topic: Topic, found: int) -> None:
             f"{topic.name} has {found} partitions, the settings say {topic.partitions}: set kafka.partitions to what "
             "is there, or `upwell export`, start under a new kafka.prefix, and `upwell import`"
         )
+
+
+def _describe(admin: kafka.KafkaAdminClient, topics: Topics, there: set[str]) -> list[Found]:
+    names = [topic.name for topic in topics.all() if topic.name in there]
+    parts = {found["name"]: found["partitions"] for found in admin.describe_topics(names)} if names else {}
+    resources = [ConfigResource("TOPIC", name) for name in names]
+    configs = admin.describe_configs(resources, config_filter="all")["topic"] if names else {}
+    return [_found(topic, parts.get(topic.name, []), configs.get(topic.name, {})) for topic in topics.all()]
+
+
+def _found(topic: Topic, partitions: list[dict[str, Any]], config: dict[str, dict[str, str]]) -> Found:
+    differing = {
+        key: (value, wanted)
+        for key, wanted in topic.config().items()
+        if key in config and set((value := config[key]["value"]).split(",")) != set(wanted.split(","))
+    }
+    return Found(
+        topic,
+        len(partitions),
+        min((len(part["replica_nodes"]) for part in partitions), default=0),
+        sum(len(part["isr_nodes"]) < len(part["replica_nodes"]) for part in partitions),
+        differing if config else None,  # kafka-python passes over a refusal
+    )
+
+
+def _create(topics: list[Topic], admin: kafka.KafkaAdminClient) -> None:
+    """Replicas as the cluster's default says."""
+    wanted = {topic.name: {"num_partitions": topic.partitions, "configs": topic.config()} for topic in topics}
+    for result in admin.create_topics(wanted, raise_errors=False)["topics"]:
+        if result["error_code"] not in (0, ALREADY_EXISTS):
+            raise kafka.errors.for_code(result["error_code"])(f"{result['name']}: {result['error_message']}")

@@ -35,9 +35,10 @@ def score(settings: Settings, clicks: Iterable[Record], lists: Iterable[Record])
     """Of one partition, each in its order. By Kafka's stamps: what stands in the topic before the click is seen."""
     latest: dict[str, Recommendations] = {}
     clicked: dict[str, set[str]] = defaultdict(set)
+    recommendations = settings.topics.recommendations.name
     for record in heapq.merge(clicks, lists, key=lambda record: record.timestamp):  # on a tie the click comes first
         try:
-            if record.topic == settings.topics.recommendations.name:
+            if record.topic == recommendations:
                 answer = decode(record.value, Recommendations)
                 latest[answer.user_id] = answer
                 continue

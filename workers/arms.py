@@ -37,14 +37,16 @@ def rules_of(settings: Settings, arm: str, seed: int = 0) -> Rules:
 
 
 def query_of(settings: Settings, click: Click, history: Sequence[Entry], seen: bytes, sent: bool) -> Query:
-    """For the list after a click, by its user's arm. A click that is delivered again draws the same list again.
+    """For the list before or after a click, by its user's arm. One that is delivered again draws the same list again.
 
+    It is of the moment of the history's newest click: a list is sent before the pause after it is known.
     The list that is `sent` says of what is drawn how likely it was in the other arms, for `upwell arms report`.
     """
+    now_ms = history[-1].ts_ms if history else click.ts_ms
     if not settings.arms:
-        return Query(history, seen, click.ts_ms, PLAIN)
+        return Query(history, seen, now_ms, PLAIN)
     arm = arm_of(settings, click.user_id)
     rules = rules_of(settings, arm, int.from_bytes(digest(click.event_id), "little"))
     logged = sent and rules.explore > 0
     others = {name: rules_of(settings, name) for name in all_arms(settings) if name != arm} if logged else NOBODY
-    return Query(history, seen, click.ts_ms, rules, others)
+    return Query(history, seen, now_ms, rules, others)

@@ -24,10 +24,10 @@ class Catalogue:
         self.items: dict[str, Item] = {}
         self.vectors: dict[str, ItemVector] = {}
 
-    def encoded_beside(self, known: Set[str], encoder: str) -> dict[str, NDArray[np.float32]]:
-        """Text vectors (E,) of the items that are not among those known, as far as they are this encoder's."""
+    def encoded_beside(self, known: Set[str], encoder: str) -> dict[str, ItemVector]:
+        """Text vectors of the items that are not among those known, as far as they are this encoder's."""
         return {
-            item_id: np.frombuffer(vector.vector, "<f2").astype(np.float32)
+            item_id: vector
             for item_id, vector in self.vectors.items()
             if item_id not in known and item_id in self.items and vector.encoder == encoder
         }
@@ -56,9 +56,10 @@ class Filters:
 
     def __init__(self, rows: Mapping[str, int], items: Mapping[str, Item]) -> None:
         self._rows, self._items = rows, items
-        known = {row: items.get(item_id) for item_id, row in rows.items()}
-        self.removed = np.array([row for row, item in known.items() if item is None], np.int64)
-        self.hidden = np.array([row for row, item in known.items() if item is None or not item.available], np.int64)
+        removed = [row for item_id, row in rows.items() if item_id not in items]
+        unavailable = [rows[item_id] for item_id, item in items.items() if not item.available and item_id in rows]
+        self.removed = np.array(removed, np.int64)
+        self.hidden = np.array(removed + unavailable, np.int64)
 
     def passing(self, categories: Set[str], since_ms: int | None) -> NDArray[np.bool_]:
         """(N,) the rows of one of the categories (none given: of any) that were published since then."""

@@ -4,10 +4,11 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from model.user_state import EMPTY, Applied, Limits, apply_clicks, decode_state, digest, encode_state, split
+from model.user_state import EMPTY, Applied, apply_clicks, decode_state, digest, encode_state, split
 from stream.events import Click
 from stream.producer import partition_of
 from workers.settings import Settings
+from workers.states import limits_of
 
 
 def fold_offline(events: Sequence[Click], settings: Settings) -> dict[str, bytes]:
@@ -18,7 +19,7 @@ def fold_offline(events: Sequence[Click], settings: Settings) -> dict[str, bytes
         partition = partition_of(click.user_id, settings.kafka.partitions)
         clicks[click.user_id].append(Applied(click, settings.weight(click), offsets[partition]))
         offsets[partition] += 1
-    limits = Limits(settings.worker.history, settings.worker.event_ids, settings.worker.seen)
+    limits = limits_of(settings)
     return {user_id: encode_state(apply_clicks(EMPTY, own, limits)) for user_id, own in clicks.items()}
 
 
@@ -48,6 +49,7 @@ def failures(summary: Mapping[str, Any], wanted: int, states: Mapping[str, bytes
         "at least 3 generations served": summary["generations"] >= 3,
         "at least 2 swaps under load": summary["swaps"] >= 2,
         f"no role fell: {restarts} restarts": restarts == 0,
+        f"asked once a second or more: {summary['requests']} requests": summary["requests"] >= summary["seconds"],
         "no failed request": summary["failed_requests"] == 0,
         "no empty answer": summary["empty_requests"] == 0,
         "live HR@10 at least twice decayed popularity's": summary["hr10"] >= 2 * summary["hr10_popularity"] > 0,

@@ -1,12 +1,9 @@
 """The command `upwell`. Heavy imports happen inside the commands: `upwell --help` does not load torch."""
 
-import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from kafka.errors import KafkaError
@@ -14,34 +11,19 @@ from kafka.errors import KafkaError
 from stream.consumer import MissingTopic
 from stream.jars import BrokerError
 from stream.producer import BufferFull, DeliveryError
-from stream.topics import WrongTopic
-from workers import cli_arms, cli_ops, tracing
+from workers import cli_ops, command
 from workers.cli_bench import bench
 from workers.cli_erase import erase
-from workers.cli_keys import keys
-from workers.failing import failing, naming_extras
-from workers.logs import configure
+from workers.command import failing, naming_extras, refusing
 from workers.settings import ConfigError, Settings, load_settings
-from workers.up import ROLES, run_up
+from workers.up import run_up
 from workers.watch import watch
 
-EX_CONFIG = 2
-KEYED = ("worker", "serve")  # roles that know a user's partition
-
 app = typer.Typer(no_args_is_help=True, add_completion=False)
-dead_letters = typer.Typer(no_args_is_help=True, help="Messages that could not be applied.")
-generations = typer.Typer(no_args_is_help=True, help="What serves, and the way back.")
-app.add_typer(dead_letters, name="dead-letters")
-app.add_typer(generations, name="generations")
 app.command()(watch)
-app.add_typer(keys, name="keys")
-app.add_typer(cli_arms.app, name="arms")
 app.command()(erase)
-app.add_typer(cli_ops.topics, name="topics")
-app.command("lag")(cli_ops.lag)
-app.command("export")(cli_ops.export)
-app.command("import")(cli_ops.import_)
 app.command()(bench)
+app.add_typer(cli_ops.app)
 
 Broker = Annotated[str | None, typer.Option(help="HOST:PORT of your own Kafka; default: a local one.")]
 
@@ -59,43 +41,10 @@ def about(
     """Streaming online-learning recommendations."""
 
 
-@contextmanager
-def refusing() -> Iterator[None]:
-    """Bad configuration, or topics that are not as it says, ends the process with one line a key or topic."""
-    try:
-        yield
-    except (ConfigError, WrongTopic) as error:
-        typer.echo(f"configuration:\n{error}", err=True)
-        raise typer.Exit(EX_CONFIG) from error
-
-
-def settings_for(role: str, reach_kafka: bool = True) -> Settings:
-    """Settings, with logs configured; bad configuration ends the process with one line a key.
-
-    So does a Kafka that answers and does not let us in, or has other partitions. One that does not answer is no matter
-    of configuration: roles wait for it, a command ends, with exit code 1.
-    """
-    with refusing():
-        settings = load_settings()
-        if reach_kafka:
-            from workers.preflight import check_access, check_keyed
-
-            if not check_access(settings.connection) and role not in (*ROLES, "up"):
-                typer.echo(f"no Kafka answers at {settings.kafka.bootstrap}", err=True)
-                raise typer.Exit(1)  # Kafka's clients would try for 30 s and more
-            if role in KEYED:
-                check_keyed(settings)
-        processors = tracing.start(settings, role)
-    configure(settings.log_level, role, *processors)
-    if role not in ROLES:  # a command ends with what went wrong: Kafka's client would log it forty times before
-        logging.getLogger("kafka").setLevel(logging.CRITICAL)
-    return settings
-
-
 @app.command()
 def worker() -> None:
     """Fold clicks into user states and send fresh recommendations (Faust)."""
-    settings = settings_for("worker")
+    settings = command.settings_for("worker")
     from workers.worker_process import run_worker
 
     raise typer.Exit(run_worker(settings))
@@ -104,7 +53,7 @@ def worker() -> None:
 @app.command()
 def trainer() -> None:
     """Fine-tune on the newest clicks, again and again; publish what wins."""
-    settings = settings_for("trainer")
+    settings = command.settings_for("trainer")
     from workers.trainer import run_trainer
 
     raise typer.Exit(run_trainer(settings))
@@ -113,7 +62,7 @@ def trainer() -> None:
 @app.command()
 def indexer() -> None:
     """Encode item texts and build generations."""
-    settings = settings_for("indexer")
+    settings = command.settings_for("indexer")
     from workers.indexer import run_indexer
 
     raise typer.Exit(run_indexer(settings))
@@ -122,14 +71,11 @@ def indexer() -> None:
 @app.command()
 def serve() -> None:
     """HTTP: recommendations, events in, health, metrics, the page."""
-    settings = settings_for("serve")
-    from workers.keys import load_keys
-
-    with refusing():
-        keys = load_keys(settings.serve)
+    settings = command.settings_for("serve")
     from workers.server import run_server
 
-    raise typer.Exit(run_server(settings, keys))
+    with refusing():
+        raise typer.Exit(run_server(settings))
 
 
 @app.command()
@@ -138,7 +84,7 @@ def up(broker: Broker = None) -> None:
     if broker is not None:
         os.environ["UPWELL_KAFKA__BOOTSTRAP"] = broker
     with refusing():
-        _on_one_machine(settings_for("up", reach_kafka=broker is not None))
+        _on_one_machine(command.settings_for("up", reach_kafka=broker is not None))
     with refusing(), failing(BrokerError):
         raise typer.Exit(run_up(broker, kafka_home()))
 
@@ -191,7 +137,7 @@ def replay(
     from stream.replay import shifted
     from workers.processes import stop_on_signal
 
-    settings, stop = settings_for("replay"), stop_on_signal()
+    settings, stop = command.settings_for("replay"), stop_on_signal()
     with failing(NoDataset):
         dataset = load_dataset(stream)
     events = shifted(dataset.events, int(time.time() * 1000))[:limit]
@@ -206,117 +152,30 @@ def replay(
 def evaluate(
     stream: Annotated[str, typer.Argument(help="ml-100k, a folder of events.jsonl and items.jsonl, or a CSV.")],
     arms: Annotated[str, typer.Option(help="Comma-separated; default: the product and all cheap ones.")] = "",
-    mode: Annotated[str, typer.Option(help="strict, line or both.")] = "both",
+    mode: Literal["strict", "line", "both"] = "both",
     limit: Annotated[int | None, typer.Option(min=10, help="Only the first so many events.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     out: Annotated[Path | None, typer.Option(help="Default: out/evaluate/STREAM; what it holds is kept.")] = None,
     columns: Annotated[str | None, typer.Option(help="Of a CSV: user=…,item=…,ts=…[,type=…,value=…,title=…].")] = None,
 ) -> None:
     """Test, then learn: the product and what could stand in its place, on a recorded stream, in process."""
-    from workers.evaluate import main as evaluate_stream
+    from model.arms.catalogue import CHEAP
+    from workers.evaluate import Options, run
 
     with refusing():
         settings = load_settings()
-    raise typer.Exit(evaluate_stream(settings, stream, arms, mode, limit, seed, out, columns))
-
-
-@app.command()
-def doctor() -> None:
-    """Look at what Upwell needs; exit code 1 when something is missing."""
-    from workers.doctor import examine
-
-    settings = settings_for("doctor", reach_kafka=False)
-    findings = list(examine(settings))
-    for good, what in findings:
-        typer.echo(f"{'ok  ' if good else 'FAIL'} {what}")
-    raise typer.Exit(0 if all(good for good, _ in findings) else 1)
-
-
-@dead_letters.command("list")
-def list_dead_letters(limit: Annotated[int, typer.Option(min=1, help="The newest so many.")] = 50) -> None:
-    """One line a dead letter: place, cause, the beginning of the message."""
-    from workers.dead_letters import describe, read
-
-    settings = settings_for("dead-letters")
-    for offset, letter in read(settings)[-limit:]:
-        typer.echo(describe(offset, letter))
-
-
-@dead_letters.command("replay")
-def replay_dead_letters(
-    offset: Annotated[list[int] | None, typer.Option(help="Only these, by their number in the list.")] = None,
-) -> None:
-    """Send the kept messages to their topics again, for example after a release that can read them, and take them off
-    the list; one that is refused again comes back under a new number."""
-    from workers.dead_letters import read, resend
-
-    settings = settings_for("dead-letters")
-    letters = dict(read(settings))
-    if missing := sorted(set(offset or ()) - letters.keys()):
-        typer.echo(f"no dead letter {', '.join(map(str, missing))}: nothing is sent", err=True)
-        raise typer.Exit(1)
-    sent, kept = resend(settings, [letter for at, letter in letters.items() if not offset or at in offset])
-    typer.echo(f"{sent} sent again, {kept} cannot be (only a part of an oversized message is kept)")
-
-
-@generations.command("list")
-def list_generations() -> None:
-    """What is announced and kept, oldest first, and which of them serves."""
-    settings = settings_for("generations")
-    from workers.generations import listed
-
-    for artifact, mark in listed(settings):
-        metrics = "  ".join(f"{name} {value:.4g}" for name, value in sorted(artifact.metrics.items()))
-        typer.echo(f"{artifact.name}  {mark:6}  trained as {artifact.parent or '-'}  {metrics}")
-
-
-@generations.command("refused")
-def list_refused() -> None:
-    """The candidates that the gate has turned down, oldest first, and why."""
-    settings = settings_for("generations")
-    from model.checkpoint import verdicts
-
-    for name, reason in verdicts(f"{settings.store}/refused").items():
-        typer.echo(f"{name}  {reason}")
-
-
-@generations.command("show")
-def show_generation(name: str) -> None:
-    """Its manifest, after its files have been verified."""
-    settings = settings_for("generations")
-    import msgspec
-
-    from model.manifest import DamagedGeneration
-    from workers.generations import UnknownGeneration, find, manifest
-
-    with failing(UnknownGeneration, DamagedGeneration):
-        shown = manifest(settings, find(settings, name))
-    typer.echo(msgspec.json.format(msgspec.json.encode(shown)).decode())
-
-
-@generations.command("rollback")
-def rollback_generation(
-    name: Annotated[str | None, typer.Argument(help="Default: the one before the newest.")] = None,
-) -> None:
-    """Serve an earlier one; the next that wins at the gate comes after it."""
-    settings = settings_for("generations")
-    from workers.generations import NothingMoves, UnknownGeneration, roll_back
-
-    with failing(UnknownGeneration, NothingMoves):
-        typer.echo(f"{roll_back(settings, name).name} is announced again")
-
-
-@generations.command("pin")
-def pin_generation(
-    name: Annotated[str | None, typer.Argument(help="Left out: nothing is pinned any more.")] = None,
-) -> None:
-    """Serve this one, whatever comes after it."""
-    settings = settings_for("generations")
-    from workers.generations import UnknownGeneration, pin
-
-    with failing(UnknownGeneration):
-        pin(settings, name)
-    typer.echo(f"{name} is pinned" if name else "nothing is pinned")
+    options = Options(
+        settings,
+        stream,
+        arms=tuple(arms.split(",")) if arms else CHEAP,
+        modes=("strict", "line") if mode == "both" else (mode,),
+        limit=limit,
+        seed=seed,
+        out=out or Path("out/evaluate") / Path(stream).stem,
+        columns=columns,
+    )
+    with failing(ValueError, OSError, code=2):
+        run(options)
 
 
 def main() -> None:

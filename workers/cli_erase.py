@@ -8,7 +8,8 @@ from typing import Annotated
 import msgspec
 import typer
 
-from workers.failing import failing
+from workers import command
+from workers.command import failing
 
 POLL_S = 0.5
 
@@ -27,9 +28,8 @@ def erase(
     from stream.events import BadEvent
     from stream.producer import BufferFull, ClickProducer, DeliveryError
     from workers import erasure
-    from workers.cli import settings_for
 
-    settings = settings_for("erase")
+    settings = command.settings_for("erase")
     wanted = [line.strip() for line in sys.stdin if line.strip()] if users == ["-"] else users or []
     pending: list[str] = []
 

@@ -167,6 +167,7 @@ class Demo:
             "dead_letters": sum(end_offsets(settings.connection, settings.topics.dead_letters.name).values()),
             "generations": len(seen.generations),
             "swaps": seen.num_generations() - 1,
+            "requests": seen.requests,
             "failed_requests": seen.failed_requests,
             "empty_requests": seen.empty_requests,
             "hr10": round(hr10, 4),

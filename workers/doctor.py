@@ -15,10 +15,10 @@ import torch
 from kafka.errors import KafkaError
 
 from stream.consumer import end_offsets, read_window
+from stream.topics import describe
 from workers.lag import read_offsets
 from workers.preflight import check_access
 from workers.settings import ConfigError, Settings
-from workers.topic_report import describe
 
 MIN_FREE_GB = 2.0
 MAX_SKEW_S = 2.0
@@ -51,7 +51,7 @@ def _broker(settings: Settings) -> Iterator[Finding]:
         with kafka.KafkaAdminClient(**settings.connection.kafka_python(), bootstrap_timeout_ms=5000) as admin:
             brokers = admin.describe_cluster()["brokers"]
         yield True, f"broker: {address} answers, {len(brokers)} in the cluster"
-        found = describe(settings)
+        found = describe(settings.topics, settings.connection)
         faults = [f"{each.topic.name}: {fault}" for each in found for fault in each.faults()]
         told = "; ".join(faults) or f"{settings.kafka.prefix}.* are there, as they should be"
         yield not faults, f"topics: {told}"

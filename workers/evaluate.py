@@ -6,7 +6,6 @@ DIR/results.json    the figures          DIR/report.html, DIR/*.png    the same 
 
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from model.arms.catalogue import CHEAP, PRODUCT, Setting, check_names, make_arm
+from model.arms.catalogue import PRODUCT, Setting, check_names, make_arm
 from model.arms.variants import Delayed
 from model.config import ModelConfig
 from model.encoder import Encoder
@@ -27,9 +26,9 @@ from stream.csv_events import load_csv, parse_columns
 from stream.datasets import Dataset, load_dataset
 from stream.text import item_text
 from workers.figures import Figures, mode_figures
+from workers.processes import compute_in_one_thread
 from workers.report import write_report
 from workers.settings import Indexer, Settings
-from workers.threads import compute_in_one_thread
 from workers.training_input import events_of
 
 WARMUP = 0.2  # share of the events that is learned from and not counted
@@ -62,7 +61,7 @@ class _Watched:
     ) -> NDArray[np.floating]:
         began = time.process_time()
         scores = self._arm.score(users, histories, now_ms)
-        self._spent = time.process_time() - began
+        self._spent += time.process_time() - began
         return scores
 
     def learn(self, events: Events, rows: NDArray[np.int64]) -> None:
@@ -173,31 +172,12 @@ def _read(path: Path, key: str) -> tuple[Outcome, NDArray[np.float64]] | None:
         return Outcome(**{field.name: kept[field.name] for field in fields(Outcome)}), kept["seconds"]
 
 
-def main(
-    settings: Settings,
-    stream: str,
-    arms: str,
-    mode: str,
-    limit: int | None,
-    seed: int,
-    out: Path | None,
-    columns: str | None,
-) -> int:
-    """The command: prints one line an arm; 2 for what does not exist (stream, arm, mode) and an arm that diverges."""
-    modes: dict[str, tuple[Mode, ...]] = {"strict": ("strict",), "line": ("line",), "both": ("strict", "line")}
-    names = tuple(arms.split(",")) if arms else CHEAP
-    try:
-        if mode not in modes:
-            raise ValueError(f"no mode {mode!r}: {', '.join(modes)}")
-        check_names(names)
-        folder = out or Path("out/evaluate") / Path(stream).stem
-        results = evaluate(Options(settings, stream, names, modes[mode], limit, seed, folder, columns))
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+def run(options: Options) -> None:
+    """The command: prints one line an arm. Raises ValueError, OSError: no such stream or arm, an arm that diverges."""
+    check_names(options.arms)
+    results = evaluate(options)
     _say(results)
-    print(write_report(results, folder))
-    return 0
+    print(write_report(results, options.out))
 
 
 def _say(results: Figures) -> None:

@@ -5,8 +5,7 @@ A search process of 2,000 items is ready in 35 ms, where it took 310 to start on
     parent -> server   arguments as a line of JSON, and two descriptors: the child's socket, and where to tell its end
     server -> parent   pid, int64; into the second descriptor, when the child has ended, its code as subprocess has it
 
-The server forks and reaps and has one thread, so that its fork is safe; multiprocessing's forkserver would import the
-parent's main module in each child. It leaves with its parent, and the children leave with it.
+One thread, so that its fork is safe; it leaves with its parent, and the children with it. Why: docs/decisions.md.
 """
 
 import atexit

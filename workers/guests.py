@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 LOADED_S = 1.0  # that a request waits for the encoder
 
 
-class OtherEncoder(RuntimeError):
+class OtherEncoder(NotReady):
     """The generation stands on another encoder than `indexer.encoder` of this server: words mean nothing to it."""
+
+    retry_s = 60
 
 
 class TextEncoder:

@@ -70,6 +70,7 @@ class Indexer:
         self._indexed: set[str] = set()  # its items
         self._encoded: set[str] = set()  # items with a text that is newer than the newest build
         self._not_before = 0.0  # monotonic time of the next build, after one that failed
+        self._changed = False  # a build may be due: to see whether one is takes all item ids
 
     def run(self, stop: threading.Event) -> None:
         topics, caught_up = self._topics, threading.Event()
@@ -77,9 +78,11 @@ class Indexer:
         for records in tail(self._settings.connection, names, stop, caught_up.set):
             for record in records:
                 self._take(record)
+            self._changed |= bool(records or self._pending)
             if caught_up.is_set():
                 self._encode(stop)
-                if self._vectors and time.monotonic() >= self._not_before:
+                if self._changed and self._vectors and time.monotonic() >= self._not_before:
+                    self._changed = False
                     self._build_if_due()
         self._producer.close()
 
@@ -167,6 +170,7 @@ class Indexer:
         try:
             if self._base is None:
                 self._resume()
+                self._changed = True
             elif self._due(self._base):
                 self._build()
         except OSError as error:  # the store is full or out of reach: nothing is said about the model
@@ -179,7 +183,7 @@ class Indexer:
 
     def _wait(self, began: float) -> None:
         """No build for as long as the failed one took: the same items may fail for ever, each time minutes."""
-        now = time.monotonic()
+        now, self._changed = time.monotonic(), True
         self._not_before = now + max(RETRY_S, now - began)
 
     def _resume(self) -> None:

@@ -37,6 +37,8 @@ RESTART_S = 15.0  # a search process starts within a second or two; a large inde
 class NotReady(RuntimeError):
     """There is nothing to answer from yet: 503, not a failure."""
 
+    retry_s = 1
+
 
 class Live:
     """Follows the announcements in a thread of its own; `snapshot` is the generation to use for one answer."""
@@ -52,7 +54,7 @@ class Live:
         self._not_before: dict[str, float] = {}  # SHA-256 -> monotonic time of the next try, after one in vain
         self._dead: SearchProcess | None = None  # has died of itself
         self._stale = False  # the fresh items or the hidden ones have changed since the snapshot
-        self._stop, self.caught_up = threading.Event(), threading.Event()
+        self._stop, self.caught_up, self._releasing = threading.Event(), threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._follow, name="live", daemon=True)
 
     def start(self) -> None:
@@ -89,7 +91,8 @@ class Live:
 
     def release_previous(self) -> None:
         """The generation before the serving one is needed no more."""
-        previous, self.previous = self.previous, None
+        with self._releasing:
+            previous, self.previous = self.previous, None
         if previous is not None:
             previous.search.close()
 
@@ -103,9 +106,17 @@ class Live:
                 self._serve_wanted()
             if self._stale and self.snapshot and time.monotonic() - refreshed > FRESH_INTERVAL_S:
                 self._stale, refreshed = False, time.monotonic()
-                old = self.snapshot
-                self.snapshot = Snapshot.of(old.announced, old.search, old.indexed, self.catalogue)
-                self._gauge(self.snapshot)
+                self._renew(self.snapshot)
+
+    def _renew(self, serving: Snapshot) -> None:
+        """The items as they are now, for both sides of a trial."""
+        self.snapshot, old = serving.renewed(self.catalogue), self.previous
+        self._gauge(self.snapshot)
+        if old is not None:
+            renewed = old.renewed(self.catalogue)
+            with self._releasing:
+                if self.previous is old:  # the worker has not released it meanwhile
+                    self.previous = renewed
 
     def _caught_up(self) -> None:
         settle()  # without it a full round goes through the catalogue: 65 ms for 100,000 items
@@ -160,7 +171,7 @@ class Live:
             metrics.swaps.labels("refused").inc()
             log.warning("generation refused", generation=announced.name, reason=str(error))
             return False
-        self.snapshot, self._stale = new, False
+        self.snapshot = new  # what is stale stays so: the one before is renewed with it
         if old is not None and old.search is self._dead:
             old.search.close()  # its successor is on trial against the same one as before
         else:

@@ -1,6 +1,6 @@
 """Every metric: name, type, unit, labels, and what to do when it moves. No user or item id in a label.
 
-This is the closed list: docs/metrics.md is made from it (`make metrics`). A help text says what is counted, then what
+This is the closed list: docs/metrics.md is made from it (`make reference`). A help text says what is counted, then what
 to do. Every role exposes all names; those that it does not set stay 0 or without samples.
 """
 
@@ -65,13 +65,13 @@ hits = _counter(
 )
 hit_rate = Gauge(
     "upwell_live_hit_rate_at_10",
-    "hits / scored clicks, by ranking: served and popularity over the last 5,000; previous, the generation before, "
-    "since the swap.",
+    "hits / scored clicks, by ranking: served and popularity over the last 5,000; after a swap also trial and "
+    "previous, the new generation and the one before it over the clicks of the trial.",
     ["ranking"],
 )
 live_ndcg = Gauge(
     "upwell_live_ndcg_at_10",
-    "The same last 5,000 scored clicks, by ranking (served, popularity), higher places counting more. Falling while "
+    "The same clicks, by ranking (served, popularity, trial, previous), higher places counting more. Falling while "
     "the hit rate stays: the order within the lists has gone stale.",
     ["ranking"],
 )

@@ -1,7 +1,4 @@
-"""docs/metrics.md, made from the list in workers/metrics.py: `make metrics`."""
-
-import sys
-from pathlib import Path
+"""docs/metrics.md, made from the list in workers/metrics.py: `make reference`."""
 
 from prometheus_client.metrics import MetricWrapperBase
 
@@ -10,7 +7,7 @@ from workers import metrics
 UNITS = ("seconds", "bytes", "clicks", "users", "items")
 HEAD = """# Metrics
 
-Made by `make metrics` from `workers/metrics.py`; a test holds it to that. Every role exposes all of these names,
+Made by `make reference` from `workers/metrics.py`; a test holds it to that. Every role exposes all of these names,
 `serve` at `/metrics` of its port, the others on `metrics_port` at `metrics_host`; those that a role does not set stay 0
 or without samples. Histograms come as `_bucket`, `_sum` and `_count`. No label holds a user or an item. Beside these,
 prometheus_client exports the process (`process_*`) and Python's garbage collector (`python_*`).
@@ -39,7 +36,3 @@ def page() -> str:
         labels = ", ".join(f"`{label}`" for label in metric._labelnames)
         rows.append(f"| `{name}` | {family.type} | {unit} | {labels} | {family.documentation} |\n")
     return HEAD + "".join(rows)
-
-
-if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(page(), encoding="utf-8")

@@ -23,7 +23,7 @@ ANSWER_S = 5.0  # for a broker that closes connections: it may be starting or st
 def check_access(connection: Connection) -> bool:
     """Whether a bootstrap server answers. Raises ConfigError, one line, when one does and TLS or the login fails."""
     try:
-        options = connection.aiokafka()
+        options = connection.kafka_python()
     except OSError as error:
         raise ConfigError(f"kafka.ca_file, kafka.cert_file, kafka.key_file: {error}") from error
     addresses = options.pop("bootstrap_servers")

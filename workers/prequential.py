@@ -83,26 +83,51 @@ class Recent:
         return self._sum / len(self._gains)
 
 
+class Ranking(Recent):
+    """One that has gauges."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def add(self, place: int | None) -> bool:
+        hit = super().add(place)
+        metrics.hit_rate.labels(self._name).set(self.hit_rate)
+        metrics.live_ndcg.labels(self._name).set(self.ndcg)
+        return hit
+
+
+def _place(item_id: str, ranked: Sequence[str]) -> int | None:
+    return ranked.index(item_id) if item_id in ranked else None
+
+
 class LiveScore:
     """HR@K and NDCG@K of what was served and of decayed popularity, on the same clicks; hits by arm."""
 
     def __init__(self) -> None:
         self.popularity = DecayedPopularity()
-        self._rankings: dict[str, Recent] = defaultdict(Recent)
+        self._served, self._popular = Ranking("served"), Ranking("popularity")
         self._arms: dict[str, Recent] = defaultdict(Recent)
 
     def add(self, item_id: str, seen: bytes, served: Sequence[str], arm: str = DEFAULT_ARM) -> None:
         """Score one click on an item that its user had not seen; `served` is the list as it would have been."""
-        place = served.index(item_id) if item_id in served else None
+        place = _place(item_id, served)
         metrics.scored_clicks.inc()
-        for ranking, found in (("served", place), ("popularity", self.popularity.place(item_id, seen))):
-            recent = self._rankings[ranking]
-            metrics.hits.labels(ranking).inc(recent.add(found))
-            metrics.hit_rate.labels(ranking).set(recent.hit_rate)
-            metrics.live_ndcg.labels(ranking).set(recent.ndcg)
+        metrics.hits.labels("served").inc(self._served.add(place))
+        metrics.hits.labels("popularity").inc(self._popular.add(self.popularity.place(item_id, seen)))
         own = self._arms[arm]
         metrics.arm_clicks.labels(arm, "hit" if own.add(place) else "miss").inc()
         metrics.arm_hit_rate.labels(arm).set(own.hit_rate)
+
+
+TRIAL = ("trial", "previous")  # rankings: the generation that serves and the one before it
+
+
+def hide_trial() -> None:
+    """Its gauges would stand still."""
+    for ranking in TRIAL:
+        metrics.hit_rate.remove(ranking)
+        metrics.live_ndcg.remove(ranking)
 
 
 class Trial:
@@ -114,16 +139,15 @@ class Trial:
 
     def __init__(self, serving: str, previous: str) -> None:
         self.serving, self.previous = serving, previous
-        self.clicks = self.only_serving = self.only_previous = self.previous_hits = 0
+        self.clicks = self.only_serving = self.only_previous = 0
+        self._new, self._old = map(Ranking, TRIAL)
 
     def add(self, item_id: str, served: Sequence[str], before: Sequence[str]) -> None:
         """One click on an item that its user had not seen, with the list of either generation."""
-        hit, old = item_id in served[:K], item_id in before[:K]
+        new, old = self._new.add(_place(item_id, served)), self._old.add(_place(item_id, before))
         self.clicks += 1
-        self.previous_hits += old
-        self.only_serving += hit and not old
-        self.only_previous += old and not hit
-        metrics.hit_rate.labels("previous").set(self.previous_hits / self.clicks)
+        self.only_serving += new and not old
+        self.only_previous += old and not new
 
     @property
     def over(self) -> bool:

@@ -1,4 +1,4 @@
-"""Starting a role on a free port; ending it, in order, or at once where it cannot go on."""
+"""What a role does to its own process: threads, memory, and its end, in order, or at once where it cannot go on."""
 
 import ctypes
 import gc
@@ -31,21 +31,14 @@ def die(reason: str, code: int, error: BaseException | None = None) -> None:
 
 
 def settle() -> None:
-    """Once all is imported, or read: leaves it out of the garbage collector's rounds, which stopped every thread for
-    0.13 s.
-
-    And a round for 20,000 new objects in place of 700: a micro-batch alone makes some thousands, and rounds through
-    them were a seventh of the time that it takes to decode and fold.
-    """
+    """Once all is imported, or read: out of the garbage collector's rounds, which stop every thread."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000)
+    gc.set_threshold(20_000)  # new objects, for 700: a micro-batch alone makes some thousands
 
 
 def share_heaps() -> None:
-    """Before threads start: two heaps for all of them, where glibc gives each thread its own, up to eight a core, and
-    each keeps what its busiest moment took. Hardly anything waits for it: the GIL lets Python run one thread at a time.
-    """
+    """Before threads start: two heaps for all of them, where glibc gives each its own. Why: docs/decisions.md."""
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc's; macOS has one heap
         libc.mallopt(_M_ARENA_MAX, _HEAPS)
 
@@ -55,3 +48,15 @@ def end_with_threads() -> None:
     threading.excepthook = lambda args: die(
         f"thread {args.thread.name if args.thread else '?'}", EX_SOFTWARE, args.exc_value
     )
+
+
+def compute_in_one_thread() -> None:
+    """torch and BLAS, whatever thread asks: two threads of a busy machine spin for one another.
+
+    threadpoolctl sets OpenMP's number for the thread that calls it; in all others torch took a thread a core.
+    """
+    import torch  # not with this file, which `upwell --help` reads
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(1)
+    torch.set_num_threads(1)

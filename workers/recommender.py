@@ -9,11 +9,11 @@ from itertools import compress
 from typing import NamedTuple
 
 from model.sampling import History
-from model.user_state import Entry, UserState
+from model.user_state import UserState
 from stream.events import Artifact, Click, Ranked
 from workers.arms import arm_of, query_of
 from workers.live import Live, NotReady
-from workers.prequential import K, LiveScore, Trial
+from workers.prequential import K, LiveScore, Trial, hide_trial
 from workers.search import SearchProcessDied
 from workers.settings import Settings
 from workers.snapshot import PLAIN, Query, Snapshot
@@ -29,19 +29,17 @@ class Read(NamedTuple):
 
 
 class Before(NamedTuple):
-    """An applied click and, where it is to be scored, its user just before it."""
+    """What a user's list was to be made from just before a click, and that list where it has been sent."""
 
-    click: Click
-    history: Sequence[Entry] | None
-    seen: bytes  # packed digests of the user's items, where it is to be scored
-    sent: Sent | None  # the list of that moment, where it is known
+    query: Query
+    sent: Sent | None
 
 
 class Folded(NamedTuple):
     states: dict[str, UserState]  # of every touched user, new versions
     changed: list[str]  # users whose state moved: redelivered clicks leave it as it was
     newest: dict[str, Read]  # of every user with a click
-    applied: list[Before]
+    liked: list[tuple[Click, Before | None]]  # new clicks of positive weight; None: not to be scored
     at_ms: int
 
 
@@ -70,30 +68,26 @@ class Recommender:
     def __init__(self, settings: Settings, live: Live) -> None:
         self._settings, self._live = settings, live
         self._score = LiveScore()
-        self._strangers: Sent | None = None
-        self.trial: Trial | None = None
-        self.lost: Artifact | None = None  # the generation to go back to
+        self._trial: Trial | None = None
+        self.lost: tuple[Artifact, Trial] | None = None  # the generation to go back to, and why
 
     def recommend(self, together: Sequence[Folded]) -> list[Recommended]:
         """Of micro-batches of several partitions, scored clicks and touched users, in one embedding pass and search."""
-        settings, applied = self._settings, [before for folded in together for before in folded.applied]
-        scored = [
-            (query_of(settings, b.click, b.history, b.seen, sent=False), b.sent)
-            for folded in together
-            for b in folded.applied
-            if b.history is not None
-        ]
+        settings, liked = self._settings, [one for folded in together for one in folded.liked]
         touched = [
             (folded.states[user_id], read.click) for folded in together for user_id, read in folded.newest.items()
         ]
         after = [query_of(settings, click, state.history, state.seen, sent=True) for state, click in touched]
+        previous = self._live.previous
+        before = [before for _, before in liked if before is not None]
+        if previous is not None:  # what was sent may lack items that have come since: both are asked now
+            before = [Before(query, None) for query, _ in before]
         try:
-            snapshot, (served, histories, lists) = self._live.use(partial(self._ranked, scored, after))
+            snapshot, (served, histories, lists) = self._live.use(partial(self._ranked, before, after))
         except NotReady:
             return [Recommended("", {}, {}, set())] * len(together)
-        before = [query for query, _ in scored]
-        self._test(applied, before, served)
-        self._try(snapshot, before, applied, served)
+        self._test(liked, served)
+        self._try(snapshot, previous, liked, served)
         k = settings.worker.k
         fresh = iter(snapshot.explain(after, histories, [ranked[:k] for ranked in lists], settings.worker.explained))
         sent = (Sent(snapshot.name, top(ranked)) for ranked in lists)
@@ -109,55 +103,59 @@ class Recommender:
         ]
 
     def _ranked(
-        self, scored: Sequence[tuple[Query, Sent | None]], after: Sequence[Query], snapshot: Snapshot
+        self, before: Sequence[Before], after: Sequence[Query], snapshot: Snapshot
     ) -> tuple[list[Top], list[History], list[list[Ranked]]]:
         """What stood before the scored clicks, searched for only where no list of this generation was sent; histories
         and new lists.
 
         A user's next click is nearly always scored in the list sent after the one before: that halves the searches.
         """
-        known = [self._known(query, sent, snapshot) for query, sent in scored]
-        unknown = [query for (query, _), item_ids in zip(scored, known, strict=True) if item_ids is None]
-        queries = [*unknown, *after]
+        known = [_known(one, snapshot) for one in before]
+        queries = [*(one.query for one, item_ids in zip(before, known, strict=True) if item_ids is None), *after]
         histories = snapshot.histories(queries)
         lists = iter(snapshot.ranked(queries, histories, max(self._settings.worker.k, K)))
-        before = [top(next(lists)) if item_ids is None else item_ids for item_ids in known]
-        for (query, _), item_ids in zip(scored, before, strict=True):
-            if stranger(query):
-                self._strangers = Sent(snapshot.name, item_ids)
-        return before, histories[len(unknown) :], list(lists)
+        served = [top(next(lists)) if item_ids is None else item_ids for item_ids in known]
+        return served, histories[len(queries) - len(after) :], list(lists)
 
-    def _known(self, query: Query, sent: Sent | None, snapshot: Snapshot) -> Top | None:
-        if stranger(query):
-            sent = self._strangers
-        return sent.item_ids if sent and sent.generation == snapshot.name else None
-
-    def _test(self, applied: Sequence[Before], before: Sequence[Query], served: Sequence[Top]) -> None:
-        answers = iter(zip(before, served, strict=True))
-        for item in applied:
-            item_id = item.click.item_id
-            if item.history is not None:
-                query, item_ids = next(answers)
-                self._score.add(item_id, query.seen, item_ids, arm_of(self._settings, item.click.user_id))
-            self._score.popularity.learn(item_id)
+    def _test(self, liked: Sequence[tuple[Click, Before | None]], served: Sequence[Top]) -> None:
+        lists = iter(served)
+        for click, before in liked:
+            if before is not None:
+                arm = arm_of(self._settings, click.user_id)
+                self._score.add(click.item_id, before.query.seen, next(lists), arm)
+            self._score.popularity.learn(click.item_id)
 
     def _try(
-        self, serving: Snapshot, before: Sequence[Query], applied: Sequence[Before], served: Sequence[Top]
+        self,
+        serving: Snapshot,
+        previous: Snapshot | None,
+        liked: Sequence[tuple[Click, Before | None]],
+        served: Sequence[Top],
     ) -> None:
         """After a swap: the same clicks by the generation before, until the trial is over or the new one has lost."""
-        previous = self._live.previous
-        if previous is None or not before:
+        if previous is None:
+            self._trial = None
+            hide_trial()
             return
-        if self.trial is None or (self.trial.serving, self.trial.previous) != (serving.name, previous.name):
-            self.trial = Trial(serving.name, previous.name)
+        if not served:
+            return
+        asked = [(click.item_id, before.query) for click, before in liked if before is not None]
         try:
-            old_lists = previous.recommend(before, max(self._settings.worker.k, K))
+            old_lists = previous.recommend([query for _, query in asked], max(self._settings.worker.k, K))
         except SearchProcessDied:
             return  # released, or replaced by the next swap
-        scored = [item.click.item_id for item in applied if item.history is not None]
-        for item_id, new, old in zip(scored, served, old_lists, strict=True):
-            self.trial.add(item_id, new, top(old))
-        if self.trial.worse:
-            self.lost = previous.announced
-        if self.trial.worse or self.trial.over:
+        if self._trial is None or (self._trial.serving, self._trial.previous) != (serving.name, previous.name):
+            self._trial = Trial(serving.name, previous.name)
+        for (item_id, _), new, old in zip(asked, served, old_lists, strict=True):
+            self._trial.add(item_id, new, top(old))
+        if self._trial.worse:
+            self.lost = previous.announced, self._trial
+        if self._trial.worse or self._trial.over:
             self._live.release_previous()
+
+
+def _known(before: Before, snapshot: Snapshot) -> Top | None:
+    """The list, where it need not be searched for."""
+    if stranger(before.query):
+        return snapshot.strangers
+    return before.sent.item_ids if before.sent and before.sent.generation == snapshot.name else None

@@ -1,4 +1,4 @@
-"""docs/reference, made from the code: the HTTP API, the topics, the settings, the commands. `make reference`.
+"""docs/reference, made from the code: the HTTP API, the topics, the settings, the commands, metrics. `make reference`.
 
 The first three are JSON Schema underneath, and are shown by one kind of table.
 """
@@ -16,6 +16,7 @@ from typer.cli import get_docs_for_click
 
 from stream.asyncapi import messages, schema
 from stream.topics import DAY_MS, Topic, Topics
+from workers import metrics_page
 from workers.cli import app
 from workers.keys import OPEN
 from workers.routes import PROBLEMS
@@ -137,7 +138,13 @@ def commands() -> str:
     return made.replace("# `upwell`\n", f"# Commands\n\n{MADE}", 1).rstrip() + "\n"
 
 
-PAGES = {"api.md": api, "topics.md": topics, "settings.md": settings, "commands.md": commands}
+PAGES = {
+    "api.md": api,
+    "topics.md": topics,
+    "settings.md": settings,
+    "commands.md": commands,
+    "../metrics.md": metrics_page.page,
+}
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])

@@ -1,7 +1,10 @@
 """What the routes share: what OpenAPI says of each, and how failures become answers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import kafka
 from litestar.connection import Request
 from litestar.di import NamedDependency
 from litestar.exceptions import HTTPException, ValidationException
@@ -12,9 +15,11 @@ from litestar.params import Parameter
 from litestar.response import Response
 
 from stream.answers import Problem
+from stream.consumer import MissingTopic
 from stream.events import MAX_ID
-from workers.guests import OtherEncoder
+from stream.producer import BufferFull, DeliveryError
 from workers.keys import Scope
+from workers.limits import refused
 from workers.live import NotReady
 from workers.service import Service
 
@@ -67,6 +72,15 @@ async def readable(request: Request[Any, Any, Any]) -> None:
             raise HTTPException(status_code=400, detail=f"{name}: no such parameter; there are: {there}")
 
 
+@contextmanager
+def asking_kafka(in_vain: str) -> Iterator[None]:
+    """What Kafka does not do, or may not have done, is a 503 that says so and asks for the same again."""
+    try:
+        yield
+    except (DeliveryError, BufferFull, MissingTopic, kafka.errors.KafkaError, TimeoutError) as error:
+        raise refused(503, f"Kafka {in_vain}: {error or 'no answer in time'}", 2) from error
+
+
 def invalid(_: Request[Any, Any, Any], error: ValidationException) -> Response[Problem]:
     """400 naming the parameter or field."""
     extra = error.extra if isinstance(error.extra, list) else []
@@ -91,13 +105,9 @@ def too_large(max_bytes: int, _: Request[Any, Any, Any], __: RequestEntityTooLar
 
 
 def not_ready(_: Request[Any, Any, Any], error: NotReady) -> Response[Problem]:
-    return Response(Problem(503, str(error)), status_code=503, headers={"Retry-After": "1"})
+    return Response(Problem(503, str(error)), status_code=503, headers={"Retry-After": str(error.retry_s)})
 
 
 def nested(_: Request[Any, Any, Any], error: RecursionError) -> Response[Problem]:
     """What msgspec raises for a body of a thousand levels."""
     return Response(Problem(400, "body: nested too deeply"), status_code=400)
-
-
-def other_encoder(_: Request[Any, Any, Any], error: OtherEncoder) -> Response[Problem]:
-    return Response(Problem(503, str(error)), status_code=503, headers={"Retry-After": "60"})

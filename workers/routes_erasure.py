@@ -1,20 +1,15 @@
 """Erasing a user, and what has become of it."""
 
-import asyncio
 from typing import Annotated
 
-import kafka
 from litestar import delete, get
 from litestar.exceptions import HTTPException
 from litestar.params import Parameter
 
 from stream.answers import Erased
-from stream.consumer import MissingTopic
 from stream.events import BadEvent
-from stream.producer import BufferFull, DeliveryError
 from workers.erasure import UnknownReceipt, status
-from workers.limits import refused
-from workers.routes import Served, example, route
+from workers.routes import Served, asking_kafka, example, route
 from workers.routes_recommend import UserId
 
 ReceiptId = Annotated[str, Parameter(max_length=40, description="as DELETE gave it", examples=example("3-1207"))]
@@ -31,11 +26,10 @@ ReceiptId = Annotated[str, Parameter(max_length=40, description="as DELETE gave 
 )
 async def erase_user(service: Served, user_id: UserId) -> Erased:
     try:
-        return await asyncio.get_running_loop().run_in_executor(service.sending, service.erase, user_id)
+        with asking_kafka("did not take the erasure"):
+            return await service.to_kafka(service.erase, user_id)
     except BadEvent as error:
         raise HTTPException(status_code=400, detail=str(error)) from error
-    except (DeliveryError, BufferFull, MissingTopic, kafka.errors.KafkaError) as error:
-        raise refused(503, f"Kafka did not take the erasure: {error}", 2) from error
 
 
 @get(
@@ -46,8 +40,7 @@ async def erase_user(service: Served, user_id: UserId) -> Erased:
 )
 async def erasure(service: Served, receipt: ReceiptId) -> Erased:
     try:
-        return await asyncio.get_running_loop().run_in_executor(service.sending, status, service.settings, receipt)
+        with asking_kafka("does not say"):
+            return await service.to_kafka(status, service.settings, receipt)
     except UnknownReceipt as error:
         raise HTTPException(status_code=404, detail=str(error)) from error
-    except (MissingTopic, kafka.errors.KafkaError) as error:
-        raise refused(503, f"Kafka does not say: {error}", 2) from error

@@ -3,14 +3,11 @@
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager
-from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import kafka
 import msgspec
 from litestar import delete, post
 from litestar.exceptions import HTTPException
@@ -19,9 +16,8 @@ from litestar.params import RawBody
 
 from stream.answers import Delivered, EventIn, ItemIn, Receipt, Rejected
 from stream.events import BadEvent, Click, Item, cause
-from stream.producer import BufferFull, DeliveryError, Place
-from workers.limits import refused
-from workers.routes import Served, example, route
+from stream.producer import Place
+from workers.routes import Served, asking_kafka, example, route
 from workers.routes_recommend import ItemId
 from workers.service import Service
 
@@ -91,23 +87,13 @@ def _send(
     return sent, rejected
 
 
-@contextmanager
-def _into_kafka(what: str) -> Iterator[None]:
-    """What Kafka does not take, or may not have taken, is a 503 that asks for the same again."""
-    try:
-        yield
-    except (DeliveryError, BufferFull, kafka.errors.KafkaError, TimeoutError) as error:
-        raise refused(503, f"Kafka did not take {what}: {error or 'no acknowledgement in time'}", 2) from error
-
-
 async def _deliver(
     service: Service, raw: bytes, read: Callable[[msgspec.Raw], E], send: Callable[[E], Future[Place]]
 ) -> Receipt:
     """What is accepted is in Kafka when this returns; a 503 says that it may not be: send it again."""
     entries = _entries(raw, service.settings.serve.max_batch)
-    with _into_kafka("the events"):
-        loop = asyncio.get_running_loop()
-        sent, rejected = await loop.run_in_executor(service.sending, copy_context().run, _send, entries, read, send)
+    with asking_kafka("did not take the events"):
+        sent, rejected = await service.to_kafka(_send, entries, read, send)
         if not sent:
             raise HTTPException(
                 status_code=400,
@@ -174,8 +160,7 @@ async def post_items(service: Served, body: RawBody) -> Receipt:
     **route("ingest"),
 )
 async def remove_item(service: Served, item_id: ItemId) -> Delivered:
-    with _into_kafka("the removal"):
-        loop = asyncio.get_running_loop()
-        sent = await loop.run_in_executor(service.sending, lambda: service.producer.remove_item(item_id))
+    with asking_kafka("did not take the removal"):
+        sent = await service.to_kafka(lambda: service.producer.remove_item(item_id))
         place = await asyncio.wait_for(asyncio.wrap_future(sent), DELIVERY_S)
     return Delivered(0, place.partition, place.offset, item_id=item_id)

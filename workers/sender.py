@@ -44,7 +44,7 @@ class BatchSender:
 
     async def start(self) -> None:
         self._producer = AIOKafkaProducer(
-            **self._connection.aiokafka(),
+            **self._connection.kafka_python(),
             acks="all",
             enable_idempotence=True,
             transactional_id=self._transactional_id,

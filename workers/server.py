@@ -22,16 +22,14 @@ from litestar.openapi.spec import Components, SecurityScheme
 from litestar.types import Message, Scope
 
 from workers import routes_erasure, routes_ingest, routes_ops, routes_read, routes_recommend, routes_stream, tracing
-from workers.guests import OtherEncoder
-from workers.keys import OPEN, Keys
+from workers.keys import Keys, load_keys
 from workers.lag import LagFollower
 from workers.limits import Gate, heads, ids_in_paths, measured
 from workers.live import NotReady
-from workers.processes import end_with_threads, settle, share_heaps
-from workers.routes import invalid, nested, not_ready, other_encoder, problem, readable, too_large
+from workers.processes import compute_in_one_thread, end_with_threads, settle, share_heaps
+from workers.routes import invalid, nested, not_ready, problem, readable, too_large
 from workers.service import Service
 from workers.settings import Settings
-from workers.threads import compute_in_one_thread
 
 log = structlog.get_logger()
 
@@ -79,7 +77,7 @@ async def harden(message: Message, _: Scope) -> None:
 
 async def tell(error: Exception, scope: Scope) -> None:
     """A bug is logged with its trace, under the route: the path and the query hold user ids."""
-    if not isinstance(error, (HTTPException, NotReady, OtherEncoder)):
+    if not isinstance(error, (HTTPException, NotReady)):
         log.error("request failed", route=scope.get("path_template"), exc_info=error)
 
 
@@ -101,7 +99,6 @@ def build_app(service: Service, keys: Keys) -> Litestar:
             ValidationException: invalid,
             RequestEntityTooLarge: partial(too_large, serve.max_body_bytes),
             NotReady: not_ready,
-            OtherEncoder: other_encoder,
             RecursionError: nested,
         },
         request_max_body_size=serve.max_body_bytes,
@@ -136,8 +133,10 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def run_server(settings: Settings, keys: Keys = OPEN) -> int:
+def run_server(settings: Settings) -> int:
+    """Until a signal. Raises ConfigError as `load_keys`."""
     serve = settings.serve
+    keys = load_keys(serve)
     compute_in_one_thread()
     end_with_threads()
     share_heaps()

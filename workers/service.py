@@ -4,14 +4,15 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 from model.user_state import DIGEST_BYTES, EMPTY, UserState
 from stream.answers import Answer, AsOf, Erased, Guest, ItemOut, Past, RankedItem, Reason, Similar, UserOut, Wishes
-from stream.events import Ranked
+from stream.events import Ranked, Source
 from stream.producer import ClickProducer
 from stream.text import clean
 from workers import metrics
@@ -25,7 +26,7 @@ from workers.tracing import tracer_of
 from workers.updates import Updates
 from workers.user_states import UserStates
 
-Source = Literal["personal", "session", "popular"]
+T = TypeVar("T")
 TEXTS_AT_ONCE = 8  # being encoded, in threads of their own: an encoder that stands still holds up no other request
 SENDING_THREADS = 4  # of their own: events that Kafka does not take hold up no request for a list
 
@@ -69,6 +70,11 @@ class Service:
                     connection, topics, self.pseudonyms, self.tracer, block_s=2.0, delivery_s=5.0
                 )
             return self._producer
+
+    async def to_kafka(self, call: Callable[..., T], *arguments: Any) -> T:
+        """In a thread of those that wait for Kafka, under the request's span. Raises what the call does."""
+        run = partial(copy_context().run, call, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self.sending, run)
 
     def stored_id(self, user_id: str) -> str:
         """The id under which a user is known behind the edge."""
@@ -146,7 +152,7 @@ class Service:
         return UserOut(
             user_id=user_id,
             clicks=state.applied,
-            seen=_num_seen(state),
+            seen=len(state.seen) // DIGEST_BYTES,
             history=[Past(e.item_id, self.title(e.item_id), e.weight, e.ts_ms) for e in reversed(state.history)],
             as_of=AsOf(self.users.partition(stored_id), state.offset),
             arm=arm_of(self.settings, stored_id),
@@ -200,10 +206,6 @@ def _unknown(snapshot: Snapshot, query: Query, nothing: str) -> str | None:
     if not query.history:
         return nothing
     return None if snapshot.knows(query.history) else f"generation {snapshot.name} knows none of the items"
-
-
-def _num_seen(state: UserState) -> int:
-    return len(state.seen) // DIGEST_BYTES
 
 
 def _answer(items: list[RankedItem], k: int, snapshot: Snapshot, source: Source, **rest: Any) -> Answer:

@@ -15,7 +15,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from stream.connection import Connection
+from stream.connection import Connection, Mechanism
 from stream.events import DEFAULT_ARM, EVENT_TYPES, Click, EventType
 from stream.pseudonyms import Pseudonyms
 from stream.topics import Topics
@@ -76,7 +76,7 @@ class Kafka(Section):
     key_file: str | None = None
     username: str | None = None
     password: str | None = Field(None, repr=False)
-    mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
+    mechanism: Mechanism = "SCRAM-SHA-512"
 
     @model_validator(mode="after")
     def _reachable(self) -> Self:
@@ -119,7 +119,12 @@ class Worker(Section):
 
 
 class Trainer(Section):
-    round_s: float = Field(10.0, ge=0, description="from the end of a round to the start of the next, at least")
+    round_s: float = Field(
+        10.0,
+        ge=0,
+        description="from the end of a round to the start of the next, at least; while more clicks wait than a round "
+        "takes (50,000), the next begins at once",
+    )
     min_events: int = Field(300, ge=40, description="fewest clicks since the last round worth another")
     holdout: int = Field(
         400,

@@ -1,9 +1,11 @@
 """One generation as it is served: its search process, its model, and the items newer than it."""
 
+import dataclasses
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -18,13 +20,19 @@ from model.queries import Rows, Vectors
 from model.rules import chances, diversify, explore
 from model.told import text_query
 from model.user_state import Entry, digest, unpack
-from stream.events import Artifact, Because, Ranked
+from stream.events import Artifact, Because, ItemVector, Ranked
 from workers.catalogue import Catalogue, Filters
 from workers.search import SearchProcess
+from workers.settings import SCORED_K
 
 POOL = 5  # times k: the candidates among which diversity and exploration choose
 MOST_REASONS = 3
 SCANNED_AT_ONCE = 65_536  # item vectors gathered for one block of a scan: some 50 MB
+
+
+def _digests(ids: Sequence[str]) -> NDArray[np.uint64]:
+    """(N,) of item ids."""
+    return unpack(b"".join(map(digest, ids)))
 
 
 def _six_digits(chance: float) -> float:
@@ -71,7 +79,9 @@ class Snapshot:
     announced: Artifact
     search: SearchProcess
     indexed: Model  # the generation's own
-    model: Model  # the same with the fresh items behind: rows from num_indexed on
+    own: dict[str, int]  # rows of its items
+    beside: dict[str, ItemVector]  # of the fresh items, which came after it
+    model: Model  # the generation's with the fresh items behind: rows from num_indexed on
     rows: dict[str, int]
     filters: Filters
     fresh: NDArray[np.float32]  # (F, D)
@@ -81,21 +91,47 @@ class Snapshot:
     @staticmethod
     def of(announced: Artifact, search: SearchProcess, indexed: Model, catalogue: Catalogue) -> "Snapshot":
         """The generation with the items that came after it, and without those that may not be recommended."""
-        new = catalogue.encoded_beside(set(indexed.ids), announced.encoder)
-        model = indexed.extended(list(new), np.stack(list(new.values()))) if new else indexed
-        keys = np.array([int.from_bytes(digest(item_id), "little") for item_id in model.ids], np.uint64)
-        order = np.argsort(keys)
-        rows = {item_id: row for row, item_id in enumerate(model.ids)}
-        return Snapshot(
+        own = {item_id: row for row, item_id in enumerate(indexed.ids)}
+        digests = _digests(indexed.ids)
+        order = np.argsort(digests)
+        alone = Snapshot(
             announced=announced,
             search=search,
             indexed=indexed,
+            own=own,
+            beside={},
+            model=indexed,
+            rows=own,
+            filters=Filters({}, {}),
+            fresh=np.zeros((0, indexed.dim), np.float32),
+            digests=digests[order],
+            digest_rows=order,
+        )
+        return alone.renewed(catalogue)
+
+    def renewed(self, catalogue: Catalogue) -> "Snapshot":
+        """The same generation with the items as they are now."""
+        beside = catalogue.encoded_beside(self.own.keys(), self.announced.encoder)
+        same = self if beside == self.beside else self._with(beside)  # copies the item arrays
+        return dataclasses.replace(same, filters=Filters(same.rows, dict(catalogue.items)))
+
+    def _with(self, beside: dict[str, ItemVector]) -> "Snapshot":
+        end, ids, model = self.num_indexed, list(beside), self.indexed
+        if ids:
+            text = [np.frombuffer(vector.vector, "<f2") for vector in beside.values()]
+            model = model.extended(ids, np.stack(text).astype(np.float32))
+        new = np.arange(end, len(model.ids))
+        own = self.digest_rows < end  # sorted already: not hashed again
+        digests = np.concatenate([self.digests[own], _digests(ids)])
+        order = np.argsort(digests, kind="stable")
+        return dataclasses.replace(
+            self,
+            beside=beside,
             model=model,
-            rows=rows,
-            filters=Filters(rows, dict(catalogue.items)),
-            fresh=model.item_vectors(np.arange(len(indexed.ids), len(model.ids))),
-            digests=keys[order],
-            digest_rows=order.astype(np.int64),
+            rows=self.own | dict(zip(ids, new.tolist(), strict=True)),
+            fresh=model.item_vectors(new),
+            digests=digests[order],
+            digest_rows=np.concatenate([self.digest_rows[own], new])[order],
         )
 
     @property
@@ -105,6 +141,11 @@ class Snapshot:
     @property
     def num_indexed(self) -> int:
         return len(self.indexed.ids)
+
+    @cached_property
+    def strangers(self) -> tuple[str, ...]:
+        """The SCORED_K best item ids for one of whom nothing is known, by the plain rules. Raises SearchProcessDied."""
+        return tuple(place.item_id for place in self.recommend([Query((), b"", 0)], SCORED_K)[0])
 
     def recommend(self, queries: Sequence[Query], k: int, explain: bool = False) -> list[list[Ranked]]:
         """k items a query, best first; fewer only when fewer are eligible. Raises SearchProcessDied."""

@@ -1,13 +1,4 @@
-"""The one writer of a partition of the users topic: Kafka's transactions fence the one before it.
-
-A worker frozen past its session and woken after a takeover would append old states behind its successor's, and
-compaction keeps the last record, not the highest offset. So each partition has its transactional id, and to start a
-writer is to fence the one before: the broker refuses whatever that one still has on its way (KIP-98).
-
-A transaction takes 30 ms: too long to wait for with each micro-batch. States go out at once in an open transaction,
-where the server reads them (a state is a fold of the clicks, committed or not); every COMMIT_S it is committed, and
-only then are its clicks acknowledged.
-"""
+"""The one writer of a partition of the users topic: it fences the one before it (KIP-98; why: docs/decisions.md)."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping

@@ -26,15 +26,16 @@ from stream.events import Artifact, encode
 from stream.producer import Producer
 from workers import metrics
 from workers.announcements import newest_model, read_announcements
-from workers.processes import end_with_threads, stop_on_signal
+from workers.processes import compute_in_one_thread, end_with_threads, stop_on_signal
 from workers.settings import Settings
-from workers.threads import compute_in_one_thread
 from workers.training_input import EncoderChanged, Read, Texts, Window, events_of
 from workers.training_team import training_team
 
 log = structlog.get_logger()
 
 POLL_S = 1.0
+RETRY_S = 5.0
+MOST_LEARNED = 50_000  # clicks a round, a minute at 1.2 ms each: a restart loses what has not been published
 KEEP_MODELS = 5
 DRIFT_CLICKS = 5000  # clicks before the newest slice that it is compared with
 MOST_REMOVED = 0.1  # of the items, before the learner is made anew without them: it costs a read of the window
@@ -66,9 +67,10 @@ class Trainer:
             if enough and time.monotonic() - ended > self._config.round_s:
                 before, pending = self._parent, self._round(pending)
                 if self._parent != before and len(self._removed) > MOST_REMOVED * len(self._text):
-                    self._window = Window(self._settings)
+                    pending, self._window = [], Window(self._settings)
                     pending = self._resume()
-                ended = time.monotonic()
+                behind = len(pending) > self._held  # more waited than a round takes: the next one begins at once
+                ended = float("-inf") if behind else time.monotonic()
         self._producer.close()
 
     def _read(self, pending: list[Read]) -> list[Read]:
@@ -88,18 +90,13 @@ class Trainer:
 
         Of items that were removed it keeps those that the window's clicks are on: they tell the users' tastes.
         """
-        self._learner = self._parent = None
+        self._learner, self._parent, self._held = None, None, 0
         announced = newest_model(self._settings)
         while not self._texts.caught_up.wait(POLL_S):
             if self._stop.is_set():
                 return []
         reads = self._window.read()
-        if announced is None or announced.encoder != self._texts.encoder:
-            return reads
-        try:
-            model = fetch_model(announced.url, announced.manifest_sha256)
-        except (DamagedGeneration, ValueError, OSError) as error:
-            log.error("training starts anew", model=announced.name, reason=str(error))
+        if announced is None or (model := self._fetched(announced)) is None:
             return reads
         self._take_texts()
         model = model.only(self._text.keys() | {read.click.item_id for read in reads})
@@ -118,8 +115,25 @@ class Trainer:
         self._held = min(len(unlearned), self._config.holdout)  # what the model was judged on begins them
         return unlearned
 
+    def _fetched(self, announced: Artifact) -> Model | None:
+        """None where training has to start anew: of another encoder, damaged, or deleted from a store that is there.
+
+        A store out of reach says nothing about the model: it is waited for, rather than that the weights are lost.
+        """
+        while announced.encoder == self._texts.encoder and not self._stop.is_set():
+            try:
+                return fetch_model(announced.url, announced.manifest_sha256)
+            except (DamagedGeneration, ValueError) as error:
+                log.error("training starts anew", model=announced.name, reason=str(error))
+                return None
+            except OSError as error:
+                log.error("model not fetched", model=announced.name, reason=str(error))
+                self._stop.wait(RETRY_S)
+        return None
+
     def _round(self, reads: list[Read]) -> list[Read]:
-        """Train on all but the newest slice and judge on that slice: the next round begins by learning it.
+        """Train on all but the newest slice, or on MOST_LEARNED, and judge on the slice that follows: the next round
+        begins by learning it.
 
         A young stream's slice grows to `trainer.holdout` by half of the new clicks a round: the rest is for training.
 
@@ -129,19 +143,20 @@ class Trainer:
         learner = self._grown()
         if learner is None:
             return reads  # no item has a vector yet
-        cut = max(len(reads) - self._config.holdout, (len(reads) - self._held) // 2)
+        cut = min(max(len(reads) - self._config.holdout, (len(reads) - self._held) // 2), MOST_LEARNED)
+        held = reads[cut : cut + self._config.holdout]
         with metrics.training_s.time():
             report = learner.learn(self._events(reads[:cut]))
         candidate = learner.model()
-        verdict = self._judged(candidate, hold_out(learner, self._events(reads[cut:])))
+        verdict = self._judged(candidate, hold_out(learner, self._events(held)))
         metrics.training_loss.set(report.tower_loss)
         trained_to = dict(self._window.offsets)
-        for read in reversed(reads[cut:]):
-            trained_to[read.partition] = read.offset
+        for read in reads[cut:]:  # in Kafka's order of time, not of offsets where its clock was set back
+            trained_to[read.partition] = min(trained_to[read.partition], read.offset)
         self._before.extend(read.click.item_id for read in reads[:cut])
-        metrics.drift.set(drift(self._texts_of(self._before), self._texts_of(r.click.item_id for r in reads[cut:])))
+        metrics.drift.set(drift(self._texts_of(self._before), self._texts_of(r.click.item_id for r in held)))
         self._conclude(candidate, verdict, trained_to)
-        self._held = len(reads) - cut
+        self._held = len(held)
         return reads[cut:]
 
     def _judged(self, candidate: Model, held_out: Slice) -> Verdict:

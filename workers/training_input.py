@@ -62,9 +62,9 @@ class Window:
         most, clicks, erasures = self._settings.trainer.window_events, list[Arrived](), list[Arrived]()
         since_ms = None if self.offsets else self._since_ms
         for record in read_window(self._settings.connection, self._topic, since_ms, dict(self.offsets)):
+            self.offsets[record.partition] = max(record.offset + 1, self.offsets.get(record.partition, 0))
             if record.timestamp < self._since_ms:
                 continue
-            self.offsets[record.partition] = max(record.offset + 1, self.offsets.get(record.partition, 0))
             try:
                 event = decode_record(record.value, record.key, record.timestamp)
             except BadEvent:

@@ -10,14 +10,14 @@ import socket
 import subprocess
 import sys
 import threading
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import structlog
 
-from stream import guard
 from stream.broker import LocalBroker
+from stream.guard import guarded
 from stream.kraft import require_free
 from stream.ports import free_port
 from stream.topics import ensure
@@ -66,26 +66,13 @@ class Roles:
         return next((role for role, process in self._running.items() if process.poll() in HOPELESS), None)
 
     def _start(self, role: str) -> None:
-        role_command = [sys.executable, "-m", "workers.cli", role]
+        command = [sys.executable, "-m", "workers.cli", role]
         if role in BACKGROUND:
-            role_command = ["nice", "-n", "5", *role_command]
-        command = [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), *role_command]
-        out: Any = (self._logs / f"{role}.log").open("ab") if self._logs else None
-        process = subprocess.Popen(
-            command,
-            env=os.environ | self._environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=out,
-            start_new_session=True,
-        )
-        if out:
-            out.close()
-        assert process.stdout is not None
-        with process.stdout as first_line:
-            if pid := first_line.readline():  # none: the guard could not start it, and is found ended at the next look
-                self.pids[role] = int(pid)
-        self._running[role] = process
+            command = ["nice", "-n", "5", *command]
+        with (self._logs / f"{role}.log").open("ab") if self._logs else nullcontext() as out:
+            self._running[role], pid = guarded(command, out, os.environ | self._environment)
+        if pid:  # none: the guard could not start it, and is found ended at the next look
+            self.pids[role] = pid
 
     def _restart_fallen(self) -> None:
         while not self._stopping.wait(BACKOFF_S):

@@ -12,12 +12,12 @@ from typing import Any
 
 import structlog
 
-from model.user_state import EMPTY, Applied, Fold, Limits
-from stream.events import BadEvent, DeadLetter, Erasure, Recommendations, decode_record, encode
+from model.user_state import EMPTY, Applied, Fold
+from stream.events import BadEvent, Click, DeadLetter, Erasure, Recommendations, decode_record, encode
 from stream.producer import partition_of
 from stream.tracing import Header
 from workers import metrics
-from workers.arms import arm_of
+from workers.arms import arm_of, query_of
 from workers.batcher import Batcher
 from workers.dead_letters import DeadLetters, dead_letter, place
 from workers.live import Live
@@ -25,7 +25,7 @@ from workers.recommender import Before, Folded, Read, Recommended, Recommender
 from workers.sender import BatchSender, Keyed
 from workers.settings import Settings
 from workers.state_writer import Acknowledge, Tombstone, state_record
-from workers.states import Owned, OwnedStates
+from workers.states import Owned, OwnedStates, limits_of
 from workers.tracing import click_spans
 
 log = structlog.get_logger()
@@ -44,7 +44,7 @@ class UserWorker:
     def __init__(self, settings: Settings, live: Live, owned: OwnedStates, sender: BatchSender) -> None:
         self._settings, self._owned, self._sender = settings, owned, sender
         self._topics = settings.topics
-        self._limits = Limits(settings.worker.history, settings.worker.event_ids, settings.worker.seen)
+        self._limits = limits_of(settings)
         self._letters = DeadLetters(settings, sender)
         self._recommender = Recommender(settings, live)
         self._lists = Batcher(self._recommender.recommend, "recommend")
@@ -125,27 +125,28 @@ class UserWorker:
             folds[user_id].erase(offset)
             owned.sent.pop(user_id, None)
         newest: dict[str, Read] = {}
-        applied: list[Before] = []
+        liked: list[tuple[Click, Before | None]] = []
         to_score, num_duplicate = self._settings.worker.scored_clicks, 0
         for read in reads:
             user_id, click = read.click.user_id, read.click
             sent = owned.sent.pop(user_id, None)  # for one click: the next one's list is another
             if (fold := folds.get(user_id)) is None:  # to look a state up is to decode it
                 fold = folds[user_id] = Fold(states.get(user_id, EMPTY), self._limits)
-            weighed = Applied(click, self._settings.weight(click), read.offset)
-            history = fold.history if to_score > 0 and not fold.has_seen(click.item_id) else None
-            seen = b"" if history is None else fold.seen  # large: kept only where it is read
-            if fold.apply(weighed):
-                to_score -= history is not None
-                applied.append(Before(click, history, seen, sent))
-            else:
+            weight, before = self._settings.weight(click), None
+            if weight > 0 and to_score > 0 and not fold.has_seen(click.item_id):  # what is seen is large: not for all
+                before = Before(query_of(self._settings, click, fold.history, fold.seen, sent=False), sent)
+            if not fold.apply(Applied(click, weight, read.offset)):
                 num_duplicate += 1
+            elif weight > 0:  # a dislike is no hit of the list that it stands in
+                to_score -= before is not None
+                liked.append((click, before))
             newest[user_id] = read
-        metrics.clicks.labels("applied").inc(len(applied))  # once a micro-batch: 2 us a click otherwise
+        num_applied = len(reads) - num_duplicate
+        metrics.clicks.labels("applied").inc(num_applied)  # once a micro-batch: 2 us a click otherwise
         metrics.clicks.labels("duplicate").inc(num_duplicate)
         after = {user_id: fold.state() for user_id, fold in folds.items()}
         changed = [user_id for user_id, state in after.items() if state is not folds[user_id].before]
-        return Folded(after, changed, newest, applied, time.time_ns() // 1_000_000)
+        return Folded(after, changed, newest, liked, time.time_ns() // 1_000_000)
 
     async def _send(
         self,
@@ -194,9 +195,10 @@ class UserWorker:
     async def _go_back(self) -> None:
         """Announce the generation before again where the new one has lost its trial: it is the newest then."""
         if self._recommender.lost is not None:
-            back, self._recommender.lost = self._recommender.lost, None
+            (back, trial), self._recommender.lost = self._recommender.lost, None
             metrics.rollbacks.inc()
-            log.warning("rolled back", to=back.name, trial=vars(self._recommender.trial))
+            apart = {"only_lost": trial.only_serving, "only_back": trial.only_previous}
+            log.warning("rolled back", lost=trial.serving, to=back.name, clicks=trial.clicks, **apart)
             record = (back.name.encode(), encode(back))
             await self._sender.send(self._topics.generations.name, 0, [record])
 

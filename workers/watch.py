@@ -14,7 +14,7 @@ from rich.text import Text
 
 from stream.answers import Answer, Status, Update
 from stream.client import ApiError, Client
-from workers.failing import failing
+from workers.command import failing
 
 
 def watch(

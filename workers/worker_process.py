@@ -9,11 +9,10 @@ from workers.faust_batches import batch_app, execute
 from workers.handed import Handed, Stuck
 from workers.live import Live
 from workers.partitions import Batch, Partitions
-from workers.processes import EX_DATA, EX_SOFTWARE, die, end_with_threads, settle, share_heaps
+from workers.processes import EX_DATA, EX_SOFTWARE, compute_in_one_thread, die, end_with_threads, settle, share_heaps
 from workers.sender import BatchSender
 from workers.settings import Settings
 from workers.states import OwnedStates
-from workers.threads import compute_in_one_thread
 from workers.user_worker import TooManyBadEvents, UserWorker
 
 SECOND_LOOK_S = 5.0  # twice that is what a click waits if Faust drops the batch it ends

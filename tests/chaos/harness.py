@@ -24,7 +24,7 @@ from stream.events import EVENT_TYPES, Artifact, BadEvent, Click, Erasure, decod
 from stream.ports import free_port
 from stream.producer import ClickProducer
 from stream.topics import ensure
-from tests.chaos.worker import Trap, start, worker
+from tests.chaos.worker import Trap, end, start, worker
 from tests.workers.service import ITEMS, until
 from workers.observe import scrape
 from workers.settings import Kafka, Serve, Settings, Trainer, Worker
@@ -181,6 +181,7 @@ class Fleet:
             own = self.settings.worker.model_copy(update={"metrics_port": port})
             settings = self.settings.model_copy(update={"worker": own})
             log = self.folder / f"{name}.log"
+            log.touch()  # to be read before the process has opened it
             self._processes[name] = start(worker, settings, log, trap, self._session_s, self._fault)
 
     def send_signal(self, name: str, number: signal.Signals) -> None:
@@ -196,13 +197,7 @@ class Fleet:
         with self._lock:
             process = self._processes.pop(name)
             self._duplicates += self.metric_of(name, "upwell_clicks_total{duplicate}")
-        began = time.monotonic()
-        process.terminate()
-        process.join(30)
-        seconds, code = time.monotonic() - began, process.exitcode
-        process.kill()
-        process.join()
-        return seconds, code
+        return end(process)
 
     def pid(self, name: str) -> int:
         return int(self._processes[name].pid)
@@ -298,9 +293,13 @@ def read_clicks(settings: Settings) -> Iterator[tuple[int, int, Click]]:
     return ((place, offset, event) for place, offset, event in read_events(settings) if isinstance(event, Click))
 
 
+def limits_of(settings: Settings) -> Limits:
+    return Limits(settings.worker.history, settings.worker.event_ids, settings.worker.seen)
+
+
 def fold_topic(settings: Settings) -> dict[str, bytes]:
     """The states of a clean run: the clicks topic folded one by one in its order; none of an erased user."""
-    limits, folds = Limits(settings.worker.history, settings.worker.event_ids), dict[str, Fold]()
+    limits, folds = limits_of(settings), dict[str, Fold]()
     for _, offset, event in read_events(settings):
         fold = folds.setdefault(event.user_id, Fold(EMPTY, limits))
         if isinstance(event, Erasure):

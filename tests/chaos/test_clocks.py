@@ -17,13 +17,14 @@ import pytest
 from model.gate import hold_out, judge
 from model.learner import Learner
 from model.model import Model
-from model.user_state import EMPTY, Applied, Limits, UserState, apply_clicks, decode_state, encode_state
+from model.user_state import EMPTY, Applied, UserState, apply_clicks, decode_state, encode_state
 from stream.broker import LocalBroker
 from stream.consumer import read_window
 from stream.datasets import load_dataset
 from stream.events import Click, encode
 from stream.producer import Producer
 from stream.topics import DAY_MS, Topics
+from tests.chaos.harness import limits_of
 from tests.model.test_bad_candidates import CONFIG, words
 from workers.settings import Kafka, Settings
 from workers.states import Owned, PackedStates
@@ -104,8 +105,7 @@ def _folded(clicks: Sequence[Click]) -> dict[str, UserState]:
     own: dict[str, list[Applied]] = {}
     for offset, click in enumerate(clicks):
         own.setdefault(click.user_id, []).append(Applied(click, Settings().weight(click), offset))
-    limits = Limits(Settings().worker.history, Settings().worker.event_ids)
-    return {user_id: apply_clicks(EMPTY, applied, limits) for user_id, applied in own.items()}
+    return {user_id: apply_clicks(EMPTY, applied, limits_of(Settings())) for user_id, applied in own.items()}
 
 
 @pytest.mark.timeout(1800)

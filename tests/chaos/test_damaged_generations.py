@@ -32,7 +32,7 @@ from workers.search import SearchProcess
 from workers.settings import Settings
 from workers.snapshot import Query
 
-SEED, SHORT, LONG, N = 8, 60, 1000, 300
+SEED, SHORT, LONG, N = 8, 24, 1000, 300
 ITEMS = [f"i{row}" for row in range(N)]
 Draw = np.random.Generator
 

@@ -1,4 +1,4 @@
-"""Scenario 14: the artifact store's disk is full. Its short form, a store that cannot be written, is in
+"""Scenario 14: the artifact store's disk is full, then read-only. Its short form, a store that cannot be written, is in
 tests/workers/test_service.py: no permission stops root, and a small file system takes root to mount."""
 
 import json
@@ -26,7 +26,7 @@ def small_disk(tmp_path: Path, long: bool) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_disk_full(broker: LocalBroker, tmp_path: Path, small_disk: Path) -> None:
+def test_disk_full_then_read_only(broker: LocalBroker, tmp_path: Path, small_disk: Path) -> None:
     with running(broker, tmp_path, small_disk / "artifacts") as service:
         until(lambda: service.metric("upwell_swaps_total{served}") > 0, "a generation serves")
         until(lambda: service.call("/readyz")[0] == 200, "the server is ready")
@@ -42,6 +42,12 @@ def test_disk_full(broker: LocalBroker, tmp_path: Path, small_disk: Path) -> Non
         assert service.metric("upwell_swaps_total{served}") <= served + 1  # one was on its way
         ballast.unlink()
         answers += send_until(service, "free", lambda: service.metric("upwell_swaps_total{served}") > served + 1)
+        remount = ["mount", "-o", "remount,ro", str(small_disk)]
+        until(lambda: subprocess.run(remount).returncode == 0, "nothing is being written")
+        answers += send_until(service, "read-only", lambda: service.log("trainer").count("Read-only file system") >= 3)
+        subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+        served = service.metric("upwell_swaps_total{served}")
+        answers += send_until(service, "writable", lambda: service.metric("upwell_swaps_total{served}") > served)
         print(json.dumps({"refusals": service.log("trainer").count("No space left"), "answers": answers}))
         assert service.roles.restarts == 0
 

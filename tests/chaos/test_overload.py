@@ -2,7 +2,10 @@
 
 import random
 import re
+import signal
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -10,12 +13,16 @@ import msgspec
 
 from stream.connection import Connection
 from stream.events import Artifact
+from stream.ports import free_port
 from stream.subscriber import Subscriber
 from tests.chaos.harness import SEED, Fleet, Load, calibrate, holds, judge, make_clicks, report
-from tests.chaos.worker import stand_still
-from tests.workers.service import until
+from tests.chaos.worker import end, stand_still, start
+from tests.workers.service import Service, until
 from workers.faust_batches import BUFFER, POLL
 from workers.partitions import ROOM
+from workers.server import run_server
+from workers.settings import Serve
+from workers.up import Roles
 
 PARTITIONS = 4
 CALIBRATION, USERS = 10_000, 5000  # clicks; whose
@@ -28,7 +35,7 @@ def rss_mb(pid: int) -> float:
 
 def test_three_times_too_many(connection: Connection, generation: Artifact, tmp_path: Path, long: bool) -> None:
     """Kafka holds what the worker cannot take: its memory does not, and it catches up when the rush is over."""
-    rush_s = 300 if long else 10
+    rush_s, most = (300, 10**9) if long else (10, 30_000)
     draw, began = random.Random(SEED), time.monotonic()
     first = make_clicks(draw, CALIBRATION, users=USERS, name="first-")
     with (
@@ -42,7 +49,7 @@ def test_three_times_too_many(connection: Connection, generation: Artifact, tmp_
         # Of the same users, so that what their states take is no growth; each remembers all of them.
         rush = [
             msgspec.structs.replace(click, user_id=f"first-{click.user_id}")
-            for click in make_clicks(draw, int(rate * rush_s), users=USERS)
+            for click in make_clicks(draw, min(int(rate * rush_s), most), users=USERS)
         ]
         calm_mb, memory_mb, lag_max = rss_mb(fleet.pid("a")), [], 0
         with Load(fleet.settings, rush, rate) as load:
@@ -94,3 +101,28 @@ def test_a_worker_that_stands_still_takes_no_more_than_it_can_hold(
         until(lambda: held() >= ROOM // 10, "the room is taken")
         time.sleep(3)  # and then no more comes
         assert held() <= ROOM // 10 + POLL // 10 * (BUFFER + PARTITIONS)
+
+
+def test_a_server_asked_too_much_says_so_at_once(connection: Connection, generation: Artifact, tmp_path: Path) -> None:
+    """Each of 64 callers asks again as soon as it has an answer; a third of the requests would take two seconds."""
+    serve = Serve(port=free_port(), rate=100, burst=200, max_requests=8)
+    with Fleet(connection, tmp_path, generation) as fleet:  # of no workers
+        settings = fleet.settings.model_copy(update={"serve": serve})
+        service = Service(settings, Roles({}), tmp_path)
+        server = start(run_server, settings, tmp_path / "serve.log")
+        until(lambda: service.call("/readyz")[0] == 200, "the server is ready")
+        lists = "/v1/users/u1/recommendations"
+        asked = [(lists, None), (f"{lists}?min_offset=9", None), ("/v1/events", {"user_id": "u1", "item_id": "i1"})]
+
+        def call(number: int) -> tuple[int, float]:
+            began = time.monotonic()
+            return service.call(*asked[number % 3])[0], time.monotonic() - began
+
+        with ThreadPoolExecutor(64) as callers:
+            answers = list(callers.map(call, range(3000)))
+        found = Counter(status for status, _ in answers)
+        until(lambda: service.call(lists)[0] == 200, "lists are made again")
+        _, code = end(server)
+    print(found, max(seconds for _, seconds in answers))
+    assert found.keys() == {200, 202, 429, 503} and code == -signal.SIGTERM
+    assert max(seconds for _, seconds in answers) < serve.timeout_s

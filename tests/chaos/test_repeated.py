@@ -6,11 +6,11 @@ from pathlib import Path
 
 import msgspec
 
-from model.user_state import EMPTY, Applied, Limits, apply_clicks, decode_state, encode_state
+from model.user_state import EMPTY, Applied, apply_clicks, decode_state, encode_state
 from stream.connection import Connection
 from stream.events import Artifact, Click
 from stream.producer import ClickProducer
-from tests.chaos.harness import SEED, Fleet, holds, judge, make_clicks, read_clicks, report
+from tests.chaos.harness import SEED, Fleet, holds, judge, limits_of, make_clicks, read_clicks, report
 from workers.settings import Settings
 from workers.states import raw_states
 
@@ -25,8 +25,7 @@ def fold_first_ones(settings: Settings) -> dict[str, bytes]:
         copy = Applied(click, settings.weight(click), offset)
         clicks.setdefault(click.user_id, {}).setdefault(click.event_id, copy)
         last[click.user_id] = offset
-    limits = Limits(settings.worker.history, settings.worker.event_ids)
-    states = {user: apply_clicks(EMPTY, own.values(), limits) for user, own in clicks.items()}
+    states = {user: apply_clicks(EMPTY, own.values(), limits_of(settings)) for user, own in clicks.items()}
     return {user: encode_state(msgspec.structs.replace(state, offset=last[user])) for user, state in states.items()}
 
 

@@ -1,20 +1,62 @@
-"""Scenario 12: a worker asked to end while clicks flow. (Open event streams: with the serving issue.)"""
+"""Scenario 12: a worker and a server asked to end under load, event streams open."""
 
 import random
+import threading
 import time
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from statistics import median
+
+import httpx
 
 from model.user_state import decode_state
 from stream.connection import Connection
 from stream.events import Artifact
 from stream.producer import partition_of
-from tests.chaos.harness import SEED, Fleet, Load, holds, judge, make_clicks, report
-from tests.workers.service import until
+from tests.chaos.clients import Clients
+from tests.chaos.harness import NOTHING_LOST, SEED, Fleet, Load, holds, judge, make_clicks, report
+from tests.chaos.worker import end, start
+from tests.workers.service import Service, until
+from workers.server import run_server
 from workers.settings import Settings
 from workers.states import raw_states
+from workers.up import Roles
 
 RATE, PARTITIONS = 100, 4
+REQUESTS, WAITING, STREAMS = 20.0, 1.0, 4  # quick requests a second, such as take two seconds; streams at a time
+READ_S = 0.5  # what was asked so long before the signal is under way, or answered
+
+
+class Streams:
+    """Readers of users' streams, opened again when they end; a context manager. `ends`: how each did."""
+
+    def __init__(self, url: str) -> None:
+        self._url, self._stop = url, threading.Event()
+        self.lists, self.ends = Counter[str](), Counter[str]()
+        self._threads = [threading.Thread(target=self._follow, args=(f"u{n}",), daemon=True) for n in range(STREAMS)]
+
+    def __enter__(self) -> "Streams":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads if kind is None else []:  # else a server may run, with which alone streams end
+            thread.join()
+
+    def _follow(self, user_id: str) -> None:
+        while not self._stop.wait(0.1):
+            opened, end = False, "in order"
+            try:  # not by http.client, whose readline takes a body that is cut for a whole one
+                with httpx.stream("GET", f"{self._url}/v1/stream", params={"user": user_id}, timeout=60) as answer:
+                    opened = True
+                    for line in answer.iter_lines():
+                        self.lists[user_id] += line == "event: recommendations"
+            except httpx.TransportError as error:
+                end = type(error).__name__
+            self.ends[end] += opened  # else it was refused: not under way
 
 
 def applied_to(settings: Settings) -> dict[int, int]:
@@ -27,40 +69,65 @@ def applied_to(settings: Settings) -> dict[int, int]:
 
 
 def test_ends_in_order(connection: Connection, generation: Artifact, tmp_path: Path, long: bool) -> None:
-    """Nothing is read twice after a clean end: what is applied is committed."""
+    """Nothing is read twice after the worker's end: what is applied is committed. What the server has begun it ends:
+    lists, and streams as HTTP ends a body.
+    """
     times = 50 if long else 2
     draw, began = random.Random(SEED), time.monotonic()
-    longest_s = 40 if long else 130  # of a start and a stop: many have their mean, a few what `until` and `stop` allow
+    longest_s = 40 if long else 200  # of a round: many have their mean, a few what `until` and `end` allow
     clicks = make_clicks(draw, longest_s * RATE * times, users=40 * times)
-    seconds, codes, uneven = [], [], 0
+    seconds, codes, served, uneven = list[float](), Counter[str](), list[tuple[float, float]](), 0
     with Fleet(connection, tmp_path, generation, partitions=PARTITIONS) as fleet:
-        with Load(fleet.settings, clicks, RATE) as load:
-            for _ in range(times):
+        settings, port = fleet.settings, fleet.settings.serve.port
+        service = Service(settings, Roles({}), tmp_path)
+        with (
+            Load(settings, clicks, RATE) as load,
+            Streams(service.url) as streams,
+            Clients(port, REQUESTS, "k=10") as quick,
+            Clients(port, WAITING, f"k=10&min_offset={10**9}") as waiting,
+        ):
+            for number in range(times):
+                server = start(run_server, settings, tmp_path / "serve.log")
                 fleet.start("a")
+                until(lambda: service.call("/readyz")[0] == 200, "the server is ready")
+                ready = time.monotonic()
                 until(lambda: fleet.metric("upwell_clicks_total{applied}") > 0, "clicks are applied")
-                time.sleep(draw.uniform(0.2, 3))
-                took, code = fleet.stop("a")
-                seconds.append(took)
-                codes.append(code)
+                time.sleep(draw.uniform(2.5, 4))
+                stops = [("server", partial(end, server)), ("worker", partial(fleet.stop, "a"))]
+                for role, stop in stops[:: (-1) ** number]:
+                    if role == "server":
+                        served.append((ready, time.monotonic()))
+                    took, code = stop()
+                    seconds.append(took)
+                    codes[f"{role} {code}"] += 1
+                    time.sleep(draw.uniform(0, 1))
                 committed = {part: offset for part, offset in fleet.committed().items() if offset > 0}
-                uneven += committed != applied_to(fleet.settings)
+                uneven += committed != applied_to(settings)
             assert load.running, "the load ended before the stops"
             load.stop()
         fleet.start("a")
         fleet.drain()
-        verdict = judge(fleet.settings, clicks[: load.sent]) | {
-            "stops": times,
-            "exit_codes": sorted(set(map(str, codes))),
+        answers, under_way = [], 0
+        for ready, signalled in served:
+            asked = [a for a in quick.answers + waiting.answers if ready <= a.asked <= signalled - READ_S]
+            under_way += sum(answer.at + answer.ms / 1000 > signalled for answer in asked)
+            answers += asked
+        verdict = judge(settings, clicks[: load.sent]) | {
+            "stops": codes,
             "exit_s_median": round(median(seconds), 2),
             "exit_s_max": round(max(seconds), 2),
             "exits_over_10_s": sum(took > 10 for took in seconds),
             "committed_is_not_applied": uneven,
             "redelivered": fleet.redelivered,
+            "answers": len(answers),
+            "under_way": under_way,
+            "answers_failed": sum(answer.status != 200 for answer in answers),
+            "streams": +streams.ends,
+            "lists_streamed": sum(streams.lists.values()),
         }
     report("sigterm", long, began, verdict)
-    assert holds(
-        verdict, {"lost": 0, "applied_twice": 0, "users_not_identical": 0, "dead_letters": 0, "redelivered": 0}
-    )
-    assert holds(verdict, {"exit_codes": ["0"], "committed_is_not_applied": 0})
+    assert holds(verdict, NOTHING_LOST | {"redelivered": 0, "committed_is_not_applied": 0, "answers_failed": 0})
+    assert holds(verdict, {"stops": {"worker 0": times, "server -15": times}, "streams": {"in order": STREAMS * times}})
+    assert under_way >= times and len(streams.lists) == STREAMS
     if long:
         assert max(seconds) < 10

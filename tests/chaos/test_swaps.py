@@ -70,7 +70,7 @@ def test_no_answer_fails_is_empty_or_mixes_two_generations(connection: Connectio
     spans: list[tuple[float, float]] = []
     try:
         until(lambda: swapped() == 1, "the first generation serves")
-        with Clients(port, RATE, K) as clients:
+        with Clients(port, RATE, f"k={K}") as clients:
             time.sleep(30 if long else 5)
             began = time.monotonic()
             for number in range(1, swaps + 1):
@@ -98,3 +98,5 @@ def test_no_answer_fails_is_empty_or_mixes_two_generations(connection: Connectio
     assert len(answers) > 0.9 * RATE * (spans[-1][1] - began)
     assert generations == 2
     assert not any(wrong.values())
+    if long:  # elsewhere it says more of the machine
+        assert percentiles(during)["max"] <= 50

@@ -37,6 +37,8 @@ def kept(settings: Settings) -> float:
 def test_frozen_past_its_session(connection: Connection, generation: Artifact, tmp_path: Path, long: bool) -> None:
     """The victim freezes itself with a state computed and not sent, or is frozen at random; its users click no more
     after the takeover, so what it still sends would be the last record of theirs: the one that compaction keeps.
+
+    The short form, one freeze, shows that nothing it sends changes a state; the long one, that it is fenced and ends.
     """
     rounds = 20 if long else 1
     draw, began = random.Random(SEED), time.monotonic()

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -75,6 +76,17 @@ def start(
     process = FORKS.Process(target=_run, args=(role, settings, log, trap, session_s, fault), daemon=True)
     process.start()
     return process
+
+
+def end(process: ForkServerProcess) -> tuple[float, int | None]:
+    """SIGTERM: seconds until it has ended, exit code; None: it was killed after 30 s."""
+    began = time.monotonic()
+    process.terminate()
+    process.join(30)
+    seconds, code = time.monotonic() - began, process.exitcode
+    process.kill()
+    process.join()
+    return seconds, code
 
 
 def warm_up() -> None:

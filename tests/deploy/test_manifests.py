@@ -1,14 +1,16 @@
 """Dockerfile, compose file and Kubernetes manifests, as far as that can be seen without an engine or a cluster."""
 
+import json
 import re
-import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
+from compose_spec import PyCompose
 
 from workers.settings import PREFIX, Section, Settings
 
@@ -18,6 +20,7 @@ KUBERNETES = "1.31"
 FILES = sorted(path for path in (DEPLOY / "kubernetes/base").glob("*.yaml") if path.stem != "kustomization")
 OBJECTS = [object_ for path in FILES for object_ in yaml.safe_load_all(path.read_text())]
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+KUBECTL = Path(sys.executable).parent / "kubectl"
 
 
 def named(kind: str, name: str) -> Any:
@@ -86,6 +89,14 @@ def test_variables_are_settings() -> None:
         assert not key or (isinstance(field.default, Section) and key in type(field.default).model_fields), name
 
 
+def test_the_compose_file_is_of_its_specification_and_one_with_a_misspelt_key_is_not() -> None:
+    """As JSON: the parser knows no merge keys."""
+    parse, text = PyCompose.from_json, json.dumps(COMPOSE)
+    parse(text)
+    with pytest.raises(ValueError, match="start_intervall"):
+        parse(text.replace("start_interval", "start_intervall"))
+
+
 def test_compose_has_every_role_and_what_they_name() -> None:
     services = COMPOSE["services"]
     for name in (*ROLES, "topics"):  # topics made otherwise than the roles are told end these
@@ -112,17 +123,13 @@ def test_the_image_is_not_root_and_copies_what_is_there() -> None:
 
 
 def rendered(overlay: str) -> list[Any]:
-    command = ["kubectl", "kustomize", str(DEPLOY / "kubernetes" / overlay)]
+    command = [str(KUBECTL), "kustomize", str(DEPLOY / "kubernetes" / overlay)]
     manifests = list(yaml.safe_load_all(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
     for manifest in manifests:
         kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
     return manifests
 
 
-needs_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here")
-
-
-@needs_kubectl
 def test_kustomize_needs_no_shared_volume_with_a_bucket() -> None:
     manifests = rendered("s3")
     assert len(manifests) == len(OBJECTS) - 1
@@ -136,7 +143,6 @@ def test_kustomize_needs_no_shared_volume_with_a_bucket() -> None:
         assert {"secretRef": {"name": "upwell-store", "optional": True}} in container["envFrom"]
 
 
-@needs_kubectl
 def test_kustomize_puts_the_indexer_on_a_gpu() -> None:
     manifests = rendered("gpu")
     assert len(manifests) == len(OBJECTS)

@@ -14,7 +14,7 @@ from prometheus_client import Counter, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
 from tests.deploy.prometheus import FOLDER, RULES, needs_prometheus
-from workers.metrics_page import listed, page
+from workers.metrics_page import listed
 
 ROOT = FOLDER.parents[1]
 ALERTS = {rule["alert"]: rule for group in RULES["alerts"]["groups"] for rule in group["rules"]}
@@ -32,10 +32,6 @@ UNIT_TESTS = Path(__file__).with_name("alerts.test.yml")
 def promtool(*arguments: object) -> None:
     result = subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-
-
-def test_the_page_of_metrics_is_made_from_the_list() -> None:
-    assert (ROOT / "docs/metrics.md").read_text() == page(), "run `make metrics`"
 
 
 def test_every_metric_says_what_it_is_and_no_label_holds_an_id() -> None:

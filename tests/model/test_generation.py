@@ -408,9 +408,10 @@ def test_a_damaged_store_is_refused(built: Path, store: str, tmp_path: Path) -> 
 
 def test_a_store_that_is_not_mounted_says_nothing_of_the_generation(store: str, tmp_path: Path) -> None:
     """It holds no folder of this name: live roles ask again, and refuse for good what is damaged."""
-    for url in (f"{store}/g1", str(tmp_path / "store" / "g1")):
-        with pytest.raises(MissingGeneration):
-            fetch(url, tmp_path, "0" * 64)
+    with pytest.raises(MissingGeneration):
+        fetch(f"{store}/g1", tmp_path, "0" * 64)
+    with pytest.raises(FileNotFoundError, match="mounted"):
+        fetch(str(tmp_path / "store" / "g1"), tmp_path, "0" * 64)
     assert not list(tmp_path.iterdir())
 
 

@@ -321,3 +321,9 @@ def test_recall_counts_equal_scores_as_right() -> None:
     found = np.array([[2.0, 2.0, 2.0], [5.0, 3.0, -np.inf]], np.float32)
     assert recall(found, exact) == 1.0
     assert recall(found - 1, exact) == 0.5
+
+
+@pytest.mark.parametrize("path", ["/dev/full", "/no/such/folder/index"])
+def test_a_file_that_could_not_be_written_whole_is_an_error(path: str) -> None:
+    with pytest.raises(OSError, match="whole"):
+        INDEX.save(Path(path))

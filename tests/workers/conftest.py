@@ -9,7 +9,7 @@ from stream.broker import LocalBroker
 from stream.connection import Connection
 from stream.producer import Producer
 from stream.topics import Topics
-from tests.workers.service import Collector, Service, collecting, running, until
+from tests.workers.service import Collector, Service, collecting, running
 from workers.settings import Kafka, Settings, Worker
 
 
@@ -27,8 +27,7 @@ def settings(broker: LocalBroker, topics: Topics, tmp_path: Path) -> Settings:
 @pytest.fixture
 def service(service_once: Service) -> Service:
     """The service, alive and ready before each test whatever the test before did to it."""
-    until(lambda: service_once.metric("upwell_swaps_total{served}") > 0, "the worker serves a generation")
-    until(lambda: service_once.call("/readyz")[0] == 200, "the server is ready")
+    service_once.await_ready()
     return service_once
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -18,12 +19,15 @@ from typing import Any
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
+from typer.testing import CliRunner, Result
 
 from stream.broker import LocalBroker
-from stream.events import Click, Item
+from stream.events import Artifact, Click, Item
 from stream.ports import free_port
 from stream.producer import ClickProducer
 from stream.topics import ensure
+from workers.announcements import read_announcements
+from workers.cli import app
 from workers.observe import scrape
 from workers.settings import Settings, load_settings
 from workers.states import raw_states
@@ -38,13 +42,16 @@ PARTITIONS = 4
 DEADLINE_S = 90.0  # never waited out unless something is broken
 
 
-def clicks(count: int, users: int = 40, first: int = 0) -> list[Click]:
-    """Users who walk through one shelf of 20 items each, which no text tells: what comes next has to be learned."""
+def clicks(count: int, users: int = 40, first: int = 0, name: str = "") -> list[Click]:
+    """Users who walk through one shelf of 20 items each, which no text tells: what comes next has to be learned.
+
+    `name` makes users and events of their own.
+    """
     now_ms = time.time_ns() // 1_000_000
     return [
         Click(
-            event_id=f"e{number}",
-            user_id=f"u{number % users}",
+            event_id=f"{name}e{number}",
+            user_id=f"{name}u{number % users}",
             item_id=f"i{20 * ((number % users) % 6) + (number // users + 3 * (number % users)) % 20}",
             ts_ms=now_ms + number,
         )
@@ -65,11 +72,17 @@ class Service:
         self.settings, self.roles, self.logs = settings, roles, logs
         self.url = f"http://127.0.0.1:{settings.serve.port}"
 
-    def call(self, path: str, body: Any = None, headers: dict[str, str] = {}) -> tuple[int, Any]:  # noqa: B006
+    def call(
+        self,
+        path: str,
+        body: Any = None,
+        headers: dict[str, str] = {},  # noqa: B006
+        method: str | None = None,
+    ) -> tuple[int, Any]:
         """Status (0: no answer) and JSON (or text) of a request; a body makes it a POST, bytes go as they are."""
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         request = urllib.request.Request(
-            self.url + path, data=data, headers={"Content-Type": "application/json"} | headers
+            self.url + path, data=data, headers={"Content-Type": "application/json"} | headers, method=method
         )
         try:
             with urllib.request.urlopen(request, timeout=20) as answer:
@@ -103,6 +116,29 @@ class Service:
 
     def log(self, role: str) -> str:
         return (self.logs / f"{role}.log").read_text()
+
+    def await_ready(self) -> None:
+        until(lambda: self.metric("upwell_swaps_total{served}") > 0, "the worker serves a generation")
+        until(lambda: self.call("/readyz")[0] == 200, "the server is ready")
+
+    def serves(self, generation: Artifact) -> bool:
+        """In the worker and in the server."""
+        serving = f"upwell_generation_info{{{generation.name}}}"
+        return self.metric(serving) == self.metric(serving, "serve") == 1
+
+    @contextmanager
+    def makers_stopped(self) -> Iterator[Artifact]:
+        """Trainer and indexer stand still: no generation comes meanwhile. The newest one, which serves."""
+        makers = [self.roles.pids[role] for role in ("trainer", "indexer")]
+        for maker in makers:
+            os.kill(maker, signal.SIGSTOP)
+        try:
+            newest = read_announcements(self.settings).wanted()[0]
+            until(lambda: self.serves(newest), "the newest serves")
+            yield newest
+        finally:
+            for maker in makers:
+                os.kill(maker, signal.SIGCONT)
 
 
 class Collector:
@@ -176,7 +212,14 @@ def running(broker: LocalBroker, folder: Path, artifacts: Path, **more: str) -> 
             yield Service(settings, roles, folder)
 
 
+def upwell_here(settings: Settings, *arguments: str, **more: Any) -> Result:
+    """A command in this process with these settings, and without logging, which it would set up for good."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("workers.command.settings_for", lambda role, reach_kafka=True: settings)
+        return CliRunner().invoke(app, arguments, **more)
+
+
 def upwell(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The command line with the service's settings. A process of its own: it sets up logging for good."""
+    """A command as a process, which costs three seconds, with the settings of the environment."""
     command = [sys.executable, "-m", "workers.cli", *arguments]
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=60)

@@ -14,8 +14,8 @@ from workers.settings import Settings
 SETTINGS = Settings()
 EVENTS = clicks(60, users=7)
 GOOD = {
-    "dead_letters": 0, "generations": 3, "swaps": 2, "failed_requests": 0, "empty_requests": 0,
-    "hr10": 0.2, "hr10_popularity": 0.1,
+    "dead_letters": 0, "generations": 3, "swaps": 2, "requests": 60, "failed_requests": 0, "empty_requests": 0,
+    "hr10": 0.2, "hr10_popularity": 0.1, "seconds": 60.0,
 }  # fmt: skip
 
 
@@ -75,6 +75,7 @@ def test_a_wrong_state_is_seen(fault: Callable[[dict[str, bytes]], None], claims
         ({"generations": 2}, "generations"),
         ({"swaps": 1}, "swaps"),
         ({"restarts": 1}, "no role fell"),
+        ({"requests": 59}, "asked"),  # who has stopped asking sees no failure
         ({"failed_requests": 1}, "failed"),
         ({"empty_requests": 1}, "empty"),
         ({"hr10": 0.19}, "HR@10"),

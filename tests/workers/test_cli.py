@@ -7,13 +7,16 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import kafka
 import pytest
-from typer.testing import CliRunner, Result
+from kafka.structs import OffsetAndMetadata
+from typer.testing import Result
 
 from stream.consumer import MissingTopic, read_window
 from stream.datasets import Dataset
@@ -22,13 +25,14 @@ from stream.jars import BrokerError
 from stream.producer import BufferFull, ClickProducer, DeliveryError, Producer
 from stream.replay import replay
 from tests.workers.console_fake import fake_api
-from tests.workers.service import clicks, until
+from tests.workers.service import clicks, until, upwell_here
 from workers import demo, erasure
+from workers.arms import arm_of
 from workers.backup import write_backup
 from workers.check import fold_offline
-from workers.cli import app, main
+from workers.cli import main
 from workers.observe import Observer
-from workers.settings import Privacy, Serve, Settings, Trainer, Worker
+from workers.settings import Arm, Privacy, Serve, Settings, Trainer, Worker
 
 Upwell = Callable[..., Result]
 
@@ -40,9 +44,8 @@ def settings(settings: Settings, tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
-def upwell(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Upwell:
-    monkeypatch.setattr("workers.cli.settings_for", lambda role: settings)
-    return lambda *arguments, **more: CliRunner().invoke(app, arguments, **more)
+def upwell(settings: Settings) -> Upwell:
+    return partial(upwell_here, settings)
 
 
 def said(settings: Settings) -> list[tuple[bytes | None, bytes | None]]:
@@ -90,7 +93,7 @@ def test_a_kafka_that_is_away_is_one_line(
     def away(_: Settings) -> None:
         raise error("nobody answers")
 
-    monkeypatch.setattr("workers.cli.settings_for", lambda role: settings)
+    monkeypatch.setattr("workers.command.settings_for", lambda role: settings)
     monkeypatch.setattr("workers.lag.read_offsets", away)
     monkeypatch.setattr(sys, "argv", ["upwell", "lag"])
     with pytest.raises(SystemExit) as ended:
@@ -104,7 +107,7 @@ def test_a_kafka_without_topics_is_told_so(
     settings: Settings, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     empty = settings.model_copy(update={"kafka": settings.kafka.model_copy(update={"prefix": "nowhere"})})
-    monkeypatch.setattr("workers.cli.settings_for", lambda role: empty)
+    monkeypatch.setattr("workers.command.settings_for", lambda role: empty)
     monkeypatch.setattr(sys, "argv", ["upwell", *command])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -150,6 +153,69 @@ def test_a_dead_letter_that_is_not_there_is_not_replayed(upwell: Upwell, setting
     assert said(settings) == []
     done = upwell("dead-letters", "replay", "--offset", "0")
     assert done.exit_code == 0 and said(settings) == [(b"u", b"{")]
+
+
+def test_what_is_asked_and_limited(upwell: Upwell, settings: Settings, tmp_path: Path) -> None:
+    topics = settings.topics
+    with ClickProducer(settings.connection, topics) as producer:
+        for click in clicks(30):
+            producer.send(click)
+        for at in range(3):
+            letter = DeadLetter(topic="clicks", partition=0, offset=at, cause="c", key=None, payload=b"{", ts_ms=0)
+            producer.send_raw(topics.dead_letters.name, b"%d" % at, encode(letter))
+    done = upwell("lag")
+    assert (done.exit_code, done.stdout.splitlines()[-1]) == (0, "30 clicks behind in all")
+    done = upwell("dead-letters", "list", "--limit", "2")
+    assert done.exit_code == 0 and [line.split()[1] for line in done.stdout.splitlines()] == [
+        "clicks[0]@1",
+        "clicks[0]@2",
+    ]
+    (tmp_path / "items.jsonl").write_text('{"item_id":"i","title":"t"}\n')
+    event = '{"user_id":"u","item_id":"i","event_type":"click","ts":%d}\n'
+    (tmp_path / "events.jsonl").write_text("".join(event % at for at in range(3)))
+    assert "2 events and 1 items sent" in upwell("replay", str(tmp_path), "--limit", "2").stdout
+    assert len(said(settings)) == 32
+    assert upwell("topics", "describe").exit_code == 0
+    other = settings.model_copy(update={"kafka": settings.kafka.model_copy(update={"partitions": 5})})
+    done = upwell_here(other, "topics", "describe")
+    assert done.exit_code == 1 and "3 partitions, the settings say 5" in done.stdout
+
+
+def test_an_erasure_is_waited_for_and_asked_after(
+    upwell: Upwell, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one who commits, and so clears, is here the command's own pause."""
+
+    def commit(_: float) -> None:
+        with closing(
+            kafka.KafkaConsumer(**settings.connection.kafka_python(), group_id=settings.worker.group)
+        ) as group:
+            parts = [kafka.TopicPartition(settings.topics.clicks.name, part) for part in range(3)]
+            group.assign(parts)
+            group.commit({part: OffsetAndMetadata(end, "", -1) for part, end in group.end_offsets(parts).items()})
+
+    def cleared(*arguments: str) -> list[bool]:
+        done = upwell("erase", *arguments)
+        assert done.exit_code == 0, done.output
+        return [json.loads(line)["cleared"] for line in done.stdout.splitlines()]
+
+    receipt = json.loads(upwell("erase", "u").stdout)["receipt"]
+    assert cleared("--status", receipt) == [False]
+    monkeypatch.setattr("workers.cli_erase.time", SimpleNamespace(sleep=commit))
+    assert cleared("v", "--wait") == [False, True]
+    assert cleared("--status", receipt) == [True]
+
+
+def test_arms_are_told(settings: Settings) -> None:
+    """By the id that stands in the topics."""
+    tested = settings.model_copy(update={"arms": {"wide": Arm(share=0.5)}})
+    assert tested.privacy.pseudonyms
+    dealt = {user: arm_of(tested, tested.privacy.pseudonyms.of(user)) for user in "abcdefgh"}
+    assert dealt != {user: arm_of(tested, user) for user in dealt}
+    assert {user: upwell_here(tested, "arms", "of", user).stdout.strip() for user in dealt} == dealt
+    done = upwell_here(tested, "arms", "report", "--hours", "1")
+    assert done.exit_code == 0
+    assert [line.split()[:2] for line in done.stdout.splitlines()[1:]] == [["default", "0"], ["wide", "0"]]
 
 
 def test_an_export_that_cannot_be_written_says_so(upwell: Upwell, tmp_path: Path) -> None:
@@ -256,11 +322,10 @@ def test_a_demo_asks_for_whatever_a_user_is_called() -> None:
 
 
 def test_roles_of_one_machine_do_not_fight_for_a_port(
-    upwell: Upwell, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    settings: Settings,
 ) -> None:
     """The image sets 9100 for each."""
     worker, trainer = (kind(metrics_port=9100) for kind in (Worker, Trainer))
     shared = settings.model_copy(update={"worker": worker, "trainer": trainer})
-    monkeypatch.setattr("workers.cli.settings_for", lambda role, reach_kafka: shared)
-    done = upwell("up")
+    done = upwell_here(shared, "up")
     assert done.exit_code == 2 and "metrics_port, 9100" in done.stderr

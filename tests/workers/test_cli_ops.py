@@ -2,6 +2,7 @@
 
 import gzip
 import secrets
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,18 +11,20 @@ import msgspec
 import pytest
 from kafka.admin import ConfigResource
 from kafka.structs import OffsetAndMetadata
+from typer.testing import CliRunner
 
 from model.user_state import Applied, Fold, Limits, UserState, decode_state, encode_state
 from stream.connection import Connection
 from stream.events import Artifact, DeadLetter, encode
 from stream.ports import free_port
 from stream.producer import ClickProducer, Producer, partition_of
-from stream.topics import Topics, WrongTopic, ensure
-from tests.workers.service import ITEMS, clicks, upwell
+from stream.topics import Topics, WrongTopic, describe, ensure, fix
+from tests.workers.service import ITEMS, clicks, upwell, upwell_here
 from workers import metrics
 from workers.announcements import newest_model, read_announcements
 from workers.backup import NOWHERE, BadBackup, Counts, read_backup, restore, write_backup
 from workers.bench.stage import environment
+from workers.cli import app
 from workers.dead_letters import DeadLetters, place, read, resend
 from workers.doctor import examine
 from workers.generations import NothingMoves, UnknownGeneration, pin, roll_back
@@ -29,7 +32,6 @@ from workers.lag import LagFollower, read_offsets
 from workers.preflight import check_keyed
 from workers.settings import Kafka, Settings, Worker
 from workers.states import raw_states
-from workers.topic_report import describe, fix
 
 OLD_POLICY = {"cleanup.policy": "delete"}
 
@@ -44,50 +46,55 @@ def settings_of(connection: Connection, prefix: str = "", partitions: int = 3) -
 
 def test_topics_are_described_and_mended(connection: Connection) -> None:
     settings = settings_of(connection)
-    assert {fault for found in describe(settings) for fault in found.faults()} == {"missing"}
+    ours = settings.topics, settings.connection
+    assert {fault for found in describe(*ours) for fault in found.faults()} == {"missing"}
     assert (False, f"topics: {settings.topics.clicks.name}: missing") in [
         (good, told.partition(";")[0]) for good, told in examine(settings)
     ]
-    assert {fault for found in describe(settings) for fault in found.faults()} == {"missing"}  # looking creates nothing
-    assert len(fix(settings)) == len(settings.topics.all())
-    assert [fault for found in describe(settings) for fault in found.faults()] == []
+    assert {fault for found in describe(*ours) for fault in found.faults()} == {"missing"}  # looking creates nothing
+    assert len(fix(*ours)) == len(settings.topics.all())
+    assert [fault for found in describe(*ours) for fault in found.faults()] == []
     with kafka.KafkaAdminClient(**connection.kafka_python()) as admin:
         users = settings.topics.users.name
         admin.alter_configs([ConfigResource("TOPIC", users, {"cleanup.policy": "delete"})])
-    faults = [fault for found in describe(settings) for fault in found.faults()]
+    faults = [fault for found in describe(*ours) for fault in found.faults()]
     assert faults == ["cleanup.policy is delete, should be compact"]
-    assert fix(settings) == [f"{users}: cleanup.policy = compact"]
-    assert fix(settings) == []
+    assert fix(*ours) == [f"{users}: cleanup.policy = compact"]
+    assert fix(*ours) == []
 
 
 def test_the_number_of_partitions_is_never_changed(topics: Topics, connection: Connection) -> None:
     other = settings_of(connection, topics.prefix, partitions=5)
-    assert "3 partitions, the settings say 5" in [fault for found in describe(other) for fault in found.faults()]
-    for refuses in (fix, check_keyed):
+    assert "3 partitions, the settings say 5" in [
+        fault for found in describe(other.topics, connection) for fault in found.faults()
+    ]
+    for refuses in (partial(fix, other.topics, other.connection), partial(check_keyed, other)):
         with pytest.raises(WrongTopic, match="has 3 partitions, the settings say 5"):
-            refuses(other)
+            refuses()
     check_keyed(settings_of(connection, topics.prefix))
     check_keyed(settings_of(connection))  # not made yet
 
 
 @pytest.mark.parametrize("role", ["worker", "serve"])
 def test_a_role_does_not_start_where_users_would_move(topics: Topics, connection: Connection, role: str) -> None:
-    other = {"UPWELL_KAFKA__BOOTSTRAP": connection.bootstrap, "UPWELL_KAFKA__PREFIX": topics.prefix}
-    done = upwell(role, **other, UPWELL_KAFKA__PARTITIONS="5")
-    assert done.returncode == 2 and "3 partitions, the settings say 5" in done.stderr
+    done = CliRunner().invoke(app, role, env=environment(settings_of(connection, topics.prefix, partitions=5)))
+    assert done.exit_code == 2 and "3 partitions, the settings say 5" in done.stderr
 
 
-@pytest.mark.parametrize("command", [["lag"], ["topics"], ["generations", "list"], ["replay", "ml-100k"]])
-def test_a_command_does_not_wait_for_a_kafka_that_is_away(command: list[str]) -> None:
-    bootstrap = f"127.0.0.1:{free_port()}"
-    done = upwell(*command, UPWELL_KAFKA__BOOTSTRAP=bootstrap)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"no Kafka answers at {bootstrap}\n")
+def test_a_command_does_not_wait_for_a_kafka_that_is_away() -> None:
+    away = {"UPWELL_KAFKA__BOOTSTRAP": f"127.0.0.1:{free_port()}"}
+    told = f"no Kafka answers at {away['UPWELL_KAFKA__BOOTSTRAP']}\n"
+    for command in (["topics"], ["generations", "list"], ["replay", "ml-100k"]):
+        done = CliRunner().invoke(app, command, env=away)
+        assert (done.exit_code, done.stdout, done.stderr) == (1, "", told), command
+    process = upwell("lag", **away)
+    assert (process.returncode, process.stdout, process.stderr) == (1, "", told)
 
 
 def test_the_dead_letters_of_a_release_without_erasure(connection: Connection) -> None:
     """Its topic is not compacted and its letters are keyed as their messages: refused with the way out, none lost."""
     settings = settings_of(connection)
-    topic, given = settings.topics.dead_letters, environment(settings)
+    topic = settings.topics.dead_letters
     with kafka.KafkaAdminClient(**connection.kafka_python()) as admin:
         admin.create_topics({topic.name: {"num_partitions": 1, "configs": topic.config() | OLD_POLICY}})
     letters = [
@@ -97,13 +104,13 @@ def test_the_dead_letters_of_a_release_without_erasure(connection: Connection) -
     with Producer(connection) as producer:
         for letter in letters:
             producer.send_raw(topic.name, letter.key, encode(letter))
-    refused = upwell("topics", **given)
-    assert refused.returncode == 2, refused.stderr
+    refused = upwell_here(settings, "topics")
+    assert refused.exit_code == 2, refused.stderr
     assert refused.stderr.splitlines()[1:] == [
         f"{topic.name} is 'delete', it has to be 'compact,delete': `upwell topics fix` makes it so"
     ]
-    assert f"{topic.name}: cleanup.policy = compact,delete" in upwell("topics", "fix", **given).stdout
-    assert upwell("topics", **given).returncode == 0
+    assert f"{topic.name}: cleanup.policy = compact,delete" in upwell_here(settings, "topics", "fix").stdout
+    assert upwell_here(settings, "topics").exit_code == 0
     assert [letter for _, letter in read(settings)] == letters
     assert set(DeadLetters(settings, None)._of({"u1"})) == {place(letter) for letter in letters[:2]}  # type: ignore[arg-type]
 
@@ -128,7 +135,18 @@ def test_a_dead_letter_that_cannot_be_read_or_sent_stops_nothing(topics: Topics,
     assert [letter for _, letter in read(settings)] == [letters[1]]  # each replay would send all of before again
 
 
-def test_lag_is_what_the_group_has_not_committed(topics: Topics, connection: Connection) -> None:
+def follow_once(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(_: float) -> None:
+        raise StopIteration
+
+    monkeypatch.setattr("workers.lag.time", SimpleNamespace(sleep=end))
+    with pytest.raises(StopIteration):
+        LagFollower(settings).run()
+
+
+def test_lag_is_what_the_group_has_not_committed(
+    topics: Topics, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = settings_of(connection, topics.prefix)
     sent = clicks(30)
     with ClickProducer(connection, topics) as producer:
@@ -145,18 +163,23 @@ def test_lag_is_what_the_group_has_not_committed(topics: Topics, connection: Con
     assert offsets.clicks[1] == (2, own[1], own[1] - 2)
     assert offsets.clicks[0] == (None, own[0], own[0])
     assert offsets.ends[topics.clicks.name, 1] == own[1]
+    follow_once(settings, monkeypatch)
+    assert [metrics.group_lag_clicks.labels(str(part))._value.get() for part in range(3)] == [
+        own[0],
+        own[1] - 2,
+        own[2],
+    ]
+    assert metrics.topic_end_offset.labels(topics.clicks.name, "1")._value.get() == own[1]
 
 
 def test_what_cannot_be_read_has_no_old_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise StopIteration
+    def fail(_: Settings) -> None:
+        raise kafka.errors.KafkaConnectionError
 
     metrics.group_lag_clicks.labels("0").set(7)
     metrics.topic_end_offset.labels("clicks", "0").set(7)
     monkeypatch.setattr("workers.lag.read_offsets", fail)
-    monkeypatch.setattr("workers.lag.time", SimpleNamespace(sleep=fail))
-    with pytest.raises(StopIteration):
-        LagFollower(Settings()).run()
+    follow_once(Settings(), monkeypatch)
     assert [
         sample for gauge in (metrics.group_lag_clicks, metrics.topic_end_offset) for sample in gauge._samples()
     ] == []

@@ -49,6 +49,13 @@ def test_csv_is_read_by_its_column_map(tmp_path: Path) -> None:
     assert [item.item_id for item in dataset.items] == ["x", "y"]
 
 
+def test_an_item_of_a_csv_has_the_first_title_that_a_row_gives_it(tmp_path: Path) -> None:
+    path = tmp_path / "shop.csv"
+    path.write_text("who,what,when,name\na,x,1,\na,y,2,Rivers\nb,x,3,Tides\nc,x,4,Waves\n", encoding="utf-8")
+    dataset = load_csv(path, parse_columns("user=who,item=what,ts=when,title=name"))
+    assert [(item.item_id, item.title) for item in dataset.items] == [("x", "Tides"), ("y", "Rivers")]
+
+
 @pytest.mark.parametrize(
     ("columns", "line", "said"),
     [

@@ -3,9 +3,10 @@
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -324,6 +325,41 @@ def test_an_import_leaves_builds_their_turn(settings: Settings, monkeypatch: pyt
         one._build_if_due()
         sizes.append(len(published(settings)) and ids(published(settings)[-1])[1])
     assert sizes == [0, 10, 10, 22, 22, 30] and not one._pending
+
+
+def test_it_looks_for_what_is_due_only_where_something_has_changed(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes all ids, and an idle indexer polls five times a second. What failed is tried again all the same."""
+    item = SimpleNamespace(
+        topic=settings.topics.items.name, key=b"i", value=encode(Item(item_id="i", title="")), offset=0
+    )
+    looked, began, state = list[int](), time.monotonic(), SimpleNamespace(poll=0, fails=1)
+    due, build = Indexer._due, Indexer._build
+
+    def tail(*given: Any) -> Iterator[list[Any]]:
+        given[-1]()
+        for state.poll in range(40):
+            yield [item] if state.poll in (0, 20) else []
+
+    def looks(self: Indexer, base: Any) -> bool:
+        looked.append(state.poll)
+        return due(self, base)
+
+    def full_once(self: Indexer) -> None:
+        if state.fails:
+            state.fails -= 1
+            raise OSError("full")
+        build(self)
+
+    monkeypatch.setattr(indexer, "tail", tail)
+    monkeypatch.setattr(indexer, "time", SimpleNamespace(**vars(time) | {"monotonic": lambda: began + state.poll}))
+    monkeypatch.setattr(Indexer, "_due", looks)
+    monkeypatch.setattr(Indexer, "_build", full_once)
+    one = Indexer(settings)
+    one._encoder = Encodes()  # type: ignore[assignment]
+    one.run(threading.Event())
+    assert looked == [1, 6, 20] and len(published(settings)) == 1
 
 
 def correct(settings: Settings, one: Indexer, items: int) -> None:

@@ -1,6 +1,10 @@
 """Keys, rates and bounds of the API, on the real app without Kafka behind it."""
 
 import asyncio
+import os
+import ssl
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
@@ -12,7 +16,9 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from httpx import ASGITransport, AsyncClient
+import trustme
+from httpx import ASGITransport, AsyncClient, ConnectError
+from httpx import Client as HttpxClient
 from litestar import Litestar, get
 from litestar.testing import TestClient
 
@@ -20,14 +26,16 @@ from model.user_state import UserState, encode_state
 from stream.answers import Erased, Wishes
 from stream.ports import free_port
 from stream.producer import BufferFull, Place
-from tests.workers.service import upwell
+from tests.workers.service import until, upwell
 from workers import metrics
+from workers.bench.stage import environment
+from workers.guests import OtherEncoder
 from workers.keys import OPEN, SCOPES, TICKET_S, Key, Keys, _parsed, load_keys, new_key
 from workers.limits import Buckets, Gate
 from workers.routes import route
 from workers.server import ROUTES, build_app
 from workers.service import Service
-from workers.settings import ConfigError, Serve, Settings
+from workers.settings import ConfigError, Kafka, Serve, Settings
 from workers.state_writer import LAST
 from workers.user_states import UserStates
 
@@ -172,6 +180,36 @@ def test_the_server_does_not_start_open_to_others(tmp_path: Path) -> None:
     assert refused.stderr.startswith("configuration:\nserve.keys_file (UPWELL_SERVE__KEYS_FILE)")
 
 
+def test_the_server_that_is_started_wants_a_key_and_speaks_https(
+    of: dict[str, str], file: Path, tmp_path: Path
+) -> None:
+    """`upwell serve`, which answers while Kafka is away."""
+    authority, trusting = trustme.CA(), ssl.create_default_context()
+    authority.configure_trust(trusting)
+    certificate, pem, key = authority.issue_cert("127.0.0.1"), tmp_path / "cert.pem", tmp_path / "key.pem"
+    certificate.cert_chain_pems[0].write_to_path(str(pem))
+    certificate.private_key_pem.write_to_path(str(key))
+    settings = Settings(
+        kafka=Kafka(bootstrap=f"127.0.0.1:{free_port()}"),
+        serve=Serve(port=free_port(), keys_file=file, cert_file=pem, key_file=key),
+    )
+    api = HttpxClient(base_url=f"https://127.0.0.1:{settings.serve.port}", verify=trusting)
+
+    def status(**headers: str) -> int:
+        try:
+            return api.get("/v1/items", headers=headers).status_code
+        except ConnectError:  # it starts
+            return 0
+
+    command = [sys.executable, "-m", "workers.cli", "serve"]
+    with subprocess.Popen(command, env=os.environ | environment(settings), stderr=subprocess.DEVNULL) as server, api:
+        try:
+            until(lambda: status() > 0, "it answers over HTTPS")
+            assert (status(), status(Authorization=f"Bearer {of['read']}")) == (401, 200)
+        finally:
+            server.kill()
+
+
 def test_keys_new_prints_a_key_whose_line_opens(tmp_path: Path) -> None:
     made = upwell("keys", "new", "--scope", "read", "--scope", "ingest", "--name", "x")
     key, _, line = made.stdout.splitlines()
@@ -291,6 +329,16 @@ def test_bodies_batches_and_streams_are_bounded() -> None:
         assert (stream.status_code, stream.json()["detail"]) == (503, "0 streams are open")
 
 
+def test_streams_up_to_the_bound_are_opened() -> None:
+    service = Still(Settings(serve=Serve(max_streams=2)))
+    with TestClient(build_app(service, OPEN), base_url="http://127.0.0.1") as api, service.updates.mailbox("u"):
+        assert api.get("/v1/stream?user=u").status_code == 200
+        with service.updates.mailbox("u"):
+            refused = api.get("/v1/stream?user=u")
+        assert (refused.status_code, refused.json()["detail"]) == (503, "2 streams are open")
+        assert api.get("/v1/stream?user=u").status_code == 200
+
+
 @pytest.mark.parametrize("path", ["/v1/events", "/v1/items", "/v1/recommendations"])
 def test_a_body_nested_too_deeply_is_refused_as_any_bad_one(path: str) -> None:
     nested = b"[" * 2000 + b"]" * 2000
@@ -369,6 +417,17 @@ def test_an_item_is_taken_out_over_http(monkeypatch: pytest.MonkeyPatch) -> None
         assert (answer.status_code, answer.json()) == (202, {"index": 0, "partition": 1, "offset": 7, "item_id": "a/b"})
         assert api.delete("/v1/items/away").status_code == 503
     assert removed == ["a/b", "away"]
+
+
+def test_who_meets_another_encoder_is_asked_to_come_back_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    def recommend_guest(*_: Any) -> None:
+        raise OtherEncoder("text: the generation stands on another")
+
+    monkeypatch.setattr(Still, "recommend_guest", recommend_guest)
+    with client(OPEN) as api:
+        answer = api.post("/v1/recommendations", json={"text": "rivers"})
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "60")
+    assert answer.json()["detail"] == "text: the generation stands on another"
 
 
 def test_without_keys_no_page_of_another_site_is_answered() -> None:
@@ -464,6 +523,7 @@ def test_headers_and_origins(monkeypatch: pytest.MonkeyPatch) -> None:
             nobody = {"default-src", "base-uri", "form-action", "frame-ancestors"}
             assert policy == dict.fromkeys(nobody, "'none'") | dict.fromkeys(policy.keys() - nobody, "'self'"), path
             assert headers["referrer-policy"] == "no-referrer" and "secret" not in answer.text
+            assert headers["cache-control"] == "no-store", path  # lists and states are a user's own
         assert headers["access-control-allow-origin"] == "https://shop.example"
     with client(OPEN) as api:
         assert "access-control-allow-origin" not in api.get("/livez", headers={"Origin": "https://x.example"}).headers

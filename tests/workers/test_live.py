@@ -27,7 +27,12 @@ class Loaded(SimpleNamespace):
     def __init__(self, announced: Artifact) -> None:
         search = SimpleNamespace(closed=False, num_bytes=1)
         search.close = lambda: setattr(search, "closed", True)
-        super().__init__(announced=announced, name=announced.name, search=search, num_indexed=1, fresh=())
+        super().__init__(announced=announced, name=announced.name, search=search, num_indexed=1, fresh=(), of=None)
+
+    def renewed(self, catalogue: Any) -> "Loaded":
+        other = Loaded(self.announced)
+        other.search, other.of = self.search, catalogue
+        return other
 
 
 @pytest.fixture
@@ -80,6 +85,25 @@ def test_one_dead_search_process_is_replaced_once_and_keeps_the_trial(live: Any)
         assert answer.result(timeout=20)[1] == "g2"
     assert live.loads == ["g1", "g2", "g2"] and dead.search.closed and not live.due
     assert names(live) == ("g2", "g1") and not live.previous.search.closed
+
+
+def test_both_sides_of_a_trial_have_the_items_of_now(live: Any) -> None:
+    announce(live, 1, 2)
+    live._renew(live.snapshot)
+    assert names(live) == ("g2", "g1") and live.snapshot.of is live.previous.of is live.catalogue
+
+
+def test_what_is_released_while_its_items_are_renewed_does_not_come_back(live: Any) -> None:
+    announce(live, 1, 2)
+    old = live.previous
+
+    def slowly(catalogue: Any) -> Loaded:
+        live.release_previous()
+        return Loaded.renewed(old, catalogue)
+
+    old.renewed = slowly
+    live._renew(live.snapshot)
+    assert names(live) == ("g2", None) and old.search.closed
 
 
 def test_what_is_pinned_is_not_on_trial(live: Any) -> None:

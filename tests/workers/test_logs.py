@@ -33,7 +33,7 @@ def test_a_command_leaves_the_last_word_to_itself(role: str, said: bool) -> None
         import sys
         from contextlib import suppress
         import kafka
-        from workers.cli import settings_for
+        from workers.command import settings_for
         settings_for(sys.argv[1], reach_kafka=False)
         with suppress(kafka.errors.KafkaError):
             kafka.KafkaAdminClient(bootstrap_servers="127.0.0.1:9", bootstrap_timeout_ms=300)

@@ -7,7 +7,16 @@ from hypothesis import strategies as st
 
 from model.user_state import digest
 from workers import metrics, prequential
-from workers.prequential import HALF_LIFE_EVENTS, TRIAL_CLICKS, TRIAL_MIN, DecayedPopularity, LiveScore, Trial
+from workers.prequential import (
+    HALF_LIFE_EVENTS,
+    TRIAL,
+    TRIAL_CLICKS,
+    TRIAL_MIN,
+    DecayedPopularity,
+    LiveScore,
+    Trial,
+    hide_trial,
+)
 
 items = st.integers(0, 12).map(str)
 
@@ -74,6 +83,22 @@ def test_a_trial_tells_worse_from_equal() -> None:
         trial.add("a", ["a"] if new else [], ["a"] if old else [])
     assert trial.worse
     assert TRIAL_MIN <= trial.clicks < TRIAL_CLICKS
+
+
+def test_a_trial_s_gauges_are_of_its_clicks_and_go_with_it() -> None:
+    def shown() -> dict[str, list[float]]:
+        gauges = metrics.hit_rate, metrics.live_ndcg
+        return {ranking: [gauge.labels(ranking)._value.get() for gauge in gauges] for ranking in TRIAL}
+
+    trial = Trial("new", "old")
+    for new, old in ((["a"], ["b", "a"]), (["b"], ["b", "a"])):
+        trial.add("a", new, old)
+    assert shown() == {"trial": [0.5, 0.5], "previous": [1.0, pytest.approx(1 / np.log2(3))]}
+    hide_trial()
+    hide_trial()
+    named = {sample.labels["ranking"] for gauge in (metrics.hit_rate, metrics.live_ndcg)
+             for family in gauge.collect() for sample in family.samples}  # fmt: skip
+    assert not named & set(TRIAL)
 
 
 def test_a_trial_of_twins_ends_undecided() -> None:

@@ -8,33 +8,41 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import kafka
 import msgspec
 import pytest
 import structlog
+from httpx import ASGITransport, AsyncClient
 from kafka.admin import ConfigResource
 from litestar.testing import TestClient
 
 from model.user_state import EMPTY, Entry, UserState, encode_state
+from stream.answers import Erased
 from stream.consumer import MissingTopic, read_window
-from stream.events import OFFSET_HEADER, WIRE_TYPES, Click, DeadLetter, ItemVector, encode
+from stream.events import OFFSET_HEADER, WIRE_TYPES, Click, DeadLetter, ItemVector, Ranked, Recommendations, encode
 from stream.producer import ClickProducer, Producer, partition_of
+from stream.topics import DAY_MS
 from tests.workers.service import until
 from tests.workers.test_limits import Still
 from workers import metrics
+from workers.arms import arm_of
 from workers.bench.stage import write
 from workers.dead_letters import names_one
-from workers.erasure import UnknownReceipt, ask, longest_ms, status
+from workers.erasure import SLACK_MS, UnknownReceipt, ask, longest_ms, status
 from workers.keys import OPEN
 from workers.logs import configure
+from workers.routes_stream import Stream
 from workers.server import build_app
 from workers.service import Service
-from workers.settings import ConfigError, Privacy, Settings, load_settings
+from workers.settings import Arm, ConfigError, Privacy, Serve, Settings, load_settings
 from workers.training_input import Window
-from workers.user_states import UserStates
+from workers.updates import Made
+from workers.user_states import At, UserStates
 
 
 def test_no_wire_type_and_no_state_carries_a_user_s_vector() -> None:
@@ -155,6 +163,54 @@ def test_at_the_http_edge_an_id_becomes_a_pseudonym(settings: Settings, tmp_path
         assert not any(b"someone" in (record.value or b"") for record in records)
 
 
+async def test_behind_the_edge_a_user_is_read_by_the_pseudonym(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every list is a stranger's. No Kafka here: states, lists and the wish to be erased are laid down."""
+    (tmp_path / "key").write_text("k" * 32)
+    privacy, arms, serve = Privacy(key_file=tmp_path / "key"), {"half": Arm(share=0.5)}, Serve(wait_s=0.1)
+    service = Still(Settings(privacy=privacy, arms=arms, serve=serve))
+    settings, updates = service.settings, service.updates
+    of, arm = service.stored_id, partial(arm_of, settings)
+    user = next(name for name in map("someone{}".format, range(99)) if arm(name) != arm(of(name)))
+    service.users.states[of(user)] = UserState((Entry("i1", 1.0, 1),), applied=1, offset=5)
+    service.users.places[of(user)] = At(7, 1)
+    service.users.caught_up.set()
+    updates._loop, updates.connected = asyncio.get_running_loop(), True
+    ranked = [Ranked("i", 1.0)]
+    monkeypatch.setattr(service.live, "recommend", lambda *_: (SimpleNamespace(name="g", knows=bool), [ranked]))
+    monkeypatch.setattr(Still, "producer", None)
+    wish = Erased(receipt="7-9", partition=7, offset=9, requested_ms=1)
+    monkeypatch.setattr("workers.service.ask", lambda *_: wish)
+    events = Stream(service, user, None).events()
+
+    async def pushed() -> Any:
+        while (event := await anext(events)).event != "recommendations":
+            pass
+        return json.loads(cast(bytes, event.data))
+
+    transport = ASGITransport(build_app(service, OPEN))  # type: ignore[arg-type]
+    async with AsyncClient(transport=transport, base_url="http://localhost") as api, asyncio.timeout(30):
+        for offset in (5, 6):
+            listed = (await api.get(f"/v1/users/{user}/recommendations?min_offset={offset}")).json()
+            assert (listed["source"], listed["user_id"], listed["arm"]) == ("personal", user, arm(of(user)))
+            assert (listed["as_of"], listed["stale"]) == ({"partition": 7, "offset": 5}, offset == 6)
+            assert listed["age_ms"] is not None
+        assert (await api.get(f"/v1/users/{user}")).json()["arm"] == arm(of(user))
+        assert (await pushed())["as_of"]["offset"] == 5
+        made = Recommendations(
+            user_id=of(user), items=ranked, generation="g", source="personal", partition=7, offset=6,
+            event_id="e", clicked_ms=1, sent_ms=2,
+        )  # fmt: skip
+        updates._deliver(Made(made, 2, 3))
+        update = await pushed()
+        assert (update["user_id"], update["as_of"]["offset"]) == (user, 6)
+        assert (await api.delete(f"/v1/users/{user}")).status_code == 202
+        assert (await pushed())["source"] == "popular"
+        assert (await api.get(f"/v1/users/{user}")).status_code == 404
+    updates.close()
+    await events.aclose()  # type: ignore[attr-defined]
+    await service.stop()
+
+
 async def test_a_server_forgets_before_any_worker_reads_the_wish(
     settings: Settings, click: Callable[[str, str], Click], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,11 +253,14 @@ def test_a_receipt_says_where_the_erasure_stands(settings: Settings, click: Call
         place = producer.send(click("e1", "u"))
         receipt = ask(producer, "u", lambda: longest_ms(settings))
     assert "u" not in receipt.receipt and not receipt.cleared
-    day_ms = 24 * 3600 * 1000
-    assert receipt.requested_ms and receipt.gone_by_ms and receipt.gone_by_ms - receipt.requested_ms < 32 * day_ms
     found = status(settings, receipt.receipt)
+    with TestClient(build_app(Still(settings), OPEN), base_url="http://127.0.0.1") as api:
+        answer = api.get(f"/v1/erasures/{receipt.receipt}")
+    assert (answer.status_code, answer.json()) == (200, msgspec.to_builtins(found))
     assert (found.cleared, found.gone, found.offset) == (False, False, receipt.offset)
-    assert found.requested_ms and abs(found.requested_ms - receipt.requested_ms) < 60_000
+    assert found.requested_ms and receipt.requested_ms and abs(found.requested_ms - receipt.requested_ms) < 60_000
+    for one in (receipt, found):  # clicks live the longest: 30 days, and the span of a segment
+        assert one.requested_ms and one.gone_by_ms == one.requested_ms + 31 * DAY_MS + SLACK_MS
     partition, offset = place.result()
     for unknown in (f"{partition}-{offset}", f"{partition}-{offset + 5}", "77-0", "x", "0-1-2", ""):
         with pytest.raises(UnknownReceipt):

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -14,10 +15,11 @@ from model.config import ModelConfig
 from model.generation import build_generation
 from model.learner import Learner
 from model.manifest import manifest_sha256
+from model.model import Model
 from model.sampling import Events, History
 from model.user_state import Entry, digest
 from stream.answers import Guest, Wishes
-from stream.events import Artifact, Click, Item, ItemVector, Ranked, encode
+from stream.events import Artifact, Click, EventType, Item, ItemVector, Ranked, encode
 from workers import metrics
 from workers.arms import arm_of
 from workers.catalogue import Catalogue
@@ -31,6 +33,7 @@ from workers.states import Owned, PackedStates
 from workers.user_worker import UserWorker
 
 NUM_INDEXED, NUM_FRESH, WIDTH, NOW_MS, K = 1500, 12, 16, 10_000_000, 10
+DAY_MS = 86_400_000
 SHELVES = ("common", "half", "rare", "single")  # every item, every second, every 200th, one
 REMOVED, UNAVAILABLE = {"i3", "i200", f"i{NUM_INDEXED + 1}"}, {"i4", "i400", "i77", f"i{NUM_INDEXED + 2}"}
 
@@ -239,6 +242,36 @@ class Serving:
         return self.use(lambda snapshot: snapshot.recommend(queries, k, explain))
 
 
+class Clicking:
+    """A worker's folds and lists for one partition, without Kafka."""
+
+    def __init__(self, serving: Any) -> None:
+        self.worker = UserWorker(Settings(), serving, None, None)  # type: ignore[arg-type]
+        self.recommender, self.owned, self._offset = (
+            self.worker._recommender,
+            Owned(PackedStates(), cast(Any, None), {}),
+            0,
+        )
+
+    def click(self, *items: str, user: str = "u", ts_ms: int = NOW_MS, kind: EventType = "click") -> list[str]:
+        """In one micro-batch; the user's next list."""
+        clicks = [Click(event_id=kind + one, user_id=user, item_id=one, ts_ms=ts_ms, event_type=kind) for one in items]
+        reads = [Read(one, self._offset + at, ts_ms) for at, one in enumerate(clicks)]
+        self._offset += len(reads)
+        folded = self.worker._fold(self.owned, reads, {})
+        self.owned.states.update(folded.states)
+        (recommended,) = self.recommender.recommend([folded])
+        self.owned.sent.update(recommended.sent)
+        return [place.item_id for place in recommended.lists[user]]
+
+
+def turning(snapshot: Snapshot) -> Model:
+    """Its generation's model, but the lists turn with the time since the last click."""
+    model = snapshot.indexed
+    mix = torch.from_numpy(np.random.default_rng(3).normal(size=model.arrays["mix"].shape).astype(np.float32))
+    return Model(model.config, model.ids, model.arrays | {"mix": mix}, model.tower)
+
+
 def test_what_is_asked_for_says_its_arm_and_counts_for_it(snapshot: Snapshot) -> None:
     service = Service(Settings(arms={"draws": Arm(share=0.5, explore=0.5)}))
     service.live = cast(Any, Serving(snapshot))
@@ -294,41 +327,70 @@ def test_what_is_sent_says_arm_chances_reasons_and_source(snapshot: Snapshot) ->
 
 def test_a_click_is_scored_in_the_list_sent_before_it(snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the generation that serves made it of the user's state just before: else it is searched for."""
-    asked, scored = list[Sequence[Query]](), list[tuple[str, ...]]()
-    search, worker = Snapshot.ranked, UserWorker(Settings(), Serving(snapshot), None, None)  # type: ignore[arg-type]
+    asked, scored, catalogue = list[Sequence[Query]](), list[tuple[str, ...]](), Catalogue()
+    for one in ITEMS:
+        catalogue.take_item(one.item_id, one)
+    snapshot = Snapshot.of(snapshot.announced, snapshot.search, turning(snapshot), catalogue)
+    search, clicking = Snapshot.ranked, Clicking(Serving(snapshot))
 
     def ranked(self: Snapshot, queries: Sequence[Query], histories: Sequence[History], k: int) -> list[list[Ranked]]:
         asked.append(queries)
         return search(self, queries, histories, k)
 
     monkeypatch.setattr(Snapshot, "ranked", ranked)
-    monkeypatch.setattr(worker._recommender._score, "add", lambda item_id, seen, served, arm: scored.append(served))
-    owned = Owned(PackedStates(), cast(Any, None), {})
-
-    def click(*items: str, user: str = "u") -> None:
-        offset = max((state.offset for state in owned.states.values()), default=0) + 1
-        reads = [Read(Click(event_id=one, user_id=user, item_id=one, ts_ms=NOW_MS), offset + at, NOW_MS)
-                 for at, one in enumerate(items)]  # fmt: skip
-        folded = worker._fold(owned, reads, {})
-        owned.states.update(folded.states)
-        (recommended,) = worker._recommender.recommend([folded])
-        owned.sent.update(recommended.sent)
+    monkeypatch.setattr(clicking.recommender._score, "add", lambda item_id, seen, served, arm: scored.append(served))
 
     def fresh(*items: str) -> tuple[str, ...]:
         query = Query([Entry(one, 1.0, NOW_MS) for one in items], b"".join(map(digest, items)), NOW_MS)
         return tuple(place.item_id for place in search(snapshot, [query], snapshot.histories([query]), 10)[0])
 
-    click("i1")
-    click("i2")
-    click("i3", "i4")
-    click("i4")  # delivered again: nothing is scored, and the list stays that of the state
-    owned.sent["u"] = replace(owned.sent["u"], generation="one before")
-    click("i5")
-    click("i1", user="another stranger")
-    assert list(map(len, asked)) == [2, 1, 2, 1, 2, 1]
+    clicking.click("i1")
+    clicking.click("i2")
+    clicking.click("i3", "i4")
+    clicking.click("i4")  # delivered again: nothing is scored, and the list stays that of the state
+    sent = clicking.owned.sent
+    sent["u"] = replace(sent["u"], generation="one before")
+    clicking.click("i5", ts_ms=NOW_MS + DAY_MS)  # in what would have been sent, when nobody knew of the pause
+    clicking.click("i1", user="another stranger")
+    assert list(map(len, asked)) == [1, 1, 1, 2, 1, 2, 1]  # first of all, once, what all strangers get
     assert scored == [
         fresh(), fresh("i1"), fresh("i1", "i2"), fresh("i1", "i2", "i3"), fresh("i1", "i2", "i3", "i4"), fresh()
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["dislike", "hide", "skip"])
+def test_a_dislike_is_no_hit_and_makes_nothing_popular(snapshot: Snapshot, kind: EventType) -> None:
+    """Else a generation that stops showing what is hidden would lose hits by it, and its trial."""
+    clicking = Clicking(Serving(snapshot))
+    counts = [metrics.scored_clicks, metrics.hits.labels("served"), metrics.arm_clicks.labels("default", "hit")]
+    first, *_ = clicking.click("i1")
+    before, place = [count._value.get() for count in counts], clicking.recommender._score.popularity.place
+    clicking.click(first, kind=kind)
+    assert (place("i1", b""), place(first, b"")) == (0, None)
+    clicking.click(first)  # and as it has been seen, no list holds it now
+    assert [count._value.get() for count in counts] == before
+    assert clicking.owned.states["u"].applied == 3
+    assert place(first, b"") == 0
+
+
+def test_a_trial_never_tells_twins_apart(snapshot: Snapshot) -> None:
+    """However long their users pause, and whatever goes meanwhile from the list that was sent."""
+    catalogue, announced = Catalogue(), snapshot.announced
+    for one in ITEMS[:NUM_INDEXED]:
+        catalogue.take_item(one.item_id, one)
+    twins = [Snapshot.of(replace(announced, name=name), snapshot.search, turning(snapshot), catalogue) for name in "ab"]
+    serving: Any = Serving(twins[0])
+    serving.previous = twins[1]
+    clicking, item, days = Clicking(serving), "i1", 15
+    for day in range(days):
+        shown = clicking.click(item, ts_ms=NOW_MS + day * DAY_MS)
+        for gone in shown[:3] if day % 2 else ():
+            catalogue.take_item(gone, None)
+        serving.snapshot, serving.previous = serving.snapshot.renewed(catalogue), serving.previous.renewed(catalogue)
+        item = shown[11] if day % 2 else shown[8]
+    trial = clicking.recommender._trial
+    assert trial is not None and (trial.clicks, trial.only_serving, trial.only_previous) == (days, 0, 0)
+    assert trial._new.hit_rate > 0.5
 
 
 async def test_a_list_carries_the_trace_of_the_click_it_answers(snapshot: Snapshot) -> None:

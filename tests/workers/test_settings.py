@@ -1,16 +1,19 @@
 """Bad configuration stops at the start and names its key."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from model.user_state import Entry, UserState, encode_state
 from stream.events import MAX_ID, Click
+from tests.workers.service import upwell
+from workers.cli import app
 from workers.sender import MAX_RECORD_BYTES
 from workers.settings import ConfigError, Settings, Worker, load_settings
+
+BAD = {"UPWELL_KAFKA__PREFIX": "no spaces, please"}
 
 
 @pytest.fixture(autouse=True)
@@ -107,13 +110,13 @@ def test_settings_are_frozen_and_hide_the_password() -> None:
 
 @pytest.mark.parametrize("role", ["worker", "trainer", "indexer", "serve", "topics", "up"])
 def test_every_role_stops_at_once_with_exit_code_2(role: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "workers.cli", role],
-        env=os.environ | {"UPWELL_KAFKA__PREFIX": "no spaces, please", "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = CliRunner().invoke(app, role, env=BAD)
+    assert done.exit_code == 2
+    assert "kafka.prefix (UPWELL_KAFKA__PREFIX)" in done.stderr
+
+
+def test_a_process_ends_so_without_a_trace() -> None:
+    done = upwell("worker", **BAD)
     assert done.returncode == 2
     assert "kafka.prefix (UPWELL_KAFKA__PREFIX)" in done.stderr
     assert "Traceback" not in done.stderr

@@ -30,14 +30,18 @@ def vector(item_id: str, encoder: str = "e") -> ItemVector:
     return ItemVector(item_id=item_id, encoder=encoder, text_hash="", vector=values.tobytes())
 
 
-@pytest.fixture(scope="module")
-def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Snapshot]:
+def filled() -> Catalogue:
     catalogue = Catalogue()
     for item_id in IDS:
         catalogue.take_item(item_id, Item(item_id=item_id, title=item_id, available=item_id not in HIDDEN))
         catalogue.take_vector(item_id, vector(item_id))
     catalogue.take_item("i999", Item(item_id="i999", title="of another encoder"))
     catalogue.take_vector("i999", vector("i999", "another"))
+    return catalogue
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Snapshot]:
     learner = Learner(ModelConfig(text_dim=WIDTH, tower_dim=8, covisitation_rank=8, projected_text_dim=8, hidden=16))
     known = IDS[:NUM_INDEXED]
     text = np.stack([np.frombuffer(vector(item_id).vector, "<f2").astype(np.float32) for item_id in known])
@@ -51,7 +55,7 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Snapshot]:
     sha = manifest_sha256(folder)
     announced = Artifact(name="g1", url=str(folder), manifest_sha256=sha, created_ms=0, encoder="e")
     with SearchProcess(folder, sha) as search:
-        yield Snapshot.of(announced, search, model, catalogue)
+        yield Snapshot.of(announced, search, model, filled())
 
 
 entries = st.lists(st.sampled_from([*IDS, "unknown"]), max_size=12)
@@ -95,6 +99,34 @@ def test_what_changes_the_lists_is_told() -> None:
     assert catalogue.take_item("i1", None)
     assert catalogue.take_vector("i1", vector("i1"))
     assert not catalogue.take_vector("i1", vector("i1"))
+
+
+def test_renewed_is_as_made_anew(snapshot: Snapshot) -> None:
+    """And what has not changed is not made again: no array is copied and no id hashed for one that is sold out."""
+    catalogue, last = filled(), f"i{NUM_INDEXED + 5}"
+    told, gone = vector("i6").vector, (None, None)
+    changes: list[tuple[str, Item | None, ItemVector | None]] = [
+        ("i5", Item(item_id="i5", title="", available=False), vector("i5")),
+        ("i3", Item(item_id="i3", title=""), vector("i3")),
+        ("i8", *gone),
+        ("i9999", Item(item_id="i9999", title=""), vector("i9999")),
+        (last, *gone),
+        (last, Item(item_id=last, title=""), msgspec.structs.replace(vector(last), vector=told)),
+        *((f"i{number}", *gone) for number in (9999, *range(NUM_INDEXED, NUM_INDEXED + NUM_FRESH))),
+        *((item_id, *gone) for item_id in snapshot.strangers),
+    ]
+    asked, now = [query([], set()), query(["i1", last], {"i2", last, "i9999"})], snapshot
+    for item_id, item, of_text in changes:
+        before = now
+        catalogue.take_item(item_id, item)
+        catalogue.take_vector(item_id, of_text)
+        now = before.renewed(catalogue)
+        anew = Snapshot.of(now.announced, now.search, now.indexed, catalogue)
+        assert now.rows == anew.rows and now.strangers == anew.strangers
+        assert now.recommend(asked, len(IDS)) == anew.recommend(asked, len(IDS))
+        if item_id in snapshot.own:
+            assert now.model is before.model and now.digests is before.digests
+    assert set(now.rows) == set(snapshot.own) and not set(now.strangers) & set(snapshot.strangers)
 
 
 def test_a_closed_search_says_so(snapshot: Snapshot) -> None:

@@ -5,7 +5,7 @@ import sys
 SCRIPT = """
 from concurrent.futures import ThreadPoolExecutor
 import torch
-from workers.threads import compute_in_one_thread
+from workers.processes import compute_in_one_thread
 compute_in_one_thread()
 with ThreadPoolExecutor(1) as pool:
     print(torch.get_num_threads(), pool.submit(torch.get_num_threads).result())

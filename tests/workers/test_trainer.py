@@ -4,6 +4,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -25,10 +26,19 @@ from workers.announcements import newest_model
 from workers.settings import Settings
 from workers.settings import Trainer as TrainerSettings
 from workers.trainer import Trainer
-from workers.training_input import Read, Window
+from workers.training_input import EncoderChanged, Read, Window
 
 ITEMS, TEXT = [f"i{row}" for row in range(24)], np.eye(24, 8, dtype=np.float32) + 1  # (24, 8)
 CONFIG = ModelConfig(text_dim=8, projected_text_dim=4, covisitation_rank=4)
+
+
+class Round(NamedTuple):
+    learned: int
+    judged_on: tuple[int, int]  # first event, how many
+    trained_to: dict[int, int]
+
+
+Rounds = Callable[[TrainerSettings, list[list[Read]]], list[Round]]
 
 
 @pytest.fixture
@@ -53,6 +63,25 @@ def clicked(count: int) -> list[Read]:
 def send(settings: Settings, topic: str, key: str, value: bytes) -> None:
     with Producer(settings.connection) as producer:
         producer.send_raw(topic, key.encode(), value)
+
+
+def announce_model(settings: Settings, folder: Path) -> Path:
+    """Stored and announced, trained up to offset 50; where it lies."""
+    digest = publish_model(model(), f"{folder}/models/m", "better")
+    artifact = Artifact(
+        name="m", url=f"{folder}/models/m", manifest_sha256=digest, created_ms=1, encoder="e", offsets={0: 50}
+    )
+    send(settings, settings.topics.models.name, "model", encode(artifact))
+    return folder / "models" / "m"
+
+
+def tell(trainer: Trainer, item_id: str, vector: Floats | None, encoder: str = "e", stamp: int = 0) -> None:
+    """As the vectors' topic does; None: removed."""
+    event = None
+    if vector is not None:
+        raw = vector.astype("<f2").tobytes()
+        event = encode(ItemVector(item_id=item_id, encoder=encoder, text_hash="h", vector=raw))
+    trainer._texts._take(Record(item_id.encode(), event, timestamp=stamp))
 
 
 def announce_generation(settings: Settings, name: str, folder: Path) -> Path:
@@ -139,11 +168,7 @@ def test_a_restarted_trainer_knows_the_texts_that_have_come_since(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Takes its window from the settings, not from the model; what the model was judged on is not new to it."""
-    digest = publish_model(model(20), f"{tmp_path}/m", "better")
-    artifact = Artifact(
-        name="m", url=f"{tmp_path}/m", manifest_sha256=digest, created_ms=1, encoder="e", offsets={0: 50}
-    )
-    send(settings, settings.topics.models.name, "model", encode(artifact))
+    announce_model(settings, tmp_path)
     for item_id, vector in zip(ITEMS, TEXT.astype("<f2"), strict=True):
         event = ItemVector(item_id=item_id, encoder="e", text_hash="h", vector=vector.tobytes())
         send(settings, settings.topics.vectors.name, item_id, encode(event))
@@ -160,6 +185,54 @@ def test_a_restarted_trainer_knows_the_texts_that_have_come_since(
     assert learner.config == ModelConfig(window_events=5_000).shaped_like(CONFIG)
 
 
+def test_a_store_out_of_reach_at_the_start_costs_no_weights(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored, tries = announce_model(settings, tmp_path), list[str]()
+    stored.parent.rename(away := tmp_path / "away")
+    trainer = Trainer(settings, stop := threading.Event())
+    tell(trainer, ITEMS[0], TEXT[0])
+    trainer._texts.caught_up.set()
+    monkeypatch.setattr(trainer._window, "read", lambda: clicked(90))
+    monkeypatch.setattr("workers.trainer.RETRY_S", 0)
+
+    def fetched(url: str, digest: str) -> Model:
+        tries.append(url)
+        if len(tries) == 3:
+            away.rename(stored.parent)
+        if len(tries) == 6:
+            stop.set()
+        return fetch_model(url, digest)
+
+    monkeypatch.setattr("workers.trainer.fetch_model", fetched)
+    assert trainer._resume() == clicked(90)[50:] and trainer._parent == "m" and len(tries) == 3
+    (stored / "ids.json").unlink()
+    assert trainer._resume() == clicked(90) and trainer._learner is None  # damaged: anew
+    shutil.rmtree(stored)
+    assert trainer._resume() == clicked(90) and trainer._learner is None  # deleted, in a store that is there: anew
+    shutil.rmtree(stored.parent)
+    monkeypatch.setattr("workers.trainer.RETRY_S", 60)
+    assert trainer._resume() == clicked(90) and len(tries) == 6  # a wait ends with the process
+
+
+def test_another_encoder_ends_the_process_and_its_successor_starts_anew(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announce_model(settings, tmp_path)
+    first, successor = (Trainer(settings, threading.Event()) for _ in range(2))
+    tell(first, ITEMS[0], TEXT[0])
+    assert first._grown() is not None
+    for trainer in (first, successor):
+        tell(trainer, ITEMS[1], TEXT[1], "f", stamp=1)
+    with pytest.raises(EncoderChanged, match="from e to f"):
+        first._grown()
+    successor._texts.caught_up.set()
+    monkeypatch.setattr(successor._window, "read", lambda: clicked(90))
+    assert successor._resume() == clicked(90)
+    learner = successor._grown()
+    assert learner is not None and learner.ids == [ITEMS[1]]
+
+
 def test_removed_items_that_nobody_clicked_in_the_window_leave_the_model(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,13 +241,6 @@ def test_removed_items_that_nobody_clicked_in_the_window_leave_the_model(
     trainer = Trainer(settings.model_copy(update={"trainer": often}), stop := threading.Event())
     reads = [read for read in clicked(2_000) if int(read.click.item_id[1:]) < 15]
     verdicts, catalogues, resumed = iter([True, False, True, False]), list[list[str]](), list[Model]()
-
-    def take(item_id: str, vector: Floats | None) -> None:
-        event = None
-        if vector is not None:
-            raw = vector.astype("<f2").tobytes()
-            event = encode(ItemVector(item_id=item_id, encoder="e", text_hash="h", vector=raw))
-        trainer._texts._take(Record(item_id.encode(), event))
 
     def read(window: Window) -> list[Read]:
         """200 more a round; a window that is read anew gives all that was given before."""
@@ -186,8 +252,8 @@ def test_removed_items_that_nobody_clicked_in_the_window_leave_the_model(
         catalogues.append(candidate.ids)
         if len(catalogues) == 1:  # after the first model: known by all, and by no text any more
             for item_id in ITEMS[13:]:
-                take(item_id, None)
-            take(ITEMS[23], TEXT[23])  # and back again
+                tell(trainer, item_id, None)
+            tell(trainer, ITEMS[23], TEXT[23])  # and back again
         if len(catalogues) == 4:
             stop.set()
         return Verdict(next(verdicts), "")
@@ -197,7 +263,7 @@ def test_removed_items_that_nobody_clicked_in_the_window_leave_the_model(
         resume(learner, model, text)
 
     for item_id, vector in zip(ITEMS, TEXT, strict=True):
-        take(item_id, vector)
+        tell(trainer, item_id, vector)
     monkeypatch.setattr("workers.trainer.POLL_S", 0)
     monkeypatch.setattr(Window, "read", read)
     monkeypatch.setattr(trainer, "_judged", judged)
@@ -218,35 +284,74 @@ def test_what_waits_to_be_learned_is_no_more_than_the_window(
     monkeypatch.setattr(trainer._window, "read", lambda: reads[4_000:])
     trainer._held = 2_100  # the last round's slice: the window's beginning cuts it, too
     assert trainer._read(reads[:4_000]) == reads[-5_000:] and trainer._held == 100
+    trainer._learner = Learner(CONFIG)
+    trainer._learner.add_items(ITEMS, TEXT)
+    trainer._learner.absorb(trainer._events(reads[:100]))
     trainer._window.erased = {"u0": 7_000}
     monkeypatch.setattr(trainer._window, "read", lambda: reads[:0])
     assert len(trainer._read(reads[-5_000:])) == 4_500 and trainer._held == 90
+    assert [bool(trainer._learner.log.past(user, 9)[0]) for user in ("u0", "u1")] == [False, True]
 
 
-def test_a_round_waits_for_new_clicks_and_is_judged_on_all_of_the_held_out(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def rounds(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Rounds:
+    """Runs a trainer on what its polls give; each round it concluded. No step is taken, every candidate is refused."""
+
+    def run(config: TrainerSettings, polls: list[list[Read]]) -> list[Round]:
+        trainer = Trainer(settings.model_copy(update={"trainer": config}), stop := threading.Event())
+        trainer._encoder, trainer._text, trainer._learner = "e", dict(zip(ITEMS, TEXT, strict=True)), Learner(CONFIG)
+        trainer._learner.add_items(ITEMS, TEXT)
+        trainer._window.offsets = {0: 0, 1: 7}
+        learned, judged, concluded, left = list[int](), list[Events](), list[dict[int, int]](), iter(polls)
+
+        def read() -> list[Read]:
+            if (new := next(left, None)) is None:
+                stop.set()
+            trainer._window.offsets[0] += len(new or [])
+            return new or []
+
+        def learn(events: Events) -> LearnReport:
+            learned.append(len(events))
+            return LearnReport(0, 0, 0.0, 0.0)
+
+        def judge(_: Model, held_out: Slice) -> Verdict:
+            judged.append(held_out.events)
+            return Verdict(False, "")
+
+        monkeypatch.setattr("workers.trainer.POLL_S", 0)
+        monkeypatch.setattr(trainer._learner, "learn", learn)
+        monkeypatch.setattr(trainer._window, "read", read)
+        for name, instead in (
+            ("_judged", judge),
+            ("_conclude", lambda *given: concluded.append(given[2])),
+            ("_take_texts", dict),
+            ("_resume", list),
+        ):
+            monkeypatch.setattr(trainer, name, instead)
+        trainer.run()
+        slices = [(int(events.ts_ms[0]), len(events)) for events in judged]
+        return [Round(*one) for one in zip(learned, slices, concluded, strict=True)]
+
+    return run
+
+
+def test_a_round_waits_for_new_clicks_and_is_judged_on_all_of_the_held_out(rounds: Rounds) -> None:
     """The last round's slice is not new; a young stream's grows by half of what is new, until it is `holdout`."""
-    short = TrainerSettings(min_events=100, holdout=200, round_s=0)
-    trainer = Trainer(settings.model_copy(update={"trainer": short}), stop := threading.Event())
-    trainer._encoder, trainer._text, trainer._learner = "e", dict(zip(ITEMS, TEXT, strict=True)), Learner(CONFIG)
-    trainer._learner.add_items(ITEMS, TEXT)
-    slices, polls = list[list[int]](), iter([clicked(1_000)[at : at + 50] for at in range(0, 1_000, 50)])
+    polls = [clicked(1_000)[at : at + 50] for at in range(0, 1_000, 50)]
+    slices = [one.judged_on for one in rounds(TrainerSettings(min_events=100, holdout=200, round_s=0), polls)]
+    assert slices == [(50, 50), (100, 100), (150, 150)] + [(at, 200) for at in range(200, 900, 100)]
 
-    def read() -> list[Read]:
-        if not (new := next(polls, [])):
-            stop.set()
-        return new
 
-    def judged(candidate: Model, held_out: Slice) -> Verdict:
-        slices.append([int(held_out.events.ts_ms[0]), len(held_out.events)])
-        return Verdict(False, "")
-
-    monkeypatch.setattr("workers.trainer.POLL_S", 0)
-    monkeypatch.setattr(trainer._learner, "learn", lambda _: LearnReport(0, 0, 0.0, 0.0))
-    for name, instead in (("_judged", judged), ("_conclude", lambda *_: None), ("_take_texts", dict)):
-        monkeypatch.setattr(trainer, name, instead)
-    monkeypatch.setattr(trainer._window, "read", read)
-    monkeypatch.setattr(trainer, "_resume", list)
-    trainer.run()
-    assert slices == [[50, 50], [100, 100], [150, 150]] + [[at, 200] for at in range(200, 900, 100)]
+def test_a_trainer_that_is_behind_learns_by_rounds_that_it_can_publish(
+    rounds: Rounds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other, without new clicks or a pause; a restart between them learns all from the slice on."""
+    monkeypatch.setattr("workers.trainer.MOST_LEARNED", 300)
+    reads = [read._replace(offset=read.offset ^ 1) for read in clicked(1_100)]  # the broker's clock went back and forth
+    polls = [reads[:1_000], [], [], [], reads[1_000:], []]
+    assert rounds(TrainerSettings(min_events=100, holdout=50, round_s=3_600), polls) == [
+        Round(300, (300, 50), {0: 300, 1: 7}),
+        Round(300, (600, 50), {0: 600, 1: 7}),
+        Round(300, (900, 50), {0: 900, 1: 7}),
+        Round(150, (1_050, 50), {0: 1_050, 1: 7}),
+    ]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from stream.events import Click, Erasure, Event, encode
+from stream.topics import DAY_MS
 from tests.records import Record
 from workers import training_input
 from workers.settings import Settings
@@ -17,9 +18,9 @@ NOW_MS = time.time_ns() // 1_000_000
 NEWEST = 1_000
 
 
-def record(user_id: str, event_id: str, offset: int, partition: int = 0) -> Record:
-    click = Click(event_id=event_id, user_id=user_id, item_id="i", ts_ms=NOW_MS)
-    return Record(user_id.encode(), encode(click), offset, "clicks", partition, NOW_MS + offset)
+def record(user_id: str, event_id: str, offset: int, partition: int = 0, ts_ms: int = NOW_MS) -> Record:
+    click = Click(event_id=event_id, user_id=user_id, item_id="i", ts_ms=ts_ms)
+    return Record(user_id.encode(), encode(click), offset, "clicks", partition, ts_ms + offset)
 
 
 @pytest.fixture
@@ -58,6 +59,13 @@ def test_an_erasure_is_heeded_however_many_clicks_come_after_it(window: Callable
     first = [record("gone", "e", 0), Record(b"gone", encode(wish), 1, timestamp=NOW_MS + 1)]
     read = window(iter([*first, *(record("u", f"e{at}", at) for at in range(2, 3_000))]))
     assert len(read.read()) == NEWEST and read.erased == {"gone": 1}
+
+
+def test_what_is_older_than_the_window_is_read_once_and_left_out(window: Callable[[Iterator[Record]], Window]) -> None:
+    """A partition that holds nothing else, too: what has no offset is read from its beginning at every look."""
+    old = [record("u", "e", 0, partition, NOW_MS - 31 * DAY_MS) for partition in (0, 1)]
+    read = window(iter([*old, record("v", "e", 1)]))
+    assert [(one.partition, one.offset) for one in read.read()] == [(0, 1)] and read.offsets == {0: 2, 1: 1}
 
 
 def test_an_event_id_counts_once_a_user(window: Callable[[Iterator[Record]], Window]) -> None:

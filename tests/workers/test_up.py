@@ -10,11 +10,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from stream.broker import LocalBroker
 from stream.jars import BrokerError
 from tests.workers.service import until
 from workers import up
@@ -89,17 +89,18 @@ def test_nothing_is_left_behind(tmp_path: Path, number: signal.Signals) -> None:
     assert code == (-signal.SIGKILL if number == signal.SIGKILL else 0)
 
 
-def test_a_check_that_does_not_hold_fails_and_still_prints_its_summary(tmp_path: Path) -> None:
-    """40 events see no two swaps: the exit code says so, and the last line is the summary."""
-    with running(tmp_path, *DEMO, "--check", "--events", "40") as demo:
+def test_a_check_that_does_not_hold_fails_and_still_prints_its_summary(broker: LocalBroker, tmp_path: Path) -> None:
+    """40 events see no two swaps: the exit code says so, and the last line is the summary. On another Kafka."""
+    with running(tmp_path, *DEMO, "--check", "--events", "40", "--broker", broker.bootstrap) as demo:
         out, _ = demo.communicate(timeout=150)
         assert demo.returncode == 1
         assert wait_until_gone(tmp_path) == {}
     summary = json.loads(out.splitlines()[-1])
     assert (summary["events"], summary["applied"], summary["state_identical"]) == (40, 40, True)
+    assert summary["broker"] == broker.bootstrap
     assert set(summary) == {
-        "events", "applied", "dead_letters", "generations", "swaps", "failed_requests", "empty_requests", "hr10",
-        "hr10_popularity", "click_to_recommendation_ms", "state_identical", "broker", "seconds",
+        "events", "applied", "dead_letters", "generations", "swaps", "requests", "failed_requests", "empty_requests",
+        "hr10", "hr10_popularity", "click_to_recommendation_ms", "state_identical", "broker", "seconds",
     }  # fmt: skip
 
 
@@ -140,7 +141,7 @@ def test_a_role_whose_guard_cannot_fork_is_started_again(tmp_path: Path, monkeyp
         "if not once.exists():\n    once.touch()\n    sys.exit(1)\n"
         "print(os.getpid(), flush=True)\ntime.sleep(60)\n"
     )
-    monkeypatch.setattr(up, "guard", SimpleNamespace(__file__=str(script)))
+    monkeypatch.setattr("stream.guard.__file__", str(script))
     monkeypatch.setattr(up, "BACKOFF_S", 0.05)
     with up.Roles({}) as roles:
         until(lambda: roles.pids.keys() == set(up.ROLES), "each has been started again")
@@ -154,7 +155,7 @@ def test_logs_do_not_grow_without_end(tmp_path: Path, monkeypatch: pytest.Monkey
         "print(os.getpid(), flush=True)\n"
         "while True:\n    print('line', file=sys.stderr, flush=True)\n    time.sleep(0.001)\n"
     )
-    monkeypatch.setattr(up, "guard", SimpleNamespace(__file__=str(script)))
+    monkeypatch.setattr("stream.guard.__file__", str(script))
     monkeypatch.setattr(up, "BACKOFF_S", 0.02)
     monkeypatch.setattr(up, "LOG_BYTES", 1000)
     with up.Roles({}, tmp_path):

@@ -27,9 +27,8 @@ def test_what_a_user_had_seen_is_kept_of_scored_clicks_alone() -> None:
     """A copy of it with each click would be the square of a micro-batch."""
     worker = made(scored_clicks=2, seen=1)
     reads, erased, _ = worker._decode(records([True] * 4), {})
-    applied = worker._fold(Owned(cast(Any, {}), cast(Any, None), {}), reads, erased).applied
-    assert [before.history is None for before in applied] == [False, False, True, True]
-    assert [before.seen for before in applied] == [b"", digest("i0"), b"", b""]
+    liked = worker._fold(Owned(cast(Any, {}), cast(Any, None), {}), reads, erased).liked
+    assert [before and before.query.seen for _, before in liked] == [b"", digest("i0"), None, None]
 
 
 def test_a_user_whose_clicks_come_into_another_partition_is_refused_not_split() -> None:

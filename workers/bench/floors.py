@@ -65,7 +65,7 @@ def bare_agent(settings: Settings, meter: Meter) -> int:
 async def getmany(settings: Settings, meter: Meter) -> None:
     """aiokafka alone: batches, each click decoded."""
     consumer = AIOKafkaConsumer(
-        settings.topics.clicks.name, **settings.connection.aiokafka(), group_id=GROUP, auto_offset_reset="earliest"
+        settings.topics.clicks.name, **settings.connection.kafka_python(), group_id=GROUP, auto_offset_reset="earliest"
     )
     await consumer.start()
     print("ready", flush=True)

@@ -88,11 +88,6 @@ def cpu_seconds(work: Callable[[], object]) -> float:
     return time.process_time() - began
 
 
-def rate(count: int, work: Callable[[], object]) -> Callable[[], float]:
-    """`count` things a second of this process's CPU time."""
-    return lambda: count / cpu_seconds(work)
-
-
 def tree(pid: int) -> list[psutil.Process]:
     """A process and all below it."""
     process = psutil.Process(pid)

@@ -10,20 +10,17 @@ from functools import partial
 
 from model.config import ModelConfig
 from model.model import Model
-from model.user_state import EMPTY, Applied, Fold, Limits, UserState
+from model.user_state import EMPTY, Applied, Fold, UserState
 from stream.events import Artifact, Item, decode_click
 from stream.producer import partition_of
 from workers.bench import data
-from workers.bench.harness import Options, alternate, await_true, cpu_s, medians, rate, ratio
-from workers.bench.stage import Keyed, Stage, announce, await_worker, said, stage, worker_metrics, write_clicks
+from workers.bench.harness import Options, alternate, cpu_s, cpu_seconds, medians, ratio
+from workers.bench.stage import Keyed, Stage, clicks_per_cpu_s, said, stage, write_clicks
 from workers.catalogue import Catalogue
-from workers.observe import num_committed
 from workers.search import SearchProcess
 from workers.settings import Settings
 from workers.snapshot import Query, Snapshot
-from workers.states import raw_states
-
-APPLIED = "upwell_clicks_total{applied}"
+from workers.states import limits_of
 
 
 def floor(stage: Stage, kind: str, clicks: Keyed) -> float:
@@ -35,30 +32,9 @@ def floor(stage: Stage, kind: str, clicks: Keyed) -> float:
         return float(said(process, "rate"))
 
 
-def worker(
-    stage: Stage, clicks: Keyed, generation: Artifact | None = None, items: Sequence[Item] = (), partitions: int = 8
-) -> float:
-    """Clicks a CPU second of the worker and its search process, until all of them are committed."""
-    settings = stage.fresh(partitions)
-    if generation is not None:
-        announce(settings, items, generation)
-    with stage.running(settings, "workers.cli", "worker") as process:
-        await_worker(settings, serves=generation is not None)
-        before = cpu_s(process.pid)
-        write_clicks(settings, clicks)
-        await_true(lambda: num_committed(settings) >= len(clicks), "all clicks committed", pause_s=0.3)
-        used = cpu_s(process.pid) - before
-        metrics = worker_metrics(settings)
-    users = {user_id for user_id, _ in clicks}
-    if metrics[APPLIED] != len(clicks) or raw_states(settings).keys() != users:
-        raise AssertionError(f"{metrics[APPLIED]} of {len(clicks)} clicks applied, {len(users)} users expected")
-    return len(clicks) / used
-
-
 def micro_batches(clicks: Keyed, settings: Settings) -> list[list[Query]]:
     """What the worker asks of its snapshot for these clicks: one query a touched user of each micro-batch."""
-    limits = Limits(settings.worker.history, settings.worker.event_ids)
-    partitions: dict[int, list[bytes]] = {}
+    limits, partitions = limits_of(settings), dict[int, list[bytes]]()
     for user_id, raw in clicks:
         partitions.setdefault(partition_of(user_id, settings.kafka.partitions), []).append(raw)
     states, batches = dict[str, UserState](), list[list[Query]]()
@@ -85,8 +61,8 @@ def recommending(
 
     def run() -> float:
         before = cpu_s(search.pid)
-        own = rate(1, lambda: [snapshot.recommend(batch, settings.worker.k) for batch in batches])
-        return len(clicks) / (1 / own() + cpu_s(search.pid) - before)
+        own = cpu_seconds(lambda: [snapshot.recommend(batch, settings.worker.k) for batch in batches])
+        return len(clicks) / (own + cpu_s(search.pid) - before)
 
     return run
 
@@ -106,8 +82,8 @@ def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
                 "a_faust_agent": partial(floor, set_up, "faust", folding[: len(folding) // 4]),
                 "b_aiokafka": partial(floor, set_up, "aiokafka", folding),
                 "c_recommend_alone": recommending(search, artifact, model, items, whole, set_up.fresh()),
-                "fold_path": partial(worker, set_up, folding),
-                "whole_job": partial(worker, set_up, whole, artifact, items),
+                "fold_path": partial(clicks_per_cpu_s, set_up, folding),
+                "whole_job": partial(clicks_per_cpu_s, set_up, whole, artifact, items),
             }
             runs = alternate(contenders, options.rounds)
     ratios = {

@@ -46,8 +46,8 @@ def drive(settings: Settings, clicks: Sequence[Click], per_s: float) -> list[See
 
 async def _drive(settings: Settings, clicks: Sequence[Click], per_s: float) -> list[Seen]:
     topics, partitions = settings.topics, settings.kafka.partitions
-    consumer = AIOKafkaConsumer(**settings.connection.aiokafka(), auto_offset_reset="latest")
-    producer = AIOKafkaProducer(**settings.connection.aiokafka(), acks="all", enable_idempotence=True)
+    consumer = AIOKafkaConsumer(**settings.connection.kafka_python(), auto_offset_reset="latest")
+    producer = AIOKafkaProducer(**settings.connection.kafka_python(), acks="all", enable_idempotence=True)
     await asyncio.gather(consumer.start(), producer.start())
     consumer.assign([TopicPartition(topics.recommendations.name, number) for number in range(partitions)])
     await consumer.seek_to_end()

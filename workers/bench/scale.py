@@ -18,13 +18,10 @@ from model.model import Model
 from model.user_state import EMPTY, Applied, Fold, Limits, encode_state
 from stream.datasets import Dataset
 from stream.events import decode_click
-from stream.ports import free_port
 from workers.bench import data
-from workers.bench.harness import Options, alternate, await_true, cpu_s, medians, rate, ratio, rss_mib
-from workers.bench.stage import Keyed, Stage, await_worker, stage, write_clicks
-from workers.observe import num_committed
+from workers.bench.harness import Options, alternate, cpu_s, cpu_seconds, medians, ratio, rss_mib
+from workers.bench.stage import Keyed, clicks_per_cpu_s, stage
 from workers.search import SearchProcess
-from workers.settings import Worker
 from workers.states import PackedStates, States
 
 LIMITS = Limits()
@@ -55,7 +52,7 @@ def with_users(count: int, options: Options, held: int = HELD) -> tuple[Callable
     def run() -> float:
         turn = next(turns)  # its clicks are new: a known event id is not folded
         clicks = data.clicks(options.scaled(20_000, 2_000), count, 50_000, seed=turn)
-        return rate(len(clicks), lambda: fold(states, clicks, turn * 10_000_000))()
+        return len(clicks) / cpu_seconds(lambda: fold(states, clicks, turn * 10_000_000))
 
     return run, user_bytes
 
@@ -81,20 +78,6 @@ def with_items(stack: ExitStack, count: int, model: Model, dataset: Dataset) -> 
 
     run()
     return run, rss_mib(search.pid) * KIB * KIB / count
-
-
-def on_kafka(stage: Stage, clicks: Keyed, partitions: int, workers: int) -> float:
-    """Clicks a CPU second of the fold path, all workers together."""
-    settings = stage.fresh(partitions)
-    with ExitStack() as stack:
-        own = [settings.model_copy(update={"worker": Worker(metrics_port=free_port())}) for _ in range(workers)]
-        running = [stack.enter_context(stage.running(one, "workers.cli", "worker")) for one in own]
-        for one in own:
-            await_worker(one, serves=False)
-        before = sum(cpu_s(process.pid) for process in running)
-        write_clicks(settings, clicks)
-        await_true(lambda: num_committed(settings) >= len(clicks), "all clicks committed", pause_s=0.3)
-        return len(clicks) / (sum(cpu_s(process.pid) for process in running) - before)
 
 
 def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
@@ -127,8 +110,8 @@ def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
     if options.quick:
         return ratios, values
     with stage() as set_up:
-        split = {count: partial(on_kafka, set_up, clicks, count, 1) for count in (1, 8, 64)}
+        split = {count: partial(clicks_per_cpu_s, set_up, clicks, partitions=count) for count in (1, 8, 64)}
         compare("clicks, partitions", split, options.rounds)
-        shared = {count: partial(on_kafka, set_up, clicks, 8, count) for count in (1, 2, 4)}
+        shared = {count: partial(clicks_per_cpu_s, set_up, clicks, workers=count) for count in (1, 2, 4)}
         compare("clicks, workers", shared, options.rounds)
     return ratios, values

@@ -8,19 +8,21 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from model.user_state import decode_state
 from stream.broker import LocalBroker
 from stream.events import Artifact, Item, encode
 from stream.ports import free_port
 from stream.producer import partition_of
 from stream.topics import ensure
-from workers.bench.harness import await_true
-from workers.observe import scrape
+from workers.bench.harness import await_true, cpu_s
+from workers.observe import num_committed, scrape
 from workers.sender import BatchSender
 from workers.settings import PREFIX, Indexer, Kafka, Serve, Settings, Trainer, Worker
+from workers.states import raw_states
 
 Keyed = Sequence[tuple[str, bytes]]
 
@@ -134,3 +136,32 @@ def await_worker(settings: Settings, serves: bool) -> None:
     await_true(
         lambda: worker_metrics(settings).get(wanted, 0.0) >= float(serves) and bool(worker_metrics(settings)), wanted
     )
+
+
+def clicks_per_cpu_s(
+    stage: Stage,
+    clicks: Keyed,
+    generation: Artifact | None = None,
+    items: Sequence[Item] = (),
+    partitions: int = 8,
+    workers: int = 1,
+) -> float:
+    """Of the workers and their search processes together, until all clicks are committed. No generation: the fold path.
+
+    Raises AssertionError where the states do not count every click once.
+    """
+    settings = stage.fresh(partitions)
+    if generation is not None:
+        announce(settings, items, generation)
+    with ExitStack() as stack:
+        own = [settings.model_copy(update={"worker": Worker(metrics_port=free_port())}) for _ in range(workers)]
+        running = [stack.enter_context(stage.running(one, "workers.cli", "worker")) for one in own]
+        for one in own:
+            await_worker(one, serves=generation is not None)
+        before = sum(cpu_s(process.pid) for process in running)
+        write_clicks(settings, clicks)
+        await_true(lambda: num_committed(settings) >= len(clicks), "all clicks committed", pause_s=0.3)
+        used = sum(cpu_s(process.pid) for process in running) - before
+    applied = sum(decode_state(raw).applied for raw in raw_states(settings).values())
+    assert applied == len(clicks), f"{applied} of {len(clicks)} clicks applied"
+    return len(clicks) / used
