@@ -67,5 +67,5 @@ def send_until(service: Service, name: str, true: Callable[[], bool]) -> int:
         rounds += 1
         return true()
 
-    until(more, f"while the disk is {name}")
+    until(more, f"while the disk is {name}", 300)  # a round grows with its clicks
     return answered

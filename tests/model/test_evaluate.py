@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from model.arms.catalogue import Setting, make_arm
 from model.arms.counts import PopularityArm
 from model.evaluate import Arm, Mode, replayed
 from model.outcome import Ranks, bootstrap, expected_ranks, spread
-from model.sampling import Events, History
+from model.sampling import Events, History, Rows
 
 ITEMS = [f"item {row}" for row in range(12)]
 
@@ -87,6 +88,23 @@ def test_nothing_is_shown_before_its_time(stream: list[tuple[int, int, int]], ba
         past = [p for p in range(position) if mode == "line" or stamps[p] < stamps[position]]
         assert history == [stream[p][1] for p in past if users[p] == users[position]]
         assert now == stamps[position] and learned <= (len(past) if mode == "strict" else position)
+
+
+def test_a_long_stamp_is_ranked_in_parts_as_it_is_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.random.default_rng(0).integers(0, 12, 60)
+    events = Events(list(range(60)), [ITEMS[row] for row in rows], np.ones(60, np.float32), np.repeat([0, 1], 30))
+    whole = replayed(PopularityArm(12), events, ITEMS, "strict")
+    monkeypatch.setattr("model.evaluate.MOST_CELLS", 7 * len(ITEMS))
+    asked, score = list[int](), PopularityArm.score
+
+    def counted(arm: PopularityArm, users: Rows, *rest: Any) -> Any:
+        asked.append(len(users))
+        return score(arm, users, *rest)
+
+    monkeypatch.setattr(PopularityArm, "score", counted)
+    parts = replayed(PopularityArm(12), events, ITEMS, "strict")
+    assert asked == [7, 7, 7, 7, 2] * 2 and np.array_equal(parts.ranks, whole.ranks)
+    assert np.array_equal(parts.position, whole.position) and np.array_equal(parts.open_ranks, whole.open_ranks)
 
 
 def test_strict_mode_learns_no_trust_from_within_a_stamp() -> None:

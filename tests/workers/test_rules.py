@@ -390,7 +390,10 @@ def test_a_trial_never_tells_twins_apart(snapshot: Snapshot) -> None:
         item = shown[11] if day % 2 else shown[8]
     trial = clicking.recommender._trial
     assert trial is not None and (trial.clicks, trial.only_serving, trial.only_previous) == (days, 0, 0)
-    assert trial._new.hit_rate > 0.5
+    assert trial._new.hit_rate > 0.5 and ("previous",) in metrics.hit_rate._metrics
+    serving.previous = None  # over: its gauges would stand still
+    clicking.click("i1", user="another")
+    assert ("previous",) not in metrics.hit_rate._metrics
 
 
 async def test_a_list_carries_the_trace_of_the_click_it_answers(snapshot: Snapshot) -> None:
