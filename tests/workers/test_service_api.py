@@ -1,7 +1,4 @@
-"""The API of the running service: what it takes, what it answers, what it streams, and that nothing makes it fall.
-
-After test_service.py by its name: that one counts all clicks which the shared service has seen.
-"""
+"""The API of the running service: what it takes, what it answers, what it streams, and that nothing makes it fall."""
 
 import asyncio
 import http.client

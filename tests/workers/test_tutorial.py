@@ -1,7 +1,4 @@
-"""docs/tutorial.md, done: its Python blocks, one after the other, against the running service.
-
-After test_service.py by its name: that one counts all clicks which the shared service has seen.
-"""
+"""docs/tutorial.md, done: its Python blocks, one after the other, against the running service."""
 
 import time
 from pathlib import Path
