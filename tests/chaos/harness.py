@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import Any, Self
 
-from model.user_state import EMPTY, Applied, Fold, Limits, decode_state, digest, encode_state, split
+from model.user_state import EMPTY, Applied, Fold, decode_state, digest, encode_state, split
 from stream.connection import Connection
 from stream.consumer import committed_offsets, end_offsets, read_window
 from stream.events import EVENT_TYPES, Artifact, BadEvent, Click, Erasure, decode_record, encode
@@ -28,7 +28,7 @@ from tests.chaos.worker import Trap, end, start, worker
 from tests.workers.service import ITEMS, until
 from workers.observe import scrape
 from workers.settings import Kafka, Serve, Settings, Trainer, Worker
-from workers.states import raw_states
+from workers.states import limits_of, raw_states
 from workers.up import HOPELESS
 
 ROOT = Path(__file__).parents[2]
@@ -291,10 +291,6 @@ def read_events(settings: Settings) -> Iterator[tuple[int, int, Click | Erasure]
 
 def read_clicks(settings: Settings) -> Iterator[tuple[int, int, Click]]:
     return ((place, offset, event) for place, offset, event in read_events(settings) if isinstance(event, Click))
-
-
-def limits_of(settings: Settings) -> Limits:
-    return Limits(settings.worker.history, settings.worker.event_ids, settings.worker.seen)
 
 
 def fold_topic(settings: Settings) -> dict[str, bytes]:

@@ -24,10 +24,9 @@ from stream.datasets import load_dataset
 from stream.events import Click, encode
 from stream.producer import Producer
 from stream.topics import DAY_MS, Topics
-from tests.chaos.harness import limits_of
 from tests.model.test_bad_candidates import CONFIG, words
 from workers.settings import Kafka, Settings
-from workers.states import Owned, PackedStates
+from workers.states import Owned, PackedStates, limits_of
 from workers.training_input import Window, events_of
 from workers.user_worker import UserWorker
 

@@ -10,9 +10,9 @@ from model.user_state import EMPTY, Applied, apply_clicks, decode_state, encode_
 from stream.connection import Connection
 from stream.events import Artifact, Click
 from stream.producer import ClickProducer
-from tests.chaos.harness import SEED, Fleet, holds, judge, limits_of, make_clicks, read_clicks, report
+from tests.chaos.harness import SEED, Fleet, holds, judge, make_clicks, read_clicks, report
 from workers.settings import Settings
-from workers.states import raw_states
+from workers.states import limits_of, raw_states
 
 WINDOW_S, RATE = 60, 20  # of the events' own clock: each copy comes up to a minute late
 
