@@ -80,17 +80,16 @@ class Recommender:
         after = [query_of(settings, click, state.history, state.seen, sent=True) for state, click in touched]
         previous = self._live.previous
         before = [before for _, before in liked if before is not None]
-        if previous is not None:  # what was sent may lack items that have come since: both are asked now
-            before = [Before(query, None) for query, _ in before]
         try:
-            snapshot, (served, histories, lists) = self._live.use(partial(self._ranked, before, after))
+            ranked = partial(self._ranked, before, after, previous is not None)
+            snapshot, (served, histories, lists) = self._live.use(ranked)
         except NotReady:
             return [Recommended("", {}, {}, set())] * len(together)
         self._test(liked, served)
         self._try(snapshot, previous, liked, served)
         k = settings.worker.k
         fresh = iter(snapshot.explain(after, histories, [ranked[:k] for ranked in lists], settings.worker.explained))
-        sent = (Sent(snapshot.name, top(ranked)) for ranked in lists)
+        sent = (Sent(snapshot.name, snapshot.renewals, top(ranked)) for ranked in lists)
         known = (len(history.rows) > 0 for history in histories)
         return [
             Recommended(
@@ -103,14 +102,14 @@ class Recommender:
         ]
 
     def _ranked(
-        self, before: Sequence[Before], after: Sequence[Query], snapshot: Snapshot
+        self, before: Sequence[Before], after: Sequence[Query], on_trial: bool, snapshot: Snapshot
     ) -> tuple[list[Top], list[History], list[list[Ranked]]]:
         """What stood before the scored clicks, searched for only where no list of this generation was sent; histories
         and new lists.
 
         A user's next click is nearly always scored in the list sent after the one before: that halves the searches.
         """
-        known = [_known(one, snapshot) for one in before]
+        known = [_known(one, snapshot, on_trial) for one in before]
         queries = [*(one.query for one, item_ids in zip(before, known, strict=True) if item_ids is None), *after]
         histories = snapshot.histories(queries)
         lists = iter(snapshot.ranked(queries, histories, max(self._settings.worker.k, K)))
@@ -154,8 +153,12 @@ class Recommender:
             self._live.release_previous()
 
 
-def _known(before: Before, snapshot: Snapshot) -> Top | None:
-    """The list, where it need not be searched for."""
+def _known(before: Before, snapshot: Snapshot, on_trial: bool) -> Top | None:
+    """The list, where it need not be searched for. On trial that of other items does not do: the generation before is
+    asked over the items of now, and would win the clicks on what has come since."""
     if stranger(before.query):
         return snapshot.strangers
-    return before.sent.item_ids if before.sent and before.sent.generation == snapshot.name else None
+    sent = before.sent
+    if sent is None or sent.generation != snapshot.name or (on_trial and sent.renewals != snapshot.renewals):
+        return None
+    return sent.item_ids

@@ -87,6 +87,7 @@ class Snapshot:
     fresh: NDArray[np.float32]  # (F, D)
     digests: NDArray[np.uint64]  # (N,) of the item ids, sorted
     digest_rows: Rows  # (N,) rows in the order of `digests`
+    renewals: int = 0
 
     @staticmethod
     def of(announced: Artifact, search: SearchProcess, indexed: Model, catalogue: Catalogue) -> "Snapshot":
@@ -113,7 +114,8 @@ class Snapshot:
         """The same generation with the items as they are now."""
         beside = catalogue.encoded_beside(self.own.keys(), self.announced.encoder)
         same = self if beside == self.beside else self._with(beside)  # copies the item arrays
-        return dataclasses.replace(same, filters=Filters(same.rows, dict(catalogue.items)))
+        filters = Filters(same.rows, dict(catalogue.items))
+        return dataclasses.replace(same, filters=filters, renewals=self.renewals + 1)
 
     def _with(self, beside: dict[str, ItemVector]) -> "Snapshot":
         end, ids, model = self.num_indexed, list(beside), self.indexed

@@ -99,9 +99,10 @@ def keep_newest(states: States, record: Record) -> tuple[str, UserState, UserSta
 
 
 class Sent(Struct, frozen=True, gc=False):
-    """A list that a user has: the best items of this generation at the user's newest state."""
+    """A list that a user has: the best items of this generation, so often renewed, at the user's newest state."""
 
     generation: str
+    renewals: int
     item_ids: tuple[str, ...]
 
 

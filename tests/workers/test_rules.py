@@ -230,7 +230,8 @@ def test_a_moved_item_is_found_on_its_new_shelf(snapshot: Snapshot) -> None:
 class Serving:
     """`Live` with one generation."""
 
-    previous, catalogue = None, Catalogue()
+    previous: Snapshot | None = None
+    catalogue = Catalogue()
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
@@ -331,7 +332,8 @@ def test_a_click_is_scored_in_the_list_sent_before_it(snapshot: Snapshot, monkey
     for one in ITEMS:
         catalogue.take_item(one.item_id, one)
     snapshot = Snapshot.of(snapshot.announced, snapshot.search, turning(snapshot), catalogue)
-    search, clicking = Snapshot.ranked, Clicking(Serving(snapshot))
+    search, serving = Snapshot.ranked, Serving(snapshot)
+    clicking = Clicking(serving)
 
     def ranked(self: Snapshot, queries: Sequence[Query], histories: Sequence[History], k: int) -> list[list[Ranked]]:
         asked.append(queries)
@@ -356,6 +358,13 @@ def test_a_click_is_scored_in_the_list_sent_before_it(snapshot: Snapshot, monkey
     assert scored == [
         fresh(), fresh("i1"), fresh("i1", "i2"), fresh("i1", "i2", "i3"), fresh("i1", "i2", "i3", "i4"), fresh()
     ]  # fmt: skip
+    asked.clear()
+    serving.previous = snapshot  # on trial the same holds, as long as the items are the same
+    clicking.click("i6")
+    serving.snapshot = snapshot.renewed(catalogue)
+    clicking.click("i7")
+    clicking.click("i8")
+    assert list(map(len, asked)) == [1, 1, 2, 1, 1, 1]  # each time by the one that serves, then by the one before
 
 
 @pytest.mark.parametrize("kind", ["dislike", "hide", "skip"])
