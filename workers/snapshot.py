@@ -87,7 +87,7 @@ class Snapshot:
     fresh: NDArray[np.float32]  # (F, D)
     digests: NDArray[np.uint64]  # (N,) of the item ids, sorted
     digest_rows: Rows  # (N,) rows in the order of `digests`
-    renewals: int = 0
+    renewals: int = 0  # lists of one renewal are made from the same items
 
     @staticmethod
     def of(announced: Artifact, search: SearchProcess, indexed: Model, catalogue: Catalogue) -> "Snapshot":

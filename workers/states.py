@@ -98,7 +98,7 @@ def keep_newest(states: States, record: Record) -> tuple[str, UserState, UserSta
     return user_id, before, state
 
 
-class Sent(Struct, frozen=True, gc=False):
+class Sent(Struct, frozen=True, gc=False):  # one a user: docs/decisions.md
     """A list that a user has: the best items of this generation, so often renewed, at the user's newest state."""
 
     generation: str
