@@ -23,7 +23,7 @@ from stream.connection import Connection
 # What a worker that is behind holds of its lag beside workers/partitions.py: POLL * BUFFER clicks at most, 1 KB each.
 # Faust's default, 4,096 events, is of single records: of batches, memory followed the lag (docs/reliability.md).
 POLL = 2000  # records a fetch, of all partitions together
-BUFFER = 16  # batches that wait for the agent
+BUFFER = 4  # batches that wait for the agent
 
 
 class PartitionBatchConsumer(Consumer):  # type: ignore[misc]

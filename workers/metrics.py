@@ -46,8 +46,9 @@ hop_s = Histogram(
 )
 batch_clicks = Histogram(
     "upwell_batch_clicks",
-    "Clicks in a micro-batch. At the upper end the worker is saturated: start another.",
-    buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000),
+    "Clicks of a partition worked off together, one list a user. Above worker.batch_clicks (1,024) the worker is "
+    "behind: start another.",
+    buckets=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 40_000),
 )
 lag_clicks = Gauge(
     "upwell_lag_clicks",

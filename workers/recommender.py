@@ -3,7 +3,7 @@
 Folded micro-batches -> Snapshot.recommend -> Recommended; a new generation that does worse than the one before -> lost
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import compress
 from typing import NamedTuple
@@ -36,11 +36,34 @@ class Before(NamedTuple):
 
 
 class Folded(NamedTuple):
-    states: dict[str, UserState]  # of every touched user, new versions
+    """Micro-batches of a partition in its states; lists are owed to the users of `newest`."""
+
+    states: Mapping[str, UserState]  # of every touched user, new versions
     changed: list[str]  # users whose state moved: redelivered clicks leave it as it was
     newest: dict[str, Read]  # of every user with a click
     liked: list[tuple[Click, Before | None]]  # new clicks of positive weight; None: not to be scored
+    kafka_ms: list[int]  # of every click
     at_ms: int
+
+    @property
+    def num_scored(self) -> int:
+        return sum(before is not None for _, before in self.liked)
+
+    def and_then(self, later: "Folded", erased: Container[str], states: Mapping[str, UserState]) -> "Folded":
+        """With the next micro-batch, in which `erased` were forgotten. `states`: packed, a tenth of the memory."""
+        newest = {user_id: read for user_id, read in self.newest.items() if user_id not in erased} | later.newest
+        liked = [one for one in self.liked if one[0].user_id not in erased] + later.liked
+        return Folded(states, [], newest, liked, self.kafka_ms + later.kafka_ms, later.at_ms)
+
+    def parts(self, most: int) -> Iterator["Folded"]:
+        """Of at most so many users; what is scored goes with the first."""
+        users = list(self.newest)
+        for at in range(0, len(users), most):
+            newest = {user_id: self.newest[user_id] for user_id in users[at : at + most]}
+            yield self._replace(newest=newest, liked=[] if at else self.liked)
+
+
+NOTHING = Folded({}, [], {}, [], [], 0)
 
 
 class Recommended(NamedTuple):

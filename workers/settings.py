@@ -93,9 +93,11 @@ class Worker(Section):
     k: int = Field(20, ge=1, le=200, description="items in each list sent")
     explained: int = Field(3, ge=0, le=100, description="places of each list sent that come with reasons")
     batch_clicks: int = Field(
-        1024, ge=1, le=10_000, description="clicks of a partition worked off at once, at most: one list a user of them"
+        1024, ge=1, le=10_000, description="clicks folded at once, and lists made at once, of a partition, at most"
     )
-    scored_clicks: int = Field(64, ge=0, le=10_000, description="clicks of a micro-batch scored for the live hit rate")
+    scored_clicks: int = Field(
+        64, ge=0, le=10_000, description="of the clicks worked off together, how many are scored for the live hit rate"
+    )
     history: int = Field(50, ge=1, le=1000, description="entries kept in a user's history")
     event_ids: int = Field(1024, ge=1, le=100_000, description="event ids remembered a user")
     seen: int = Field(

@@ -83,7 +83,7 @@ class ClickSpans:
         return {offset: ((TRACEPARENT, value),) for offset, value in found.items() if value}
 
     def end(self, partition: int, traced: Mapping[int, tuple[Header]], *moments_s: float) -> None:
-        """moments_s: by perf_counter, when the micro-batch began, was folded, had its lists; now they are sent."""
+        """moments_s: by perf_counter, when the batch began, was folded, had its last lists; now they are sent."""
         from opentelemetry.trace import SpanKind, set_span_in_context
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 

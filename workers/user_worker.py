@@ -7,7 +7,7 @@ upwell.clicks -> decode_record -> Fold.apply -> Snapshot.recommend -> upwell.use
 import asyncio
 import time
 from collections import deque
-from collections.abc import Container, Mapping, Sequence, Set
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import structlog
@@ -21,7 +21,7 @@ from workers.arms import arm_of, query_of
 from workers.batcher import Batcher
 from workers.dead_letters import DeadLetters, dead_letter, place
 from workers.live import Live
-from workers.recommender import Before, Folded, Read, Recommended, Recommender
+from workers.recommender import NOTHING, Before, Folded, Read, Recommended, Recommender
 from workers.sender import BatchSender, Keyed
 from workers.settings import Settings
 from workers.state_writer import Acknowledge, Tombstone, state_record
@@ -54,41 +54,58 @@ class UserWorker:
     async def process(self, partition: int, records: Sequence[Any], acknowledge: Acknowledge) -> None:
         """Lists and dead letters are in Kafka when this returns; `acknowledge` is called when the states are too.
 
+        Everything is folded before the first list is made: a user gets one list, however many clicks have waited.
         Raises TooManyBadEvents after the dead letters are sent.
         """
-        owned = await self._owned.of(partition)
-        erased: set[str] = set()
-        for at in range(0, len(records), self._settings.worker.batch_clicks):
-            erased |= await self._micro_batch(partition, records[at : at + self._settings.worker.batch_clicks], owned)
+        owned, most = await self._owned.of(partition), self._settings.worker.batch_clicks
+        metrics.batch_clicks.observe(len(records))
+        began, owed, erased = time.perf_counter(), NOTHING, set[str]()
+        for at in range(0, len(records), most):
+            if at:
+                await asyncio.sleep(0)  # a full micro-batch takes 25 ms: the other partitions' turn
+            owed = await self._take(partition, records[at : at + most], owned, owed, erased)
+        traced = self._spans.traced(records) if self._spans else {}
+        folded_at = recommended_at = time.perf_counter()
+        for part in owed.parts(most):
+            recommended_at = await self._recommend(partition, part, owned, traced)
+        await self._go_back()
+        sent_ms = time.time() * 1000
+        for kafka_ms in owed.kafka_ms:
+            metrics.click_to_recommendation_s.observe(max(0.0, sent_ms - kafka_ms) / 1000)
+        if self._spans:
+            self._spans.end(partition, traced, began, folded_at, recommended_at)
         if erased:
             acknowledge = self._letters.cleared_of(erased, acknowledge, owned.states)
         await owned.writer.put({}, acknowledge)
 
-    async def _micro_batch(self, partition: int, records: Sequence[Any], owned: Owned) -> Set[str]:
-        """The users that were erased."""
-        metrics.batch_clicks.observe(len(records))
+    async def _take(
+        self, partition: int, records: Sequence[Any], owned: Owned, owed: Folded, all_erased: set[str]
+    ) -> Folded:
+        """A micro-batch into the states; what is owed for it and for those before it."""
         began = time.perf_counter()
         reads, erased, dead = self._decode(records, owned.states)
-        folded = self._fold(owned, reads, erased)
+        folded = self._fold(owned, reads, erased, owed.num_scored)
         owned.states.update(folded.states)
         await owned.writer.put({u.encode(): owned.record(u, folded.states[u]) for u in folded.changed})
-        folded_at = time.perf_counter()
-        recommended = await self._lists.ask(folded)
-        recommended_at = time.perf_counter()
-        traced = self._spans.traced(records) if self._spans else {}
-        await self._send(partition, folded, recommended, dead, erased, traced)
-        owned.sent.update(recommended.sent)
-        await self._go_back()
-        sent_ms = time.time() * 1000
-        for read in reads:
-            metrics.click_to_recommendation_s.observe(max(0.0, sent_ms - read.kafka_ms) / 1000)
-        metrics.hop_s.labels("fold").observe(folded_at - began)
-        metrics.hop_s.labels("recommend").observe(recommended_at - folded_at)
-        metrics.hop_s.labels("send").observe(time.perf_counter() - recommended_at)
-        if self._spans:
-            self._spans.end(partition, traced, began, folded_at, recommended_at)
+        metrics.hop_s.labels("fold").observe(time.perf_counter() - began)
+        if dead or erased:
+            await self._tell(partition, dead, erased)
         self._check_ratio(records, dead)
-        return erased.keys()
+        all_erased.update(erased)
+        return folded if owed is NOTHING else owed.and_then(folded, erased, owned.states)
+
+    async def _recommend(
+        self, partition: int, owed: Folded, owned: Owned, traced: Mapping[int, tuple[Header]]
+    ) -> float:
+        """The lists, made and sent; when they were made, by perf_counter."""
+        began = time.perf_counter()
+        recommended = await self._lists.ask(owed)
+        recommended_at = time.perf_counter()
+        await self._send(partition, owed, recommended, traced)
+        owned.sent.update(recommended.sent)
+        metrics.hop_s.labels("recommend").observe(recommended_at - began)
+        metrics.hop_s.labels("send").observe(time.perf_counter() - recommended_at)
+        return recommended_at
 
     def _decode(
         self, records: Sequence[Any], states: Container[str]
@@ -118,7 +135,7 @@ class UserWorker:
         if partition != right:
             raise BadEvent(f"key: in partition {partition}, by murmur2 it belongs in {right}: look at the partitioner")
 
-    def _fold(self, owned: Owned, reads: Sequence[Read], erased: Mapping[str, int]) -> Folded:
+    def _fold(self, owned: Owned, reads: Sequence[Read], erased: Mapping[str, int], num_scored: int = 0) -> Folded:
         states = owned.states
         folds = {user_id: Fold(states.get(user_id, EMPTY), self._limits) for user_id in erased}
         for user_id, offset in erased.items():
@@ -126,7 +143,7 @@ class UserWorker:
             owned.sent.pop(user_id, None)
         newest: dict[str, Read] = {}
         liked: list[tuple[Click, Before | None]] = []
-        to_score, num_duplicate = self._settings.worker.scored_clicks, 0
+        to_score, num_duplicate = self._settings.worker.scored_clicks - num_scored, 0
         for read in reads:
             user_id, click = read.click.user_id, read.click
             sent = owned.sent.pop(user_id, None)  # for one click: the next one's list is another
@@ -146,38 +163,37 @@ class UserWorker:
         metrics.clicks.labels("duplicate").inc(num_duplicate)
         after = {user_id: fold.state() for user_id, fold in folds.items()}
         changed = [user_id for user_id, state in after.items() if state is not folds[user_id].before]
-        return Folded(after, changed, newest, liked, time.time_ns() // 1_000_000)
+        for user_id in [user_id for user_id in newest if after[user_id].erased]:
+            del newest[user_id]  # a click from before the wish, delivered again
+        at_ms, kafka_ms = time.time_ns() // 1_000_000, [read.kafka_ms for read in reads]
+        return Folded(after, changed, newest, liked, kafka_ms, at_ms)
+
+    async def _tell(self, partition: int, dead: Sequence[DeadLetter], erased: Mapping[str, int]) -> None:
+        """Dead letters, and a null for each erased user: new lists come after it."""
+        nulls = [state_record((u.encode(), Tombstone(offset))) for u, offset in erased.items()]
+        await asyncio.gather(
+            self._sender.send(self._topics.recommendations.name, partition, nulls),
+            self._sender.send(self._topics.dead_letters.name, 0, [(place(one), encode(one)) for one in dead]),
+        )
 
     async def _send(
-        self,
-        partition: int,
-        folded: Folded,
-        recommended: Recommended,
-        dead: list[DeadLetter],
-        erased: Mapping[str, int],
-        traced: Mapping[int, tuple[Header]],
+        self, partition: int, owed: Folded, recommended: Recommended, traced: Mapping[int, tuple[Header]]
     ) -> None:
-        """Lists and dead letters together; first of all a null for each erased user, whose new lists come after it."""
-        topics, now_ms = self._topics, time.time_ns() // 1_000_000
-        answers: list[Keyed] = [state_record((u.encode(), Tombstone(offset))) for u, offset in erased.items()]
-        answers += [
+        now_ms = time.time_ns() // 1_000_000
+        answers: list[Keyed] = [
             (
                 u.encode(),
-                encode(self._answer(u, folded, partition, recommended, now_ms)),
-                *traced.get(folded.newest[u].offset, ()),
+                encode(self._answer(u, owed, partition, recommended, now_ms)),
+                *traced.get(owed.newest[u].offset, ()),
             )
             for u in recommended.lists
         ]
-        letters = [(place(letter), encode(letter)) for letter in dead]
-        await asyncio.gather(
-            self._sender.send(topics.recommendations.name, partition, answers),
-            self._sender.send(topics.dead_letters.name, 0, letters),
-        )
+        await self._sender.send(self._topics.recommendations.name, partition, answers)
 
     def _answer(
-        self, user_id: str, folded: Folded, partition: int, recommended: Recommended, now_ms: int
+        self, user_id: str, owed: Folded, partition: int, recommended: Recommended, now_ms: int
     ) -> Recommendations:
-        read, state = folded.newest[user_id], folded.states[user_id]
+        read, state = owed.newest[user_id], owed.states[user_id]
         return Recommendations(
             user_id=user_id,
             items=recommended.lists[user_id],
@@ -189,7 +205,7 @@ class UserWorker:
             clicked_ms=read.kafka_ms,
             sent_ms=now_ms,
             arm=arm_of(self._settings, user_id),
-            updated_ms=folded.at_ms,
+            updated_ms=owed.at_ms,
         )
 
     async def _go_back(self) -> None:

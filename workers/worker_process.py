@@ -60,7 +60,7 @@ def run_worker(settings: Settings) -> int:
             die("unexpected", EX_SOFTWARE, error)
         metrics.lag_clicks.labels(str(tp.partition)).set(max(0, (high or 0) - records[-1].offset - 1))
 
-    partitions = Partitions(update, settings.worker.batch_clicks)
+    partitions = Partitions(update)
 
     @app.timer(SECOND_LOOK_S)  # type: ignore[untyped-decorator]
     async def second_look() -> None:

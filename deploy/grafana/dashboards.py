@@ -108,8 +108,8 @@ PANELS = {
         panel("Hops, p99", "Where a micro-batch spends its time.", "s", quantiles("upwell_hop_seconds", "hop")[1]),
         LAG,
         panel(
-            "Micro-batches",
-            "Clicks in one, at most worker.batch_clicks (1,024); shown as 1,000, the worker is saturated.",
+            "Batches",
+            "Clicks worked off together, one list a user; above worker.batch_clicks (1,024) the worker is behind.",
             "short",
             *quantiles("upwell_batch_clicks"),
         ),

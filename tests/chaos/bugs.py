@@ -12,11 +12,10 @@ import time
 from concurrent.futures import Future
 from typing import Any, cast
 
-from model.user_state import Applied, Fold, encode_state
+from model.user_state import Applied, Fold
 from stream.producer import Place, Producer
 from workers import dead_letters as dead_letters_module
 from workers import states as states_module
-from workers import user_worker as user_worker_module
 from workers import worker_process
 from workers.faust_batches import BatchApp
 from workers.handed import Handed
@@ -26,7 +25,7 @@ from workers.sender import BatchSender
 from workers.server import Server
 from workers.service import Service
 from workers.state_writer import StateWriter
-from workers.states import OwnedStates, States
+from workers.states import Owned, OwnedStates, States
 from workers.user_worker import UserWorker
 
 
@@ -190,8 +189,7 @@ def id_logged() -> None:
 
 def state_not_tombstoned() -> None:
     """An erased user's state is emptied, and its record stays."""
-    module: Any = user_worker_module
-    module.encoded = encode_state
+    Owned.record = lambda self, user_id, state: self.states.packed(user_id)  # type: ignore[method-assign]
 
 
 def dead_letters_kept() -> None:
@@ -202,12 +200,12 @@ def dead_letters_kept() -> None:
 
 def lists_not_tombstoned() -> None:
     """Who keeps lists is not told."""
-    send = UserWorker._send
+    tell = UserWorker._tell
 
-    async def untold(self: UserWorker, *arguments: Any) -> None:
-        await send(self, *cast(Any, (*arguments[:-2], {}, arguments[-1])))
+    async def untold(self: UserWorker, partition: int, dead: Any, erased: Any) -> None:
+        await tell(self, partition, dead, {})
 
-    UserWorker._send = untold  # type: ignore[method-assign, assignment]
+    UserWorker._tell = untold  # type: ignore[method-assign]
 
 
 def erasure_passed_over() -> None:

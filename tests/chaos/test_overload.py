@@ -3,16 +3,20 @@
 import random
 import re
 import signal
+import statistics
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
+from model.user_state import decode_state
 from stream.connection import Connection
-from stream.events import Artifact
+from stream.consumer import read_window
+from stream.events import Artifact, Recommendations, decode
 from stream.ports import free_port
 from stream.subscriber import Subscriber
 from tests.chaos.harness import SEED, Fleet, Load, calibrate, holds, judge, make_clicks, report
@@ -21,7 +25,8 @@ from tests.workers.service import Service, until
 from workers.faust_batches import BUFFER, POLL
 from workers.partitions import ROOM
 from workers.server import run_server
-from workers.settings import Serve
+from workers.settings import Serve, Settings
+from workers.states import raw_states
 from workers.up import Roles
 
 PARTITIONS = 4
@@ -31,6 +36,21 @@ CALIBRATION, USERS = 10_000, 5000  # clicks; whose
 def rss_mb(pid: int) -> float:
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+
+
+def lists_of(settings: Settings) -> dict[str, Any]:
+    """How many were sent, how long after the fold, and the users whose newest list is not of their newest click."""
+    offsets, late_s = dict[str, int](), list[float]()
+    for record in read_window(settings.connection, settings.topics.recommendations.name):
+        answer = decode(record.value or b"", Recommendations)
+        offsets[answer.user_id] = answer.offset
+        late_s.append((answer.sent_ms - (answer.updated_ms or 0)) / 1000)
+    states = {user_id: decode_state(raw).offset for user_id, raw in raw_states(settings).items()}
+    return {
+        "lists": len(late_s),
+        "list_after_fold_s": {"p50": statistics.median(late_s), "max": max(late_s)},
+        "users_behind": sum(offsets.get(user_id) != offset for user_id, offset in states.items()),
+    }
 
 
 def test_three_times_too_many(connection: Connection, generation: Artifact, tmp_path: Path, long: bool) -> None:
@@ -64,7 +84,8 @@ def test_three_times_too_many(connection: Connection, generation: Artifact, tmp_
             time.sleep(2)
         drained_s = time.monotonic() - over
         restores = sum("states restored" in line for line in fleet.json_log("a"))
-        verdict = judge(fleet.settings, [*first, *rush]) | {
+        verdict = judge(fleet.settings, [*first, *rush]) | lists_of(fleet.settings)
+        verdict |= {
             "capacity_clicks_s": round(capacity),
             "sent_clicks_s": round(len(rush) / rush_took),
             "rush_s": round(rush_took, 1),
@@ -78,7 +99,7 @@ def test_three_times_too_many(connection: Connection, generation: Artifact, tmp_
         }
     report("overload", long, began, verdict)
     assert holds(verdict)
-    assert holds(verdict, {"rebalances": 0, "exits": 0})
+    assert holds(verdict, {"rebalances": 0, "exits": 0, "users_behind": 0})
     if long:  # ten seconds on a machine that others use say little of its speed
         assert drained_s < 2 * rush_took
     assert max(memory_mb) < calm_mb + 300  # what is taken of the lag, and states that grow to all of their event ids

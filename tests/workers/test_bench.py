@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from stream.events import decode_click
-from workers.bench import data, harness, probe, scale, search, swap
-from workers.bench.ingest import micro_batches
+from workers.bench import data, harness, ingest, probe, scale, search, swap
 from workers.bench.stage import Keyed
 from workers.settings import Settings, Worker
 from workers.states import States
@@ -65,12 +64,14 @@ def test_contenders_take_turns() -> None:
     assert harness.ratio({"x": [1.0, 9.0, 4.0], "y": [1.0, 3.0, 4.0]}, "x", "y") == 1.0  # round by round: not 4 / 3
 
 
-def test_clicks_are_what_they_are_said_to_be() -> None:
+def test_clicks_are_what_they_are_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingest, "ROOM", 400)
     clicks = data.clicks(2_000, users=300, items=50)
     assert 190 <= np.mean([len(raw) for _, raw in clicks]) <= 210
     assert len({raw for _, raw in clicks}) == 2_000
     assert len({user_id for user_id, _ in clicks}) > 290
-    batches = micro_batches(clicks, Settings(worker=Worker(batch_clicks=50)))
+    batches = ingest.micro_batches(clicks, Settings(worker=Worker(batch_clicks=20)))
+    assert max(map(len, batches)) == 20
     touched = sum(len(batch) for batch in batches)
     assert 300 < touched < 2_000  # a query a touched user, not a click
     assert sum(len(query.history) for batch in batches for query in batch) > 2 * 2_000  # states are carried on

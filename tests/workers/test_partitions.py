@@ -16,10 +16,10 @@ from workers.partitions import Batch, Partitions
 class Work:
     """Notes what it gets; each partition goes on when its gate is open."""
 
-    def __init__(self, most: int = 10) -> None:
+    def __init__(self) -> None:
         self.got: list[tuple[str, list[int]]] = []
         self.gates = {tp: asyncio.Event() for tp in "ab"}
-        self.partitions = Partitions(self, most)
+        self.partitions = Partitions(self)
         self.assigned = set("ab")
 
     async def __call__(self, tp: str, batches: list[Batch]) -> None:
@@ -45,7 +45,7 @@ async def until_idle(work: Work, tp: str) -> None:
 
 
 async def test_what_waits_is_worked_off_at_once_in_its_order_and_beside_the_other_partition() -> None:
-    work = Work(most=5)
+    work = Work()
     for first in range(0, 8, 2):
         await work.put("a", first, first + 1)
     await work.put("b", 100)
@@ -55,19 +55,7 @@ async def test_what_waits_is_worked_off_at_once_in_its_order_and_beside_the_othe
     assert not work.partitions.idle("a")
     work.gates["a"].set()
     await until_idle(work, "a")
-    assert work.got[2:] == [("a", [2, 3, 4, 5]), ("a", [6, 7])]  # at most 5 together
-    await work.put("a", *range(8, 20))
-    await until_idle(work, "a")
-    assert work.got[4:] == [("a", [*range(8, 20)])]  # one batch is never cut
-
-
-async def test_together_are_as_many_as_the_bound_says() -> None:
-    work = Work(most=4)
-    for first in range(0, 8, 2):
-        await work.put("a", first, first + 1)
-    work.gates["a"].set()
-    await until_idle(work, "a")
-    assert work.got == [("a", [0, 1]), ("a", [2, 3, 4, 5]), ("a", [6, 7])]
+    assert work.got[2:] == [("a", [2, 3, 4, 5, 6, 7])]
 
 
 async def test_room_for_a_part_of_what_is_too_much_lets_nobody_in(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,11 +79,11 @@ async def test_room_for_a_part_of_what_is_too_much_lets_nobody_in(monkeypatch: p
 
 async def test_a_few_large_clicks_take_the_room_of_many() -> None:
     work = Work()
-    for record in range(312):
+    for record in range(624):
         await work.put("a", record, num_bytes=64 * 1024)
     assert not work.partitions.full
-    await work.put("b", 312, num_bytes=64 * 1024)
-    assert work.partitions.full  # at 313, some 20 MB
+    await work.put("b", 624, num_bytes=64 * 1024)
+    assert work.partitions.full  # at 625, some 40 MB
     for gate in work.gates.values():
         gate.set()
     await until_idle(work, "a")
@@ -106,7 +94,7 @@ async def test_a_partition_taken_away_leaves_nothing_that_a_rebalance_waits_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(partitions_module, "ROOM", 3)
-    work = Work(most=1)
+    work = Work()
     under_way, waiting = await work.put("a", 0), await work.put("a", 1)
     other = await work.put("b", 100)
     assert work.partitions.full

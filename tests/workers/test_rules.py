@@ -419,6 +419,6 @@ async def test_a_list_carries_the_trace_of_the_click_it_answers(snapshot: Snapsh
     folded = worker._fold(Owned(PackedStates(), cast(Any, None), {}), reads, {})
     (recommended,) = worker._recommender.recommend([folded])
     traced = {at: (("traceparent", b"%d" % at),) for at in (0, 1, 2)}
-    await worker._send(0, folded, recommended, [], {}, traced)
+    await worker._send(0, folded, recommended, traced)
     found = {key: headers for key, _, *headers in sent[Settings().topics.recommendations.name]}
     assert found == {b"u": [("traceparent", b"2")], b"v": [("traceparent", b"1")], b"w": []}

@@ -1,15 +1,18 @@
-"""What a micro-batch keeps, and what stops the worker, without Kafka."""
+"""What a micro-batch keeps, what lists are owed for it, and what stops the worker, without Kafka."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import pytest
 
 from model.user_state import digest
-from stream.events import Click, encode
+from stream.events import Click, Erasure, Ranked, Recommendations, decode, encode
 from stream.producer import partition_of
 from tests.records import Record
+from workers.recommender import Folded, Recommended
 from workers.settings import Kafka, Settings, Worker
-from workers.states import Owned
+from workers.state_writer import Acknowledge
+from workers.states import Owned, PackedStates, States
 from workers.user_worker import RATIO_MIN, RATIO_WINDOW, TooManyBadEvents, UserWorker
 
 
@@ -29,6 +32,71 @@ def test_what_a_user_had_seen_is_kept_of_scored_clicks_alone() -> None:
     reads, erased, _ = worker._decode(records([True] * 4), {})
     liked = worker._fold(Owned(cast(Any, {}), cast(Any, None), {}), reads, erased).liked
     assert [before and before.query.seen for _, before in liked] == [b"", digest("i0"), None, None]
+
+
+class Beside:
+    """What a worker writes, in its order; its own lists are made of nothing."""
+
+    def __init__(self, **worker: Any) -> None:
+        self.worker = made(**worker)
+        self.owned = Owned(PackedStates(), cast(Any, self), {})
+        self.written: list[tuple[str, str]] = []
+        self.asked: list[tuple[int, int]] = []
+        own = cast(Any, self.worker)
+        own._sender, own._owned, own._lists, own._letters = self, self, self, self
+        self.cleared: list[set[str]] = []
+
+    async def of(self, partition: int) -> Owned:
+        return self.owned
+
+    async def put(self, states: Mapping[bytes, Any], acknowledge: Acknowledge | None = None) -> None:
+        self.written += [("state", user.decode()) for user in states]
+        if acknowledge:
+            await acknowledge()
+
+    def cleared_of(self, user_ids: set[str], acknowledge: Acknowledge, states: States) -> Acknowledge:
+        self.cleared.append(user_ids)
+        return acknowledge
+
+    async def ask(self, owed: Folded) -> Recommended:
+        self.asked.append((len(owed.newest), owed.num_scored))
+        return Recommended("g", {user: list[Ranked]() for user in owed.newest}, {}, set())
+
+    async def send(self, topic: str, partition: int, records: Sequence[Any]) -> None:
+        for key, value, *_ in records:
+            text = "null" if value is None else topic.rpartition(".")[2]
+            if text == "recommendations":
+                answer = decode(value, Recommendations)
+                assert self.owned.states[answer.user_id].offset == answer.offset
+                text = answer.event_id or ""
+            self.written.append((text, (key or b"").decode()))
+
+
+async def test_whoever_clicked_while_the_worker_was_behind_gets_one_list_for_the_newest_click() -> None:
+    """Of all that has waited, folded first: a list costs ten times what a click does."""
+    kafka, users = Beside(batch_clicks=2, scored_clicks=3), "uvwvuux"
+
+    async def acknowledge() -> None:
+        kafka.written.append(("acknowledged", ""))
+
+    clicks = [Click(event_id=f"e{at}", user_id=user, item_id=f"i{at}", ts_ms=0) for at, user in enumerate(users)]
+    waiting = [Record(one.user_id.encode(), encode(one), at) for at, one in enumerate(clicks)]
+    await kafka.worker.process(0, waiting, acknowledge)
+    assert [what for what, _ in kafka.written[:6]] == ["state"] * 6  # of the third two clicks, one
+    assert kafka.written[6:] == [("e5", "u"), ("e3", "v"), ("e2", "w"), ("e6", "x"), ("acknowledged", "")]
+    assert kafka.asked == [(2, 3), (2, 0)]  # no more users at once than clicks, and of all clicks three are scored
+
+
+async def test_who_is_forgotten_while_the_worker_was_behind_gets_no_list_for_what_was_before() -> None:
+    kafka = Beside(batch_clicks=1)
+
+    async def acknowledge() -> None: ...
+
+    wish = Record(b"u", encode(Erasure(event_type="erase", user_id="u", requested_ms=0)), 1)
+    late = Record(b"u", encode(Click(event_id="late", user_id="u", item_id="i", ts_ms=0)), 0)  # delivered again
+    await kafka.worker.process(0, [*records([True]), wish, late], acknowledge)
+    assert [what for what, user in kafka.written if user == "u" and what != "state"] == ["null"]
+    assert not kafka.asked and kafka.cleared == [{"u"}]
 
 
 def test_a_user_whose_clicks_come_into_another_partition_is_refused_not_split() -> None:

@@ -17,6 +17,7 @@ from workers.bench import data
 from workers.bench.harness import Options, alternate, cpu_s, cpu_seconds, medians, ratio
 from workers.bench.stage import Keyed, Stage, clicks_per_cpu_s, said, stage, write_clicks
 from workers.catalogue import Catalogue
+from workers.partitions import ROOM
 from workers.search import SearchProcess
 from workers.settings import Settings
 from workers.snapshot import Query, Snapshot
@@ -33,21 +34,24 @@ def floor(stage: Stage, kind: str, clicks: Keyed) -> float:
 
 
 def micro_batches(clicks: Keyed, settings: Settings) -> list[list[Query]]:
-    """What the worker asks of its snapshot for these clicks: one query a touched user of each micro-batch."""
+    """What the worker asks of its snapshot for these clicks where all of them wait: one query a touched user of as many
+    as it holds of a partition."""
     limits, partitions = limits_of(settings), dict[int, list[bytes]]()
+    held, most = ROOM // settings.kafka.partitions, settings.worker.batch_clicks
     for user_id, raw in clicks:
         partitions.setdefault(partition_of(user_id, settings.kafka.partitions), []).append(raw)
     states, batches = dict[str, UserState](), list[list[Query]]()
     for raws in partitions.values():
-        for start in range(0, len(raws), settings.worker.batch_clicks):
+        for start in range(0, len(raws), held):
             folds: dict[str, Fold] = {}
-            for offset, raw in enumerate(raws[start : start + settings.worker.batch_clicks], start):
+            for offset, raw in enumerate(raws[start : start + held], start):
                 click = decode_click(raw)
                 fold = folds.setdefault(click.user_id, Fold(states.get(click.user_id, EMPTY), limits))
                 fold.apply(Applied(click, 1.0, offset))
             after = {user_id: fold.state() for user_id, fold in folds.items()}
             states.update(after)
-            batches.append([Query(s.history, s.seen, s.history[-1].ts_ms) for s in after.values()])
+            queries = [Query(s.history, s.seen, s.history[-1].ts_ms) for s in after.values()]
+            batches += [queries[at : at + most] for at in range(0, len(queries), most)]
     return batches
 
 
