@@ -36,7 +36,10 @@ class LearnReport:
 
 
 class Learner:
-    """Deterministic: the same seed, config and events give the same model, bit for bit, on one device."""
+    """Deterministic on a CPU: the same seed, config and events give the same model, bit for bit.
+
+    On a GPU the gradient of `Tensor.gather` adds up in no fixed order.
+    """
 
     def __init__(self, config: ModelConfig, seed: int = 0, device: str = "cpu", team: Team = ALONE) -> None:
         self.config, self.device, self._seed = config, device, seed

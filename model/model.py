@@ -250,17 +250,17 @@ class Model:
         try:
             config = ModelConfig(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
             ids = json.loads((folder / "ids.json").read_text(encoding="utf-8"))
-            tensors = load_file(folder / "weights.safetensors", device=device)
+            tensors = load_file(folder / "weights.safetensors")  # a GPU without room for it is no damage
         except Exception as error:  # safetensors raises its own type, json and OSError theirs
             raise ValueError(f"{folder}: not a model: {error}") from error
         if not isinstance(ids, list) or not all(isinstance(item, str) for item in ids) or len(set(ids)) != len(ids):
             raise ValueError(f"{folder}/ids.json is not a list of different strings")
-        tower = UserTower(config.tower_dim, config.heads, config.hidden).to(device).requires_grad_(False)
+        tower = UserTower(config.tower_dim, config.heads, config.hidden).requires_grad_(False)
         shapes = array_shapes(config, len(ids))
         expected = shapes | {f"user.{name}": tuple(p.shape) for name, p in tower.state_dict().items()}
         _check(tensors, expected)
         tower.load_state_dict({name: tensors[f"user.{name}"] for name in tower.state_dict()})
-        return Model(config, ids, {name: tensors[name] for name in shapes}, tower)
+        return Model(config, ids, {name: tensors[name].to(device) for name in shapes}, tower.to(device))
 
 
 def _check(tensors: dict[str, Tensor], expected: dict[str, Any]) -> None:

@@ -44,6 +44,18 @@ def naming_extras() -> Iterator[None]:
         raise SystemExit(1) from error
 
 
+def check_device(settings: Settings, role: str) -> None:
+    """Raises ConfigError where this role is to compute on a GPU and cannot: it would be slow in silence."""
+    if getattr(getattr(settings, role, None), "device", "cpu") == "cpu":
+        return
+    import torch  # seconds, which only who asks for a GPU waits for here
+
+    if not torch.cuda.is_available():
+        raise ConfigError(f"{role}.device: torch finds no GPU: see `upwell doctor`")
+    if role == "trainer" and torch.distributed.is_torchelastic_launched():
+        raise ConfigError("trainer.device: several processes (torchrun) train on processors, by gloo")
+
+
 def settings_for(role: str, reach_kafka: bool = True) -> Settings:
     """Settings, with logs configured; bad configuration ends the process with one line a key.
 
@@ -52,6 +64,8 @@ def settings_for(role: str, reach_kafka: bool = True) -> Settings:
     """
     with refusing():
         settings = load_settings()
+        for each in ROLES if role == "up" else (role,):
+            check_device(settings, each)
         if reach_kafka:
             from workers.preflight import check_access, check_keyed
 

@@ -43,10 +43,11 @@ class NotReady(RuntimeError):
 class Live:
     """Follows the announcements in a thread of its own; `snapshot` is the generation to use for one answer."""
 
-    def __init__(self, settings: Settings, keep_previous: bool = False) -> None:
+    def __init__(self, settings: Settings, keep_previous: bool = False, device: str = "cpu") -> None:
         self.snapshot: Snapshot | None = None
         self.catalogue = Catalogue()
         self._settings, self._topics, self._keep_previous = settings, settings.topics, keep_previous
+        self._device = device  # that embeds users; the search process knows none
         self.previous: Snapshot | None = None  # kept beside for the trial of the new one
         self._announcements = Announcements()
         self._refused: set[str] = set()  # SHA-256 of manifests that could not be served
@@ -193,7 +194,7 @@ class Live:
             self.release_previous()  # two are in memory at most
         search = SearchProcess(folder, sha256)
         try:
-            snapshot = Snapshot.of(announced, search, Model.load(folder / "model"), self.catalogue)
+            snapshot = Snapshot.of(announced, search, Model.load(folder / "model", self._device), self.catalogue)
             snapshot.recommend([Query((), b"", 0)], 1)  # the first call is the slowest: not one that somebody waits for
             return snapshot
         except BaseException:

@@ -36,7 +36,8 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.pseudonyms = settings, settings.privacy.pseudonyms
-        self.live, self.users, self.tracer = Live(settings), UserStates(settings), tracer_of(settings)
+        self.live, self.users = Live(settings, device=settings.serve.device), UserStates(settings)
+        self.tracer = tracer_of(settings)
         self.updates = Updates(settings, self.live, self.users)
         self.sending = ThreadPoolExecutor(SENDING_THREADS, thread_name_prefix="sending")
         self.texts = asyncio.Semaphore(TEXTS_AT_ONCE)

@@ -26,6 +26,7 @@ ENTRY_BYTES = 1046  # of a user's history at most: an item id of 256 characters 
 MAX_STATE_BYTES = 890_000  # workers/sender.py takes records of 899,000
 SCORED_K = 10  # places of a list that the live hit rate looks at
 
+Device = Literal["cpu", "cuda"]
 Weights = dict[EventType, Annotated[float, Field(ge=-10, le=10, allow_inf_nan=False)]]
 
 # How much an event says about taste, 1 = one ordinary click. Negative: the item's neighbours go down.
@@ -107,6 +108,7 @@ class Worker(Section):
         description="newest items a user has seen that stay out of lists: 8 bytes each in every record of the state",
     )
     dead_letter_ratio: float = Field(0.5, gt=0, le=1, description="bad share of the last 1,000 at which to stop")
+    device: Device = Field("cpu", description="that embeds users; cuda: a GPU")
     metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus exporter; 0: a free port")
 
     @model_validator(mode="after")
@@ -136,6 +138,7 @@ class Trainer(Section):
     window_days: float = Field(30.0, gt=0, description="how far back the window reaches at start, by Kafka's clock")
     window_events: int = Field(1_000_000, ge=1000, description="clicks kept for replay and read at a start, the newest")
     seed: int = 0
+    device: Device = Field("cpu", description="that learns and judges; cuda: a GPU, and no torchrun")
     metrics_port: int = Field(0, ge=0, le=65535)
 
     @model_validator(mode="after")
@@ -169,6 +172,7 @@ class Serve(Section):
     burst: int = Field(2000, ge=1, description="requests that may come at once")
     timeout_s: float = Field(10.0, gt=0, description="of a request; of one write to a stream that is not read")
     wait_s: float = Field(2.0, ge=0, le=60, description="for min_offset at most; then the answer says stale")
+    device: Device = Field("cpu", description="that embeds users; cuda: a GPU")
 
     @field_validator("cert_file", "key_file")
     @classmethod

@@ -104,7 +104,7 @@ class Trainer:
         for row, item_id in enumerate(model.ids):
             text[row] = self._text.get(item_id, 0)
         config = ModelConfig(window_events=self._config.window_events).shaped_like(model.config)
-        self._parent, self._learner = announced.name, self._make(config, self._config.seed)
+        self._parent, self._learner = announced.name, self._make(config, self._config.seed, self._config.device)
         self._learner.resume(model, text)
         _add(self._learner, {i: text for i, text in self._text.items() if i not in self._learner.rows})
         self._removed.clear()
@@ -176,7 +176,8 @@ class Trainer:
         for announced in read_announcements(self._settings).wanted():
             try:
                 folder = fetch(announced.url, self._settings.cache / "generations", announced.manifest_sha256)
-                return Model.load(folder / "model") if announced.encoder == self._encoder else None
+                ours = announced.encoder == self._encoder
+                return Model.load(folder / "model", self._config.device) if ours else None
             except (DamagedGeneration, ValueError) as error:
                 log.warning("generation passed over", generation=announced.name, reason=str(error))
         return None
@@ -189,7 +190,7 @@ class Trainer:
         if self._learner is None:
             width = len(next(iter(self._text.values())))
             config = ModelConfig(text_dim=width, window_events=self._config.window_events)
-            self._learner, new = self._make(config, self._config.seed), self._text
+            self._learner, new = self._make(config, self._config.seed, self._config.device), self._text
         _add(self._learner, new)
         return self._learner
 

@@ -43,9 +43,9 @@ def _told() -> Any:
 class LedLearner(Learner):
     """Rank 0's: what is asked of it, every rank's learner does."""
 
-    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
-        _tell("new", config, seed)
-        super().__init__(config, seed, team=_team())
+    def __init__(self, config: ModelConfig, seed: int = 0, device: str = "cpu") -> None:
+        _tell("new", config, seed, device)
+        super().__init__(config, seed, device, _team())
         self._inside = False  # a call that it makes of itself is part of one that was told
 
 
@@ -76,8 +76,8 @@ def follow() -> None:
     while call := _told():
         name, *arguments = call
         if name == "new":
-            config, seed = arguments
-            learner = Learner(config, seed, team=_team())
+            config, seed, device = arguments
+            learner = Learner(config, seed, device, _team())
         else:
             getattr(learner, name)(*arguments)
 

@@ -23,7 +23,8 @@ def run_worker(settings: Settings) -> int:
     compute_in_one_thread()
     end_with_threads()
     share_heaps()
-    live, sender = Live(settings, keep_previous=True), BatchSender(settings.connection)
+    live = Live(settings, keep_previous=True, device=settings.worker.device)
+    sender = BatchSender(settings.connection)
 
     async def finish() -> None:
         await partitions.stop()

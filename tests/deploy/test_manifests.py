@@ -143,13 +143,14 @@ def test_kustomize_needs_no_shared_volume_with_a_bucket() -> None:
         assert {"secretRef": {"name": "upwell-store", "optional": True}} in container["envFrom"]
 
 
-def test_kustomize_puts_the_indexer_on_a_gpu() -> None:
+def test_kustomize_puts_the_indexer_and_the_trainer_on_a_gpu_each() -> None:
     manifests = rendered("gpu")
     assert len(manifests) == len(OBJECTS)
-    with_gpu = set()
+    with_gpu = {}
     for manifest in manifests:
         if manifest["kind"] == "Deployment":
             (container,) = manifest["spec"]["template"]["spec"]["containers"]
             if "nvidia.com/gpu" in container["resources"]["limits"]:
-                with_gpu.add(manifest["metadata"]["name"])
-    assert with_gpu == {"indexer"}
+                assert manifest["spec"]["template"]["spec"]["nodeSelector"] == {"nvidia.com/gpu.present": "true"}
+                with_gpu[manifest["metadata"]["name"]] = container.get("env", [])
+    assert with_gpu == {"indexer": [], "trainer": [{"name": "UPWELL_TRAINER__DEVICE", "value": "cuda"}]}

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 
 from model.manifest import DamagedGeneration, MissingGeneration
+from model.model import Model
 from stream.events import Artifact
 from tests.workers.service import until
 from workers import live as live_module
 from workers.live import Live, NotReady
 from workers.search import SearchProcessDied
-from workers.settings import Settings
+from workers.service import Service
+from workers.settings import Serve, Settings
+from workers.snapshot import Snapshot
 
 
 def generation(number: int) -> Artifact:
@@ -239,3 +242,14 @@ def test_a_generation_that_cannot_be_used_leaves_no_process(monkeypatch: pytest.
     monkeypatch.setattr(live_module, "fetch", lambda *_, **__: Path("nowhere"))
     made: Any = Live(Settings())
     assert not made._swap(generation(1)) and closed == [True]
+
+
+def test_users_are_embedded_on_the_device_of_the_role(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Any] = []
+    monkeypatch.setattr(live_module, "SearchProcess", lambda *_: SimpleNamespace())
+    monkeypatch.setattr(live_module, "fetch", lambda *_, **__: Path("g1"))
+    monkeypatch.setattr(Model, "load", lambda *asked: loaded.append(asked))
+    monkeypatch.setattr(Snapshot, "of", lambda *_: SimpleNamespace(recommend=lambda *_: None))
+    Service(Settings(serve=Serve(device="cuda"))).live._load(generation(1))
+    Live(Settings())._load(generation(1))
+    assert loaded == [(Path("g1/model"), "cuda"), (Path("g1/model"), "cpu")]

@@ -10,8 +10,10 @@ from model.user_state import Entry, UserState, encode_state
 from stream.events import MAX_ID, Click
 from tests.workers.service import upwell
 from workers.cli import app
+from workers.command import check_device
 from workers.sender import MAX_RECORD_BYTES
-from workers.settings import ConfigError, Settings, Worker, load_settings
+from workers.settings import ConfigError, Settings, Trainer, Worker, load_settings
+from workers.up import ROLES
 
 BAD = {"UPWELL_KAFKA__PREFIX": "no spaces, please"}
 
@@ -50,6 +52,7 @@ def test_environment_wins_over_the_file(monkeypatch: pytest.MonkeyPatch, tmp_pat
         ("UPWELL_EVENT_WEIGHTS__VIEW", "nan", "event_weights.view"),
         ("UPWELL_WORKER__K", "many", "worker.k"),
         ("UPWELL_LOG_LEVEL", "LOUD", "log_level"),
+        ("UPWELL_TRAINER__DEVICE", "gpu", "trainer.device"),
         ("UPWELL_CONFIG", "/nowhere.toml", "UPWELL_CONFIG: no file /nowhere.toml"),
         ("UPWELL_KAFKA__USERNAME", "me", "kafka"),
         ("UPWELL_WORKER__EVENT_IDS", "100000", "worker .*history, seen and event_ids allow 1012300 bytes"),
@@ -113,6 +116,26 @@ def test_every_role_stops_at_once_with_exit_code_2(role: str) -> None:
     done = CliRunner().invoke(app, role, env=BAD)
     assert done.exit_code == 2
     assert "kafka.prefix (UPWELL_KAFKA__PREFIX)" in done.stderr
+
+
+@pytest.mark.parametrize("role", ["worker", "trainer", "serve"])
+def test_a_gpu_that_is_not_there_stops_the_role_that_is_to_have_it(role: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv(f"UPWELL_{role.upper()}__DEVICE", "cuda")
+    for started in (role, "up"):
+        done = CliRunner().invoke(app, started)
+        assert done.exit_code == 2 and f"{role}.device: torch finds no GPU" in done.stderr
+    for other in {*ROLES, "doctor"} - {role}:
+        check_device(load_settings(), other)
+
+
+def test_several_processes_that_train_have_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    settings = Settings(trainer=Trainer(device="cuda"))
+    check_device(settings, "trainer")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")  # by which torch knows torchrun
+    with pytest.raises(ConfigError, match=r"trainer.device: .*torchrun"):
+        check_device(settings, "trainer")
 
 
 def test_a_process_ends_so_without_a_trace() -> None:

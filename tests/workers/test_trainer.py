@@ -164,6 +164,33 @@ def test_a_release_that_reads_no_generation_of_the_one_before_starts_anew(
     assert judged(settings).reason == "first model"
 
 
+def test_it_learns_and_judges_on_its_device(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first learner, one that resumes, and what serves."""
+    asked, load = list[str](), Model.load
+
+    class Noted(Learner):
+        def __init__(self, config: ModelConfig, seed: int, device: str) -> None:
+            asked.append(device)
+            super().__init__(config, seed)
+
+    def noted(folder: Path, device: str = "cpu") -> Model:
+        asked.append(device)
+        return load(folder)
+
+    announce_generation(settings, "g", tmp_path)
+    announce_model(settings, tmp_path)
+    settings = settings.model_copy(update={"trainer": TrainerSettings(device="cuda")})
+    trainer = Trainer(settings, threading.Event(), Noted)
+    tell(trainer, ITEMS[0], TEXT[0])
+    trainer._grown()
+    trainer._texts.caught_up.set()
+    trainer._resume()
+    monkeypatch.setattr(Model, "load", noted)
+    assert trainer._serving() is not None and asked == ["cuda"] * 3
+
+
 def test_a_restarted_trainer_knows_the_texts_that_have_come_since(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
