@@ -187,9 +187,10 @@ def rollback_generation(
 ) -> None:
     """Serve an earlier one; the next that wins at the gate comes after it."""
     settings = command.settings_for("generations")
+    from model.manifest import DamagedGeneration
     from workers.generations import NothingMoves, UnknownGeneration, roll_back
 
-    with failing(UnknownGeneration, NothingMoves):
+    with failing(UnknownGeneration, NothingMoves, DamagedGeneration):
         typer.echo(f"{roll_back(settings, name).name} is announced again")
 
 
@@ -199,9 +200,10 @@ def pin_generation(
 ) -> None:
     """Serve this one, whatever comes after it."""
     settings = command.settings_for("generations")
+    from model.manifest import DamagedGeneration
     from workers.generations import UnknownGeneration, pin
 
-    with failing(UnknownGeneration):
+    with failing(UnknownGeneration, DamagedGeneration):
         pin(settings, name)
     typer.echo(f"{name} is pinned" if name else "nothing is pinned")
 

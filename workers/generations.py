@@ -1,5 +1,7 @@
 """`upwell generations`: what has been announced, and the way back."""
 
+from contextlib import suppress
+
 from model.generation import fetch
 from model.manifest import MANIFEST, Manifest, decode_manifest
 from stream.events import Artifact, encode
@@ -33,7 +35,7 @@ def find(settings: Settings, name: str) -> Artifact:
 
 
 def manifest(settings: Settings, artifact: Artifact) -> Manifest:
-    """Fetched and verified. Raises DamagedGeneration."""
+    """Fetched and verified. Raises DamagedGeneration, OSError where the store is out of reach."""
     folder = fetch(artifact.url, settings.cache / "generations", artifact.manifest_sha256)
     return decode_manifest((folder / MANIFEST).read_bytes())
 
@@ -42,7 +44,7 @@ def roll_back(settings: Settings, name: str | None) -> Artifact:
     """Announce a generation again, which makes it the newest; by default the one built before what was announced last.
 
     By when they were built: in the order of announcements a second rollback would go forward again. The next one that
-    wins at the gate serves after it: pin, to stay. Raises UnknownGeneration, NothingMoves.
+    wins at the gate serves after it: pin, to stay. Raises UnknownGeneration, NothingMoves, DamagedGeneration.
     """
     announcements = read_announcements(settings)
     if announcements.pinned:
@@ -54,13 +56,23 @@ def roll_back(settings: Settings, name: str | None) -> Artifact:
             raise UnknownGeneration("there is none before the newest")
         name = max(older, key=lambda one: one.created_ms).name
     artifact = find(settings, name)
+    _check_files(settings, artifact)
     _announce(settings, artifact.name, artifact)
     return artifact
 
 
 def pin(settings: Settings, name: str | None) -> None:
-    """Serve this one whatever comes after it; None ends that. Raises UnknownGeneration."""
-    _announce(settings, PIN, find(settings, name) if name else None)
+    """Serve this one whatever comes after it; None ends that. Raises UnknownGeneration, DamagedGeneration."""
+    artifact = find(settings, name) if name else None
+    if artifact:
+        _check_files(settings, artifact)
+    _announce(settings, PIN, artifact)
+
+
+def _check_files(settings: Settings, artifact: Artifact) -> None:
+    """Raises DamagedGeneration for what no role would serve. A store out of reach from here says nothing."""
+    with suppress(OSError):
+        manifest(settings, artifact)
 
 
 def _announce(settings: Settings, key: str, artifact: Artifact | None) -> None:

@@ -44,7 +44,8 @@ def test_figures(name: str) -> None:
         recalls = {peer: found["values"][f"recall@20 {peer}"] for peer in ("ours", "hnswlib", "faiss", "usearch")}
         assert min(recalls.values()) >= found["values"]["recall@20 wanted of peers"] > 0.9, recalls
     if name == "encode":
-        assert found["values"]["lowest_cosine upwell"] > 0.99
+        assert found["values"]["lowest_cosine upwell"] > 0.99 and found["values"]["ndcg@10 upwell"] > 0
+        assert abs(found["values"]["ndcg@10 float32 - naive"]) < 0.02  # the rounding of another batch, learned from
     if name == "swap":
         assert found["values"]["swaps"] == 1
     if name == "learn":  # both of the same stretch of the stream

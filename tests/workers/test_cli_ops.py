@@ -13,6 +13,7 @@ from kafka.admin import ConfigResource
 from kafka.structs import OffsetAndMetadata
 from typer.testing import CliRunner
 
+from model.manifest import DamagedGeneration
 from model.user_state import Applied, Fold, Limits, UserState, decode_state, encode_state
 from stream.connection import Connection
 from stream.events import Artifact, DeadLetter, encode
@@ -248,13 +249,29 @@ def test_what_was_rolled_back_stays_back_in_a_restored_installation(connection: 
     assert newest and serving.name == "g1" and not serving.created_ms < newest.created_ms
 
 
-def test_a_second_rollback_goes_further_back(connection: Connection) -> None:
+def announce(settings: Settings, store: Path, *times: int) -> None:
+    with Producer(settings.connection) as producer:
+        for at in times:
+            one = Artifact(name=f"g{at}", url=f"{store}/g{at}", manifest_sha256="", created_ms=at, encoder="e")
+            producer.send_raw(settings.topics.generations.name, one.name.encode(), encode(one))
+
+
+def test_what_no_role_would_serve_is_neither_gone_back_to_nor_pinned(connection: Connection, tmp_path: Path) -> None:
     settings = settings_of(connection)
     ensure(settings.topics, settings.connection)
-    made = [Artifact(name=f"g{at}", url="", manifest_sha256="", created_ms=at, encoder="e") for at in (1, 2, 3)]
-    with Producer(connection) as producer:
-        for artifact in made:
-            producer.send_raw(settings.topics.generations.name, artifact.name.encode(), encode(artifact))
+    announce(settings, tmp_path, 1, 2)
+    with pytest.raises(DamagedGeneration, match="g1"):
+        roll_back(settings, "g1")
+    with pytest.raises(DamagedGeneration, match="g1"):
+        pin(settings, "g1")
+    found = read_announcements(settings)
+    assert found.pinned is None and found.wanted()[0].name == "g2"
+
+
+def test_a_second_rollback_goes_further_back(connection: Connection, tmp_path: Path) -> None:
+    settings = settings_of(connection)
+    ensure(settings.topics, settings.connection)
+    announce(settings, tmp_path / "not mounted here", 1, 2, 3)
     assert [roll_back(settings, None).name for _ in range(2)] == ["g2", "g1"]
     with pytest.raises(UnknownGeneration):
         roll_back(settings, None)
