@@ -7,6 +7,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import secrets
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from stream.broker import LocalBroker
 from stream.connection import Connection
 from stream.topics import Topics, ensure
+from workers.settings import Kafka, Settings, Worker
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,3 +41,14 @@ def topics(connection: Connection) -> Topics:
     topics = Topics(f"t{secrets.token_hex(4)}", partitions=3)
     ensure(topics, connection)
     return topics
+
+
+@pytest.fixture
+def settings(broker: LocalBroker, topics: Topics, tmp_path: Path) -> Settings:
+    """Of this test's own topics, group and folders."""
+    return Settings(
+        kafka=Kafka(bootstrap=broker.bootstrap, prefix=topics.prefix, partitions=3),
+        worker=Worker(group=topics.prefix),
+        artifacts=str(tmp_path),
+        cache=tmp_path / "cache",
+    )

@@ -21,6 +21,7 @@ from workers.faust_batches import BatchApp
 from workers.handed import Handed
 from workers.limits import Gate
 from workers.live import Live
+from workers.recommender import Folded
 from workers.sender import BatchSender
 from workers.server import Server
 from workers.service import Service
@@ -242,6 +243,11 @@ def leaks() -> None:
         return decode(self, records, states)
 
     UserWorker._decode = keep  # type: ignore[method-assign]
+
+
+def lists_forgotten() -> None:
+    """Of several micro-batches that waited together only the last one's users get a list."""
+    Folded.and_then = lambda self, later, erased, states: later  # type: ignore[method-assign]
 
 
 def no_second_look() -> None:

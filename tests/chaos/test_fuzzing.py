@@ -18,9 +18,9 @@ from msgspec.structs import replace
 from model.user_state import Applied, Limits, UserState, apply_clicks, decode_state, encode_state
 from stream.events import Click, Erasure, encode
 from tests.chaos.fuzz_decoder import check
+from tests.chaos.test_compatibility import GOLDEN, GOLDEN_STATE
 from tests.model.test_user_state import slow_twin
 from tests.records import Record
-from tests.workers.test_compatibility import GOLDEN, GOLDEN_STATE
 from workers.settings import Kafka, Settings, Worker
 from workers.states import Owned
 from workers.user_worker import UserWorker

@@ -102,7 +102,8 @@ def test_three_times_too_many(connection: Connection, generation: Artifact, tmp_
     assert holds(verdict, {"rebalances": 0, "exits": 0, "users_behind": 0})
     if long:  # ten seconds on a machine that others use say little of its speed
         assert drained_s < 2 * rush_took
-    assert max(memory_mb) < calm_mb + 300  # what is taken of the lag, and states that grow to all of their event ids
+    # Of the lag, 130 MB as objects; states that grow to all of their event ids; holes that no heap gives back.
+    assert max(memory_mb) < calm_mb + 400
 
 
 def test_a_worker_that_stands_still_takes_no_more_than_it_can_hold(

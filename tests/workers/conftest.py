@@ -1,27 +1,13 @@
 """The whole service as processes on the suite's broker: started once, small catalogue, short rounds."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from stream.broker import LocalBroker
 from stream.connection import Connection
 from stream.producer import Producer
-from stream.topics import Topics
 from tests.workers.service import Collector, Service, collecting, running
-from workers.settings import Kafka, Settings, Worker
-
-
-@pytest.fixture
-def settings(broker: LocalBroker, topics: Topics, tmp_path: Path) -> Settings:
-    """Of this test's own topics, group and folders."""
-    return Settings(
-        kafka=Kafka(bootstrap=broker.bootstrap, prefix=topics.prefix, partitions=3),
-        worker=Worker(group=topics.prefix),
-        artifacts=str(tmp_path),
-        cache=tmp_path / "cache",
-    )
 
 
 @pytest.fixture

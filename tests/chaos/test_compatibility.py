@@ -1,4 +1,4 @@
-"""docs/compatibility.md, held: bytes of every released form, and what a release does with the next one's.
+"""Scenario 17: docs/compatibility.md, held: bytes of every released form, and what a release does with the next one's.
 
 GOLDEN is never edited: a release that changes a form adds its own bytes under its version and goes on reading these.
 """

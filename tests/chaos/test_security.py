@@ -1,4 +1,4 @@
-"""TLS and SASL on a real Kafka: one setting opens both client libraries, and what is wrong is said at the start."""
+"""Scenario 15: TLS and SASL on a real Kafka. One setting opens both client libraries, what is wrong ends the start."""
 
 import gc
 import os
