@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from model import generation, probes
 from model.config import ModelConfig
 from model.generation import build_generation, fetch, prune, publish
-from model.index import ExactIndex
+from model.index import ExactIndex, HnswIndex
 from model.learner import Learner
 from model.manifest import (
     DamagedGeneration,
@@ -29,6 +29,7 @@ from model.manifest import (
 )
 from model.model import Model
 from model.probes import ModelLike, RecallTooLow
+from model.queries import Rows, Vectors, unit
 from model.sampling import History
 
 N, E = 2500, 24
@@ -192,9 +193,46 @@ def test_made_up_users_have_short_and_long_pasts_and_pauses(model: Model) -> Non
     walks = probes.walk(Asked(model, model.item_vectors()), ExactIndex(model.item_vectors()), 60)
     assert walks.shape == (60, model.dim) and np.isfinite(walks).all()
     lengths, pauses = map(np.array, zip(*asked[-60:], strict=True))
+    assert 2 <= (lengths == 1).sum() <= 20  # users are met on their way: some have just come
     assert set(pauses) == set(probes.PAUSES_MS)
     for pause in probes.PAUSES_MS:
         assert lengths[pauses == pause].min() < 10 and lengths[pauses == pause].max() >= 20
+
+
+class MissesWhoHasJustCome(HnswIndex):
+    """Finds all, but at a narrow ef nothing for a query as short as one item: misses come as whole queries."""
+
+    def search(self, queries: Vectors, k: int, *_: Any) -> tuple[Rows, Vectors]:
+        rows, scores = self.exact.search(queries, k)
+        missed = (np.square(queries).sum(axis=1) < 1.5) & (self.ef < 128)
+        return rows, np.where(missed[:, None], -np.inf, scores)
+
+
+class Summed:
+    """Items of length 1, far apart; a user is the sum of theirs."""
+
+    def __init__(self) -> None:
+        self.ids = [f"item-{row}" for row in range(400)]
+        self._vectors = unit(np.random.default_rng(0).normal(size=(400, 64)).astype(np.float32))
+
+    def item_vectors(self) -> Vectors:
+        return self._vectors
+
+    def user_vectors(self, histories: Sequence[History], now_ms: Sequence[int]) -> Vectors:
+        return np.stack([self._vectors[past.rows].sum(axis=0) for past in histories])
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir()
+
+
+def test_ef_grows_until_who_has_just_come_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "HnswIndex", MissesWhoHasJustCome)
+    model = Summed()
+    exact = ExactIndex(model.item_vectors())
+    walks = probes.walk(model, exact, generation.NUM_WALKS)
+    _, truth = exact.search(walks, probes.PROBE_K)
+    index, share = probes.best_index(exact.vectors, walks, truth, probes.EF_SEARCH, probes.SHAPES, 1)
+    assert (index.ef, share) == (128, 1.0)
 
 
 def test_a_generation_is_never_overwritten(folder: Path, model: Model) -> None:
