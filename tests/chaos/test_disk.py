@@ -3,6 +3,7 @@ tests/workers/test_service.py: no permission stops root, and a small file system
 
 import json
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import msgspec
 import pytest
 
 from stream.broker import LocalBroker
+from stream.events import Click
 from tests.workers.service import Service, clicks, running, until
 
 SIZE_KB = 65536
@@ -37,35 +39,59 @@ def test_disk_full_then_read_only(broker: LocalBroker, tmp_path: Path, small_dis
                     file.write(bytes(4096))
             except OSError as full:
                 assert "No space left" in str(full)
+
+        def refused(why: str) -> Callable[[], bool]:
+            return lambda: service.log("trainer").count(why) >= 3
+
+        def anew() -> Callable[[], bool]:
+            """A model is stored and a generation swapped in that were not yet."""
+            stored, served = num_stored(service), service.metric("upwell_swaps_total{served}")
+            return lambda: num_stored(service) > stored and service.metric("upwell_swaps_total{served}") > served
+
         served = service.metric("upwell_swaps_total{served}")
-        answers = send_until(service, "full", lambda: service.log("trainer").count("No space left") >= 3)
+        answers = send_until(service, "full", refused("No space left"))
         assert service.metric("upwell_swaps_total{served}") <= served + 1  # one was on its way
         ballast.unlink()
-        answers += send_until(service, "free", lambda: service.metric("upwell_swaps_total{served}") > served + 1)
+        answers += send_until(service, "free", anew())
         remount = ["mount", "-o", "remount,ro", str(small_disk)]
         until(lambda: subprocess.run(remount).returncode == 0, "nothing is being written")
-        answers += send_until(service, "read-only", lambda: service.log("trainer").count("Read-only file system") >= 3)
+        answers += send_until(service, "read-only", refused("Read-only file system"))
         subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
-        served = service.metric("upwell_swaps_total{served}")
-        answers += send_until(service, "writable", lambda: service.metric("upwell_swaps_total{served}") > served)
+        answers += send_until(service, "writable", anew())
         print(json.dumps({"refusals": service.log("trainer").count("No space left"), "answers": answers}))
         assert service.roles.restarts == 0
 
 
+def num_stored(service: Service) -> int:
+    return service.log("trainer").count('"accepted": true, "reason": "better')
+
+
+STRIDES = {
+    "full": 1,
+    "free": 3,
+    "read-only": 7,
+    "writable": 9,
+}  # another walk in each phase: there is something to learn
+
+
 def send_until(service: Service, name: str, true: Callable[[], bool]) -> int:
-    """Clicks flow and lists are asked for, each answered in full."""
+    """Clicks of new users flow: what the same ones click again is no evidence at the gate. Their lists are full."""
     answered = rounds = 0
+
+    def walked(click: Click) -> Click:
+        shelf, place = divmod(int(click.item_id[1:]), 20)
+        return msgspec.structs.replace(click, item_id=f"i{20 * shelf + place * STRIDES[name] % 20}")
 
     def more() -> bool:
         nonlocal answered, rounds
-        sent = clicks(200, first=1000 * rounds)
-        service.send([msgspec.structs.replace(click, event_id=f"{name}-{click.event_id}") for click in sent])
+        service.send([walked(click) for click in clicks(200, name=f"{name}-{rounds}-")])
         for user in range(20):
-            status, answer = service.call(f"/v1/users/u{user}/recommendations")
+            status, answer = service.call(f"/v1/users/{name}-{rounds}-u{user}/recommendations")
             assert (status, len(answer["items"])) == (200, 20)
             answered += 1
         rounds += 1
+        time.sleep(1)  # a round of the trainer grows with its clicks
         return true()
 
-    until(more, f"while the disk is {name}", 300)  # a round grows with its clicks
+    until(more, f"while the disk is {name}", 300)
     return answered
