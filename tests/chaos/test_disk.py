@@ -66,12 +66,8 @@ def num_stored(service: Service) -> int:
     return service.log("trainer").count('"accepted": true, "reason": "better')
 
 
-STRIDES = {
-    "full": 1,
-    "free": 3,
-    "read-only": 7,
-    "writable": 9,
-}  # another walk in each phase: there is something to learn
+# Of the walk through a shelf: another in each phase, so that there is something to learn.
+STRIDES = {"full": 1, "free": 3, "read-only": 7, "writable": 9}
 
 
 def send_until(service: Service, name: str, true: Callable[[], bool]) -> int:
