@@ -36,7 +36,8 @@ from model.manifest import (
 )
 from model.probes import EF_SEARCH, PROBE_K, SHAPES, ModelLike, Shape, best_index, walk
 
-NUM_WALKS, NUM_PROBES = 1024, 64  # a graph misses whole queries: 3 of 256 are no measure of it
+FEWEST_WALKS, MOST_WALKS = 256, 1024  # a graph misses whole queries: 3 of 256 are no measure of it
+NUM_PROBES = 64
 CACHED = 3  # copies of fetched generations kept: what serves, the one before it, the next
 
 
@@ -67,7 +68,8 @@ def build_generation(
     if not np.isfinite(vectors).all() or not vectors.size:
         raise ValueError(f"vectors {vectors.shape} must be finite and not empty")
     exact = ExactIndex(vectors)
-    walks = walk(model, exact, NUM_WALKS)  # (W, D)
+    num_walks = min(MOST_WALKS, max(FEWEST_WALKS, len(vectors) // 16))  # a small catalogue is scanned anyway
+    walks = walk(model, exact, num_walks)  # (W, D)
     rows, truth = exact.search(walks, PROBE_K)  # (W, 20)
     index, share = best_index(vectors, walks, truth, ef_search, shapes, threads, progress)
     found = index.search_graph(walks, PROBE_K)[1]

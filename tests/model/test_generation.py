@@ -229,7 +229,7 @@ def test_ef_grows_until_who_has_just_come_is_served(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(probes, "HnswIndex", MissesWhoHasJustCome)
     model = Summed()
     exact = ExactIndex(model.item_vectors())
-    walks = probes.walk(model, exact, generation.NUM_WALKS)
+    walks = probes.walk(model, exact, generation.MOST_WALKS)
     _, truth = exact.search(walks, probes.PROBE_K)
     index, share = probes.best_index(exact.vectors, walks, truth, probes.EF_SEARCH, probes.SHAPES, 1)
     assert (index.ef, share) == (128, 1.0)
