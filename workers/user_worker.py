@@ -39,7 +39,7 @@ class TooManyBadEvents(RuntimeError):
 
 
 class UserWorker:
-    """The work of one fetched partition batch; `workers/worker_process.py` hands on Faust's events in their order."""
+    """The work of what waits of a partition; `workers/worker_process.py` hands on Faust's events in their order."""
 
     def __init__(self, settings: Settings, live: Live, owned: OwnedStates, sender: BatchSender) -> None:
         self._settings, self._owned, self._sender = settings, owned, sender

@@ -33,7 +33,7 @@ class Meter:
         return True
 
 
-def group(settings: Settings) -> str:
+def own_group(settings: Settings) -> str:
     """Each run's own: in that of the one before, whose member Kafka may still count, another assignor is refused for
     good (seen: Faust after aiokafka, InconsistentGroupProtocol, and the benchmark waited for ever).
     """
@@ -55,7 +55,7 @@ def plain_app(settings: Settings, group: str) -> faust.App:
 
 def bare_agent(settings: Settings, meter: Meter) -> int:
     """Raw values, an agent that does nothing with them."""
-    app = plain_app(settings, group(settings))
+    app = plain_app(settings, own_group(settings))
     clicks = app.topic(settings.topics.clicks.name, value_type=bytes, value_serializer="raw")
 
     @app.agent(clicks)  # type: ignore[untyped-decorator]
@@ -72,7 +72,7 @@ async def getmany(settings: Settings, meter: Meter) -> None:
     consumer = AIOKafkaConsumer(
         settings.topics.clicks.name,
         **settings.connection.kafka_python(),
-        group_id=group(settings),
+        group_id=own_group(settings),
         auto_offset_reset="earliest",
     )
     await consumer.start()
