@@ -3,7 +3,7 @@
 Folded micro-batches -> Snapshot.recommend -> Recommended; a new generation that does worse than the one before -> lost
 """
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import compress
 from typing import NamedTuple
@@ -49,11 +49,19 @@ class Folded(NamedTuple):
     def num_scored(self) -> int:
         return sum(before is not None for _, before in self.liked)
 
-    def and_then(self, later: "Folded", erased: Container[str], states: Mapping[str, UserState]) -> "Folded":
-        """With the next micro-batch, in which `erased` were forgotten. `states`: packed, a tenth of the memory."""
-        newest = {user_id: read for user_id, read in self.newest.items() if user_id not in erased} | later.newest
-        liked = [one for one in self.liked if one[0].user_id not in erased] + later.liked
-        return Folded(states, [], newest, liked, self.kafka_ms + later.kafka_ms, later.at_ms)
+    def and_then(self, later: "Folded", erased: Collection[str], states: Mapping[str, UserState]) -> "Folded":
+        """With the next micro-batch, in which `erased` were forgotten. `states`: packed, a tenth of the memory.
+
+        Takes it in in place: with copies a backlog of n micro-batches would cost n times as much.
+        """
+        if erased:
+            self.liked[:] = [one for one in self.liked if one[0].user_id not in erased]
+        for user_id in erased:
+            self.newest.pop(user_id, None)
+        self.newest.update(later.newest)
+        self.liked.extend(later.liked)
+        self.kafka_ms.extend(later.kafka_ms)
+        return self._replace(states=states, changed=[], at_ms=later.at_ms)
 
     def parts(self, most: int) -> Iterator["Folded"]:
         """Of at most so many users; what is scored goes with the first."""

@@ -124,7 +124,9 @@ class UserWorker:
                 erased[event.user_id] = record.offset
             else:
                 reads.append(Read(event, record.offset, record.timestamp))
-        return [read for read in reads if read.offset > erased.get(read.click.user_id, -1)], erased, dead
+        if erased:
+            reads = [read for read in reads if read.offset > erased.get(read.click.user_id, -1)]
+        return reads, erased, dead
 
     def _check_partition(self, user_id: str, partition: int) -> None:
         """Of a user without a state here: a client that deals keys otherwise would make one user two. 2 us.
