@@ -26,6 +26,7 @@ ODD = 8.0
 Progress = Callable[[int, int], None]  # done, all
 _SCORES_AT_ONCE = 16_000_000  # floats of one block of the scan: 64 MB
 _POINTS_AT_ONCE = 16_384  # lifted at a time: 13 MB
+_LANES = 16  # floats of a register; hnswlib adds up what is beyond a multiple of it one by one: a seventh of a search
 _GROUP = 16  # scores of which `_top` first takes the greatest: selection was half of a scan's time, now a tenth
 
 
@@ -98,7 +99,8 @@ class HnswIndex:
     20,000 clustered items, norms lognormal(.4)  .306 / .733  .972 / .996
 
     A lifted graph holds the columns times `scale` (D,), and is asked for queries divided by it: no inner product
-    changes, but which items are neighbours does (docs/performance.md, search).
+    changes, but which items are neighbours does (docs/performance.md, search). Its points are W columns wide: those D,
+    zeros up to a multiple of 16, and the lift.
     """
 
     def __init__(
@@ -106,7 +108,6 @@ class HnswIndex:
         graph: hnswlib.Index,
         vectors: Vectors,
         copies: Copies,
-        lifted: bool,
         ef: int,
         threads: int,
         scale: Vectors | None = None,
@@ -114,7 +115,7 @@ class HnswIndex:
         self.exact = ExactIndex(vectors)
         self.size, self.dim = vectors.shape
         self.threads = threads
-        self._graph, self._copies, self._lifted, self.scale = graph, copies, lifted, scale
+        self._graph, self._copies, self.scale = graph, copies, scale
         self.ef = ef
 
     @property
@@ -148,14 +149,15 @@ class HnswIndex:
             raise ValueError(f"vectors must be (N, D), not empty and finite, got {vectors.shape}")
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
         copies = Copies(vectors)
-        points, dim = _points(vectors, copies, lifted, scale)
-        graph = hnswlib.Index(space="l2" if lifted else "ip", dim=dim)
+        width = _width(vectors.shape[1], lifted)
+        points = _points(vectors, copies, width, scale)
+        graph = hnswlib.Index(space="l2" if lifted else "ip", dim=width)
         graph.init_index(len(copies), M=M, ef_construction=ef_construction, random_seed=seed)
         for labels in np.split(np.arange(len(copies)), range(_POINTS_AT_ONCE, len(copies), _POINTS_AT_ONCE)):
             graph.add_items(points(labels), labels, num_threads=threads)
             if progress:
                 progress(int(labels[-1]) + 1, len(copies))
-        return cls(graph, vectors, copies, lifted, ef, threads, scale)
+        return cls(graph, vectors, copies, ef, threads, scale)
 
     def save(self, path: Path) -> None:
         """The graph alone. Raises OSError where the file comes out short: of a full disk hnswlib says nothing."""
@@ -169,12 +171,14 @@ class HnswIndex:
 
         A damaged file can still crash hnswlib: compare its hash first, and load in a process that may die.
         """
-        copies, lifted = Copies(vectors), hnsw_file.width(path) == vectors.shape[1] + 1
-        points, dim = _points(vectors, copies, lifted, scale)
-        hnsw_file.check(path, (len(copies), dim), points, lifted)
-        graph = hnswlib.Index(space="l2" if lifted else "ip", dim=dim)
+        copies, dim, width = Copies(vectors), vectors.shape[1], hnsw_file.width(path)
+        lifted = width != dim
+        if width != dim + 1:  # which earlier releases lifted to
+            width = _width(dim, lifted)
+        hnsw_file.check(path, (len(copies), width), _points(vectors, copies, width, scale), lifted)
+        graph = hnswlib.Index(space="l2" if lifted else "ip", dim=width)
         graph.load_index(os.fspath(path), max_elements=len(copies))
-        return cls(graph, vectors, copies, lifted, ef, 1, scale)
+        return cls(graph, vectors, copies, ef, 1, scale)
 
     def search(
         self, queries: Vectors, k: int, excluded: Sequence[Rows] | None = None, hidden: Rows | None = None
@@ -231,7 +235,7 @@ class HnswIndex:
         """One hnswlib call; a query with fewer than k eligible results ends in row -1."""
         try:
             scaled = queries if self.scale is None else queries / self.scale
-            points = np.pad(scaled, ((0, 0), (0, 1))) if self._lifted else queries
+            points = np.pad(scaled, ((0, 0), (0, self._graph.dim - self.dim)))  # (b, W)
             found, _ = self._graph.knn_query(points, fetch, num_threads=self.threads)
         except RuntimeError:  # "Cannot return the results in a contiguous 2D array": a graph in parts
             return np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -np.inf, np.float32)
@@ -251,12 +255,16 @@ class HnswIndex:
         return np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
 
 
-def _points(
-    vectors: Vectors, copies: Copies, lifted: bool, scale: Vectors | None
-) -> tuple[Callable[[Rows], Vectors], int]:
-    """What a graph holds under its labels, and its width: vectors (N, D), lifted to (N, D + 1) of equal length."""
-    if not lifted:
-        return lambda labels: vectors[copies.first[labels]], vectors.shape[1]
+def _width(dim: int, lifted: bool) -> int:
+    """W of the points of a graph over (N, D)."""
+    return -(-(dim + 1) // _LANES) * _LANES if lifted else dim
+
+
+def _points(vectors: Vectors, copies: Copies, width: int, scale: Vectors | None) -> Callable[[Rows], Vectors]:
+    """What a graph holds under its labels: vectors (N, D), where W > D lifted to (N, W) of equal length."""
+    zeros = width - vectors.shape[1] - 1
+    if zeros < 0:
+        return lambda labels: vectors[copies.first[labels]]
 
     def scaled(rows: Rows) -> tuple[Vectors, Vectors]:
         some = vectors[rows] if scale is None else vectors[rows] * scale
@@ -264,8 +272,9 @@ def _points(
 
     def points(labels: Rows) -> Vectors:
         some, squares = scaled(copies.first[labels])
-        return np.column_stack([some, np.sqrt(np.maximum(longest - squares, 0))])
+        lift = np.sqrt(np.maximum(longest - squares, 0))
+        return np.column_stack([some, np.zeros((len(some), zeros), np.float32), lift])
 
     blocks = np.split(copies.first, range(_POINTS_AT_ONCE, len(copies), _POINTS_AT_ONCE))
     longest = max(scaled(rows)[1].max() for rows in blocks)
-    return points, vectors.shape[1] + 1
+    return points

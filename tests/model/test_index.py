@@ -176,7 +176,7 @@ def test_a_file_of_other_vectors_is_refused(lifted: bool, tmp_path: Path) -> Non
     """hnswlib would read beyond its buffers, or answer for another catalogue."""
     HnswIndex.build(VECTORS, lifted=lifted).save(tmp_path / "index")
     HnswIndex.load(tmp_path / "index", VECTORS)
-    with pytest.raises(ValueError, match="3000 points of 14"):
+    with pytest.raises(ValueError, match="3000 points of 16" if lifted else "other points"):
         HnswIndex.load(tmp_path / "index", VECTORS[:, :14])
     with pytest.raises(ValueError, match="2999 points"):
         HnswIndex.load(tmp_path / "index", VECTORS[:-1])
@@ -184,12 +184,22 @@ def test_a_file_of_other_vectors_is_refused(lifted: bool, tmp_path: Path) -> Non
         HnswIndex.load(tmp_path / "index", VECTORS[::-1])
 
 
+def test_a_graph_of_an_earlier_release_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Lifted to D + 1 columns, without zeros between: another width of the same points."""
+    monkeypatch.setattr(model.index, "_LANES", 1)
+    HnswIndex.build(VECTORS, seed=3, ef=100).save(tmp_path / "index")
+    monkeypatch.undo()
+    loaded, built = HnswIndex.load(tmp_path / "index", VECTORS, ef=100), HnswIndex.build(VECTORS, seed=3, ef=100)
+    assert (loaded._graph.dim, built._graph.dim) == (D + 1, 32)
+    assert recall(loaded.search_graph(QUERIES, 20)[1], built.search_graph(QUERIES, 20)[1]) > 0.99
+
+
 def test_a_graph_lifted_on_another_processor_is_taken_for_the_same(tmp_path: Path) -> None:
     """Which adds up squares in another order: of vectors of one length, all that is lifted is rounding."""
     unit = VECTORS / np.linalg.norm(VECTORS, axis=1, keepdims=True)
     HnswIndex.build(unit).save(tmp_path / "index")
     data = bytearray((tmp_path / "index").read_bytes())
-    last = np.ndarray(N, "<f4", data, 96 + 132 + 4 * D, (208,))  # of records of 4 + 128 + 68 + 8 bytes
+    last = np.ndarray(N, "<f4", data, 96 + 132 + 4 * 31, (268,))  # of records of 4 + 128 + 4 * 32 + 8 bytes
     squares = np.cumsum(unit[:, ::-1] ** 2, axis=1, dtype=np.float32)[:, -1]
     elsewhere = np.sqrt(squares.max() - squares)
     assert 3e-4 < np.abs(last - elsewhere).max() < 3e-3
@@ -268,11 +278,11 @@ def test_damage_below_the_upper_layers_is_seen(tmp_path: Path, seed: int, kind: 
     """Without any checksum, and before hnswlib reads a byte."""
     INDEX.save(tmp_path / "index")
     data, generator = bytearray((tmp_path / "index").read_bytes()), np.random.default_rng(seed)
-    start = int(generator.integers(96 + N * 200))  # of a record's 4 + 128 + 68 + 8 bytes
+    start = int(generator.integers(96 + N * 260))  # of a record's 4 + 128 + 4 * 32 + 8 bytes
     if kind == "cut":
         del data[start:]
     elif kind == "vector":
-        data[96 + 208 * (seed % N) + 132 + 4 * (seed % D) + 3] ^= 1  # one exponent
+        data[96 + 268 * (seed % N) + 132 + 4 * (seed % D) + 3] ^= 1  # one exponent
     else:
         data[start : start + 4096] = bytes(4096) if kind == "zeros" else generator.bytes(4096)
     (tmp_path / "index").write_bytes(data)
