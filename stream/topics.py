@@ -13,6 +13,8 @@ from stream.events import MAX_ITEM_BYTES
 DAY_MS = 24 * 60 * 60 * 1000
 MIB = 1024 * 1024
 ALREADY_EXISTS = 36  # Kafka's error code TOPIC_ALREADY_EXISTS
+MIN_ISR = "min.insync.replicas"
+SAFE = 3  # brokers: from there on one can be lost with neither writes nor data
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,8 @@ class Topic:
 
     lag_ms: how much longer Kafka may hold what retention or a tombstone has ended: it deletes whole segments and
     compacts closed ones, and keeps a tombstone as long again for readers that were behind.
+    replicas: of each partition, all but one of which must have a write before it counts; None: both as the cluster's
+    defaults say.
     """
 
     name: str
@@ -30,6 +34,7 @@ class Topic:
     compacted: bool = False
     lag_ms: int = DAY_MS
     max_message_bytes: int = MAX_ITEM_BYTES + MIB // 16  # of a batch: keys, headers and framing on top
+    replicas: int | None = None
 
     @property
     def cleanup(self) -> list[str]:
@@ -51,6 +56,8 @@ class Topic:
             # bounds how long an erased user's record survives its tombstone.
             settings |= {"segment.bytes": 64 * MIB, "min.cleanable.dirty.ratio": 0.2}
             settings |= {"max.compaction.lag.ms": self.lag_ms, "delete.retention.ms": self.lag_ms}
+        if self.replicas is not None:
+            settings[MIN_ISR] = max(1, self.replicas - 1)  # so one broker may be lost, and neither writes nor data are
         return {key: str(value) for key, value in settings.items()}
 
 
@@ -58,10 +65,13 @@ class Topics:
     """All topics of one installation.
 
     prefix: the installation's name; partitions: of every topic keyed by user, the bound on the number of
-    workers; clicks_days: how far back a trainer can replay, and how long an erased user's id is still on a disk.
+    workers; clicks_days: how far back a trainer can replay, and how long an erased user's id is still on a disk;
+    replicas: Topic's.
     """
 
-    def __init__(self, prefix: str = "upwell", partitions: int = 8, clicks_days: float = 30) -> None:
+    def __init__(
+        self, prefix: str = "upwell", partitions: int = 8, clicks_days: float = 30, replicas: int | None = None
+    ) -> None:
         if partitions < 1:
             raise ValueError(f"partitions: {partitions}, at least 1")
         clicks_ms = int(clicks_days * DAY_MS)
@@ -72,7 +82,7 @@ class Topics:
             name: str, about: str, parts: int, retention_ms: int | None = None, compacted: bool = False, **rest: int
         ) -> Topic:
             compacted = compacted or retention_ms is None
-            return Topic(f"{prefix}.{name}", about, parts, retention_ms, compacted, lag_ms, **rest)
+            return Topic(f"{prefix}.{name}", about, parts, retention_ms, compacted, lag_ms, replicas=replicas, **rest)
 
         self.prefix = prefix
         self.clicks = topic(
@@ -124,6 +134,8 @@ class Found(NamedTuple):
     topic: Topic
     partitions: int
     replicas: int  # of the partition that has the fewest
+    min_isr: int  # min.insync.replicas; 0: not ours to read
+    brokers: int  # of the cluster
     out_of_sync: int  # partitions of which a replica is behind
     differing: dict[str, tuple[str, str]] | None  # setting -> as it is, as it should be; None: not ours to read
 
@@ -134,6 +146,11 @@ class Found(NamedTuple):
             return
         if self.partitions != self.topic.partitions:
             yield f"{self.partitions} partitions, the settings say {self.topic.partitions}"
+        if self.topic.replicas not in (None, self.replicas):
+            yield f"{self.replicas} replicas, the settings say {self.topic.replicas}"
+        if self.brokers >= SAFE and self.min_isr and not 1 < self.min_isr < self.replicas:
+            loss = "what it has acknowledged is lost" if self.min_isr == 1 else "nothing can be written"
+            yield f"{self.replicas} replicas with {MIN_ISR} {self.min_isr}: without one broker {loss}"
         if self.out_of_sync:
             yield f"{self.out_of_sync} partitions with a replica that is behind"
         for name, (found, wanted) in (self.differing or {}).items():
@@ -143,7 +160,7 @@ class Found(NamedTuple):
 def describe(topics: Topics, connection: Connection) -> list[Found]:
     """All topics as they are. Raises KafkaError."""
     with kafka.KafkaAdminClient(**connection.kafka_python()) as admin:
-        return _describe(admin, topics, set(admin.list_topics()))
+        return _describe(admin, topics, set(admin.list_topics()), len(admin.describe_cluster()["brokers"]))
 
 
 def ensure(topics: Topics, connection: Connection) -> None:
@@ -157,8 +174,9 @@ def ensure(topics: Topics, connection: Connection) -> None:
         if missing:
             _create([topic for topic in topics.all() if topic.name in missing], admin)
         admin.wait_for_topics(list(names), timeout_ms=30_000)
-        for topic, partitions, _, _, differing in _describe(admin, topics, names):
-            check_partitions(topic, partitions)
+        for found in _describe(admin, topics, names):
+            topic, differing = found.topic, found.differing
+            check_partitions(topic, found.partitions)
             if differing is None:
                 raise WrongTopic(f"{topic.name}: this login may not read its settings: it needs DescribeConfigs")
             for key in ("cleanup.policy", "message.timestamp.type"):  # the second: windows go by the broker's clock
@@ -170,7 +188,7 @@ def ensure(topics: Topics, connection: Connection) -> None:
 
 
 def fix(topics: Topics, connection: Connection) -> list[str]:
-    """Create what is missing, set what differs but the partitions; a sentence for each change.
+    """Create what is missing, set what differs but partitions and replicas; a sentence for each change.
 
     Raises KafkaError, and WrongTopic before anything is changed.
     """
@@ -178,6 +196,7 @@ def fix(topics: Topics, connection: Connection) -> list[str]:
     for each in found:
         if each.partitions:
             check_partitions(each.topic, each.partitions)
+            _check_replicas(each)
     changes = {each.topic.name: {key: pair[1] for key, pair in (each.differing or {}).items()} for each in found}
     resources = [ConfigResource("TOPIC", name, configs) for name, configs in changes.items() if configs]
     if resources:
@@ -197,15 +216,24 @@ def check_partitions(topic: Topic, found: int) -> None:
         )
 
 
-def _describe(admin: kafka.KafkaAdminClient, topics: Topics, there: set[str]) -> list[Found]:
+def _check_replicas(found: Found) -> None:
+    """Raises WrongTopic for fewer than the settings say: with more of them to wait for than there are, writes end."""
+    if found.replicas < (found.topic.replicas or 1):
+        raise WrongTopic(
+            f"{found.topic.name} has {found.replicas} replicas, the settings say {found.topic.replicas}: add them with "
+            "Kafka's kafka-reassign-partitions, or set kafka.replicas to what is there"
+        )
+
+
+def _describe(admin: kafka.KafkaAdminClient, topics: Topics, there: set[str], brokers: int = 0) -> list[Found]:
     names = [topic.name for topic in topics.all() if topic.name in there]
     parts = {found["name"]: found["partitions"] for found in admin.describe_topics(names)} if names else {}
     resources = [ConfigResource("TOPIC", name) for name in names]
     configs = admin.describe_configs(resources, config_filter="all")["topic"] if names else {}
-    return [_found(topic, parts.get(topic.name, []), configs.get(topic.name, {})) for topic in topics.all()]
+    return [_found(topic, parts.get(topic.name, []), configs.get(topic.name, {}), brokers) for topic in topics.all()]
 
 
-def _found(topic: Topic, partitions: list[dict[str, Any]], config: dict[str, dict[str, str]]) -> Found:
+def _found(topic: Topic, partitions: list[dict[str, Any]], config: dict[str, dict[str, str]], brokers: int) -> Found:
     differing = {
         key: (value, wanted)
         for key, wanted in topic.config().items()
@@ -215,14 +243,22 @@ def _found(topic: Topic, partitions: list[dict[str, Any]], config: dict[str, dic
         topic,
         len(partitions),
         min((len(part["replica_nodes"]) for part in partitions), default=0),
+        int(config.get(MIN_ISR, {}).get("value", 0)),
+        brokers,
         sum(len(part["isr_nodes"]) < len(part["replica_nodes"]) for part in partitions),
         differing if config else None,  # kafka-python passes over a refusal
     )
 
 
 def _create(topics: list[Topic], admin: kafka.KafkaAdminClient) -> None:
-    """Replicas as the cluster's default says."""
-    wanted = {topic.name: {"num_partitions": topic.partitions, "configs": topic.config()} for topic in topics}
+    wanted = {
+        topic.name: {
+            "num_partitions": topic.partitions,
+            "replication_factor": -1 if topic.replicas is None else topic.replicas,  # -1: the cluster's default
+            "configs": topic.config(),
+        }
+        for topic in topics
+    }
     for result in admin.create_topics(wanted, raise_errors=False)["topics"]:
         if result["error_code"] not in (0, ALREADY_EXISTS):
             raise kafka.errors.for_code(result["error_code"])(f"{result['name']}: {result['error_message']}")

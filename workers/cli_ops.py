@@ -49,7 +49,8 @@ def describe_topics() -> None:
         faults = list(found.faults())
         faulty |= bool(faults)
         state = "; ".join(faults) or "as it should be"
-        typer.echo(f"{found.topic.name}  {found.partitions} partitions, {found.replicas} replicas: {state}")
+        copies = f"{found.replicas} replicas (at least {found.min_isr} in sync)"
+        typer.echo(f"{found.topic.name}  {found.partitions} partitions, {copies}: {state}")
     raise typer.Exit(int(faulty))
 
 

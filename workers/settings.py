@@ -71,6 +71,12 @@ class Kafka(Section):
     bootstrap: str = Field("127.0.0.1:9092", pattern=r"^[^\s:,]+:\d+(,[^\s:,]+:\d+)*$", description="HOST:PORT[,…]")
     prefix: str = Field("upwell", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="topics are PREFIX.clicks, …")
     partitions: int = Field(8, ge=1, le=1024, description="of clicks, users and recommendations alike")
+    replicas: int | None = Field(
+        None,
+        ge=1,
+        le=15,
+        description="of a topic that is created, min.insync.replicas one less; None: as the cluster's defaults",
+    )
     tls: bool = False
     ca_file: str | None = Field(None, description="PEM; None: the system's authorities")
     cert_file: str | None = None
@@ -86,7 +92,7 @@ class Kafka(Section):
 
     @property
     def connection(self) -> Connection:
-        return Connection(**self.model_dump(exclude={"prefix", "partitions"}))
+        return Connection(**self.model_dump(exclude={"prefix", "partitions", "replicas"}))
 
 
 class Worker(Section):
@@ -263,7 +269,7 @@ class Settings(BaseSettings):
 
     @property
     def topics(self) -> Topics:
-        return Topics(self.kafka.prefix, self.kafka.partitions, self.trainer.window_days)
+        return Topics(self.kafka.prefix, self.kafka.partitions, self.trainer.window_days, self.kafka.replicas)
 
     @field_validator("arms_key")
     @classmethod

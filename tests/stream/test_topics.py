@@ -6,7 +6,7 @@ import pytest
 from kafka.admin import ConfigResource
 
 from stream.connection import Connection
-from stream.topics import DAY_MS, Topics, WrongTopic, describe, ensure
+from stream.topics import DAY_MS, MIN_ISR, Found, Topics, WrongTopic, describe, ensure, fix
 
 
 def test_the_cluster_has_what_the_table_says(connection: Connection, topics: Topics) -> None:
@@ -59,6 +59,43 @@ def test_ensure_from_several_processes_at_once(connection: Connection) -> None:
 def test_another_partition_count_is_refused_by_name(connection: Connection, topics: Topics) -> None:
     with pytest.raises(WrongTopic, match=rf"{topics.prefix}\.clicks has 3 partitions, the settings say 4"):
         ensure(Topics(topics.prefix, partitions=4), connection)
+
+
+def test_one_broker_may_be_lost(connection: Connection) -> None:
+    """With three replicas writes wait for two: `tests/chaos/test_cluster.py` makes them on three brokers."""
+    for replicas, least in ((1, "1"), (2, "1"), (3, "2"), (5, "4")):
+        assert all(topic.config()[MIN_ISR] == least for topic in Topics("x", replicas=replicas).all())
+    assert not any(MIN_ISR in topic.config() for topic in Topics("x").all())  # the cluster's
+    alone = Topics(f"t{secrets.token_hex(4)}", partitions=1, replicas=1)
+    ensure(alone, connection)
+    for found in describe(alone, connection):
+        assert (found.replicas, found.min_isr, found.brokers, [*found.faults()]) == (1, 1, 1, [])
+    with pytest.raises(kafka.errors.InvalidReplicationFactorError):
+        ensure(Topics(f"t{secrets.token_hex(4)}", partitions=1, replicas=3), connection)
+
+
+def test_more_replicas_to_wait_for_than_there_are_is_refused(connection: Connection, topics: Topics) -> None:
+    with pytest.raises(WrongTopic, match=rf"{topics.prefix}\.\S+ has 1 replicas, the settings say 3"):
+        fix(Topics(topics.prefix, topics.clicks.partitions, replicas=3), connection)
+    assert {found.min_isr for found in describe(topics, connection)} == {1}
+
+
+@pytest.mark.parametrize(
+    ("brokers", "replicas", "min_isr", "fault"),
+    [
+        (3, 3, 2, None),
+        (5, 3, 2, None),
+        (1, 1, 1, None),
+        (3, 3, 0, None),  # a login that may not read it
+        (3, 1, 1, "1 replicas with min.insync.replicas 1: without one broker what it has acknowledged is lost"),
+        (3, 3, 1, "3 replicas with min.insync.replicas 1: without one broker what it has acknowledged is lost"),
+        (3, 3, 3, "3 replicas with min.insync.replicas 3: without one broker nothing can be written"),
+    ],
+)
+def test_topics_that_do_not_outlive_a_broker(brokers: int, replicas: int, min_isr: int, fault: str | None) -> None:
+    clicks = Topics("x").clicks
+    found = Found(clicks, clicks.partitions, replicas, min_isr, brokers, out_of_sync=0, differing={})
+    assert [*found.faults()] == ([fault] if fault else [])
 
 
 def test_another_clock_is_refused_by_name(connection: Connection) -> None:
