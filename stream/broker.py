@@ -15,6 +15,7 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -30,7 +31,8 @@ START_S = 90.0  # 3 s on two idle cores, 12 s after a SIGKILL (the old session m
 class LocalBroker:
     """One broker on `folder`, created if new, resumed if not; a context manager.
 
-    `home` is an unpacked Kafka to use instead of the locked jars. Raises BrokerError when the folder is
+    `home` is an unpacked Kafka to use instead of the locked jars; `cluster` and `settings` make it a node of a larger
+    cluster: its id, and what differs from a lone node (server.properties). Raises BrokerError when the folder is
     in use, a jar is not the locked one, or the broker does not come up (with the end of its log).
     """
 
@@ -42,10 +44,13 @@ class LocalBroker:
         cache: Path = CACHE,
         home: Path | None = None,
         heap: str = "512m",
+        cluster: str | None = None,
+        settings: Mapping[str, object] = {},
     ) -> None:
         self.folder = folder.resolve()
         self.pid: int | None = None  # of Java
         self._port, self._cache, self._home, self._heap = port, cache, home, heap
+        self._cluster, self._settings = cluster, dict(settings)
         self._guard: subprocess.Popen[bytes] | None = None
 
     @property
@@ -65,7 +70,7 @@ class LocalBroker:
         lock = _lock(self.folder)
         try:
             java = self._java()
-            identity = configure(self.folder, self._port)
+            identity = configure(self.folder, self._port, self._cluster, self._settings)
             self._port = identity.port
             self._format(java, identity.cluster)
             self._spawn([*java, "kafka.Kafka", str(self.folder / "server.properties")], lock)

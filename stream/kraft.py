@@ -1,8 +1,9 @@
-"""The files of a one-node Kafka under its folder: settings, logging, and who it is (kept across restarts)."""
+"""The files of a Kafka node under its folder: settings, logging, and who it is (kept across restarts)."""
 
 import json
 import secrets
 import socket
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,18 +27,18 @@ class Identity:
     cluster: str
 
 
-def configure(folder: Path, port: int | None) -> Identity:
-    """Writes the broker's files. Its port is the given one, else the last run's, else a free one.
+def configure(folder: Path, port: int | None, cluster: str | None, settings: Mapping[str, object]) -> Identity:
+    """Writes the broker's files. Its port and cluster are the given ones, else the last run's, else new ones.
 
-    Raises BrokerError when another program has it.
+    settings: in the place of a lone node's. Raises BrokerError when another program has the port.
     """
     kept = folder / "broker.json"
     last = json.loads(kept.read_text()) if kept.exists() else {}
-    identity = Identity(port or last.get("port") or free_port(), last.get("cluster") or _cluster_id())
+    identity = Identity(port or last.get("port") or free_port(), cluster or last.get("cluster") or cluster_id())
     require_free(identity.port)
     kept.write_text(json.dumps(asdict(identity)))
     (folder / "log4j2.yaml").write_text(LOG4J)
-    lines = (f"{key}={value}\n" for key, value in _settings(folder, identity).items())
+    lines = (f"{key}={value}\n" for key, value in {**_settings(folder, identity), **settings}.items())
     (folder / "server.properties").write_text("".join(lines))
     return identity
 
@@ -82,6 +83,6 @@ def require_free(port: int) -> None:
             raise BrokerError(f"port {port} is taken by another program: free it, or give another") from error
 
 
-def _cluster_id() -> str:
+def cluster_id() -> str:
     """16 random bytes in URL-safe base64; Kafka's tools take a leading dash for an option."""
     return "u" + secrets.token_urlsafe(16)[1:]

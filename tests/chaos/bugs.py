@@ -12,6 +12,8 @@ import time
 from concurrent.futures import Future
 from typing import Any, cast
 
+from aiokafka.producer.sender import Sender
+
 from model.user_state import Applied, Fold
 from stream.producer import Place, Producer
 from workers import dead_letters as dead_letters_module
@@ -150,6 +152,23 @@ def events_lost() -> None:
         return done
 
     Producer.send_raw = forgetful  # type: ignore[method-assign, assignment]
+
+
+def acks_of_the_leader() -> None:
+    """An event counts as soon as one broker has it."""
+    init = Producer.__init__
+
+    def hasty(self: Producer, *arguments: Any, **options: Any) -> None:
+        init(self, *arguments, **options)
+        self._abandon()
+        self._options |= {"acks": 1, "enable_idempotence": False}
+
+    Producer.__init__ = hasty  # type: ignore[method-assign]
+
+
+def coordinator_kept() -> None:
+    """A writer of states waits for the transaction coordinator it knows, and looks for no other."""
+    Sender._coordinator_dead = lambda self, kind: None
 
 
 def mixes() -> None:

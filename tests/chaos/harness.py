@@ -25,7 +25,7 @@ from stream.ports import free_port
 from stream.producer import ClickProducer
 from stream.topics import ensure
 from tests.chaos.worker import Trap, end, start, worker
-from tests.workers.service import ITEMS, until
+from tests.workers.service import ITEMS, Service, until
 from workers.observe import scrape
 from workers.settings import Kafka, Serve, Settings, Trainer, Worker
 from workers.states import limits_of, raw_states
@@ -37,6 +37,7 @@ SEED = int(os.environ.get("CHAOS_SEED", "6"))
 COMMIT = subprocess.run(
     ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
 ).stdout.strip()
+POSTS = 20  # a second, of a Client
 SHORT_SESSION_S = 4.0  # of the short forms; the long ones have the worker's own 10 s
 
 
@@ -102,6 +103,56 @@ class Load:
             self.failure = failure
 
 
+class Client:
+    """Posts each event once and asks for lists, without a pause; a context manager.
+
+    A 202 is a promise; a 503 says that the event may not have arrived, and it is not sent again here.
+    """
+
+    def __init__(self, service: Service, clicks: list[Click]) -> None:
+        self._service, self._clicks = service, clicks
+        self.posted: list[Click] = []
+        self.accepted: list[Click] = []
+        self.posts: Counter[Any] = Counter()
+        self.lists: Counter[Any] = Counter()
+        self.slowest_list_s = 0.0
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._post, self._ask)]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _post(self) -> None:
+        for click in self._clicks:
+            if self._stop.wait(1 / POSTS):
+                return
+            fields = ("event_id", "user_id", "item_id", "event_type", "ts_ms")
+            self.posted.append(click)
+            status = self._call("/v1/events", {name: getattr(click, name) for name in fields})
+            self.posts[status] += 1
+            if status == 202:
+                self.accepted.append(click)
+
+    def _ask(self) -> None:
+        while not self._stop.wait(0.1):
+            began = time.monotonic()
+            self.lists[self._call("/v1/users/u1/recommendations?k=10")] += 1
+            self.slowest_list_s = max(self.slowest_list_s, time.monotonic() - began)
+
+    def _call(self, path: str, body: Any = None) -> int | str:
+        try:
+            return self._service.call(path, body)[0]
+        except OSError as error:
+            return type(error).__name__
+
+
 class Fleet:
     """Workers of one group on fresh topics, started again when they fall, as an orchestrator would; a context manager.
 
@@ -118,6 +169,7 @@ class Fleet:
         generation: Artifact,
         *,
         partitions: int = 4,
+        replicas: int | None = None,
         session_s: float | None = None,
         window_days: float = 30.0,
         fault: Callable[[], None] | None = None,
@@ -125,7 +177,7 @@ class Fleet:
     ) -> None:
         name = f"c{secrets.token_hex(4)}"
         self.settings = Settings(
-            kafka=Kafka(bootstrap=connection.bootstrap, prefix=name, partitions=partitions),
+            kafka=Kafka(bootstrap=connection.bootstrap, prefix=name, partitions=partitions, replicas=replicas),
             worker=Worker(group=name, **settings),
             trainer=Trainer(window_days=window_days, min_events=100, holdout=20, round_s=1.0),
             serve=Serve(port=free_port()),

@@ -3,72 +3,17 @@
 import os
 import random
 import signal
-import threading
 import time
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from stream.broker import LocalBroker
 from stream.connection import Connection
-from stream.events import Artifact, Click
-from tests.chaos.harness import SEED, SHORT_SESSION_S, Fleet, holds, judge, make_clicks, report
+from stream.events import Artifact
+from tests.chaos.harness import SEED, SHORT_SESSION_S, Client, Fleet, holds, judge, make_clicks, report
 from tests.chaos.worker import start
 from tests.workers.service import Service, until
 from workers.server import run_server
 from workers.up import Roles
-
-RATE = 20  # posts a second
-
-
-class Client:
-    """Posts each event once and asks for lists, without a pause; a context manager.
-
-    A 202 is a promise; a 503 says that the event may not have arrived, and it is not sent again here.
-    """
-
-    def __init__(self, service: Service, clicks: list[Click]) -> None:
-        self._service, self._clicks = service, clicks
-        self.posted: list[Click] = []
-        self.accepted: list[Click] = []
-        self.posts: Counter[Any] = Counter()
-        self.lists: Counter[Any] = Counter()
-        self.slowest_list_s = 0.0
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._post, self._ask)]
-
-    def __enter__(self) -> "Client":
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _post(self) -> None:
-        for click in self._clicks:
-            if self._stop.wait(1 / RATE):
-                return
-            fields = ("event_id", "user_id", "item_id", "event_type", "ts_ms")
-            self.posted.append(click)
-            status = self._call("/v1/events", {name: getattr(click, name) for name in fields})
-            self.posts[status] += 1
-            if status == 202:
-                self.accepted.append(click)
-
-    def _ask(self) -> None:
-        while not self._stop.wait(0.1):
-            began = time.monotonic()
-            self.lists[self._call("/v1/users/u1/recommendations?k=10")] += 1
-            self.slowest_list_s = max(self.slowest_list_s, time.monotonic() - began)
-
-    def _call(self, path: str, body: Any = None) -> int | str:
-        try:
-            return self._service.call(path, body)[0]
-        except OSError as error:
-            return type(error).__name__
 
 
 def test_broker_comes_back(generation: Artifact, tmp_path: Path, long: bool) -> None:
