@@ -21,8 +21,6 @@ from workers.settings import Kafka, Settings, Worker
 def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.register_profile("upwell", deadline=None)  # a busy machine is no finding
     hypothesis.settings.load_profile("upwell")
-    # kafka-python leaves its socket to the garbage collector when a connection is refused: a broker's restart.
-    config.addinivalue_line("filterwarnings", "ignore:unclosed <socket:ResourceWarning")
 
 
 @pytest.fixture(scope="session")

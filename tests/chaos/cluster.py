@@ -1,7 +1,6 @@
 """Three brokers on loopback, each a controller too; who of them holds which office, and whether all are in sync."""
 
 import contextlib
-import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -80,7 +79,6 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         for node in NODES:  # nothing is to be kept, and the last one would wait for its quorum
             self.kill(node)
-        gc.collect()  # sockets that kafka-python was refused: at pytest's end they count as leaks
 
     @contextlib.contextmanager
     def admin(self) -> Iterator[kafka.KafkaAdminClient]:
@@ -94,22 +92,24 @@ class Cluster:
             return all(set(part["isr_nodes"]) == set(part["replica_nodes"]) == set(NODES) for part in parts)
         return False
 
+    def leader(self, topic: str) -> int:
+        """Of its first partition."""
+        with self.admin() as admin:
+            (found,) = admin.describe_topics([topic])
+        return int(found["partitions"][0]["leader_id"])
+
     def offices(self, settings: Settings) -> dict[str, int]:
         """Office -> the node that holds it now."""
         topics, group = settings.topics, settings.worker.group
         with self.admin() as admin:
-            leaders = {
-                topic["name"]: topic["partitions"][0]["leader_id"]
-                for topic in admin.describe_topics([topics.clicks.name, topics.users.name])
-            }
             groups = [n for n in NODES if any(found["group_id"] == group for found in admin.list_groups([n]))]
             transactional_id = f"{topics.users.name}-0"
             writer = admin.describe_transactions([transactional_id])[transactional_id]
             quorum = admin.describe_metadata_quorum()
         return {
-            "leader of clicks": leaders[topics.clicks.name],
+            "leader of clicks": self.leader(topics.clicks.name),
             "group coordinator": groups[0],
             "transaction coordinator": writer.coordinator_id,
-            "leader of users": leaders[topics.users.name],
+            "leader of users": self.leader(topics.users.name),
             "controller": quorum["topics"][0]["partitions"][0]["leader_id"],
         }
