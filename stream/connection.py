@@ -4,6 +4,10 @@ import ssl
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+# Without an answer for so long a connection is given up: where a firewall has forgotten it, nothing else ends it.
+# No shorter: a rebalance answers when all have joined. kafka-python's default is 30 s, Faust's 90.
+REQUEST_S = 10.0
+
 Mechanism = Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"]
 
 
@@ -43,6 +47,7 @@ class Connection:
     def kafka_python(self) -> dict[str, Any]:
         """Keyword arguments of kafka-python's clients, and of aiokafka's, which took their names."""
         options: dict[str, Any] = {"bootstrap_servers": [host.strip() for host in self.bootstrap.split(",")]}
+        options |= {"request_timeout_ms": int(1000 * REQUEST_S)}
         if self.tls:
             options |= {"security_protocol": "SASL_SSL" if self.username else "SSL"}
             options |= {"ssl_context": self.ssl_context()}

@@ -18,7 +18,7 @@ from typing import Any
 import faust
 from faust.transport.drivers.aiokafka import Consumer, Transport
 
-from stream.connection import Connection
+from stream.connection import REQUEST_S, Connection
 
 # What a worker that is behind holds of its lag beside workers/partitions.py: POLL * BUFFER clicks at most, 1 KB each.
 # Faust's default, 4,096 events, is of single records: of batches, memory followed the lag (docs/reliability.md).
@@ -101,6 +101,7 @@ def batch_app(
         broker_max_poll_records=POLL,
         stream_buffer_maxsize=BUFFER,
         broker_commit_interval=1.0,
+        broker_request_timeout=REQUEST_S,
         broker_session_timeout=10.0,  # a killed worker's partitions move after it; Faust's default is a minute
         broker_heartbeat_interval=3.0,
         broker_max_poll_interval=300.0,
