@@ -152,6 +152,7 @@ def open_consumer(connection: Connection, isolation_level: str = "read_committed
         max_poll_records=20_000,
         max_partition_fetch_bytes=4 * MIB,
         reconnect_backoff_max_ms=1000,
+        metrics_sample_window_ms=2500,  # two of them are what `Subscriber.connected` looks back
     )
 
 

@@ -40,8 +40,11 @@ class Subscriber(Closing):
 
     @property
     def connected(self) -> bool:
-        """Whether a connection to any broker is open."""
-        return bool(self._consumer.metrics()["consumer-metrics"]["connection-count"])
+        """Whether a broker has answered within the last five seconds; a question for more records waits half of one.
+
+        An open connection says nothing: where the network swallows what is sent it stays open.
+        """
+        return bool(self._consumer.metrics()["consumer-metrics"]["response-rate"])
 
     def records(self, timeout_s: float = 1.0) -> list[Record]:
         """As `poll`, not decoded."""
