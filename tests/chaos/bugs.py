@@ -15,10 +15,12 @@ from typing import Any, cast
 from aiokafka.producer.sender import Sender
 
 from model.user_state import Applied, Fold
+from stream.connection import Connection
 from stream.producer import Place, Producer
+from stream.subscriber import Subscriber
 from workers import dead_letters as dead_letters_module
+from workers import faust_batches, worker_process
 from workers import states as states_module
-from workers import worker_process
 from workers.faust_batches import BatchApp
 from workers.handed import Handed
 from workers.limits import Gate
@@ -276,6 +278,24 @@ def no_second_look() -> None:
         return {}
 
     Handed.behind = nothing  # type: ignore[method-assign]
+
+
+def patient() -> None:
+    """A request is waited for as long as the libraries do by themselves: a connection may be dead for 90 s."""
+    connection: Any = Connection
+    options = connection.kafka_python
+    connection.kafka_python = lambda self: {k: v for k, v in options(self).items() if k != "request_timeout_ms"}
+    module: Any = faust_batches
+    module.REQUEST_S = 90.0
+
+
+def open_is_connected() -> None:
+    """A server whose connection carries nothing takes itself for connected."""
+
+    def connected(self: Subscriber) -> bool:
+        return bool(self._consumer.metrics()["consumer-metrics"]["connection-count"])
+
+    Subscriber.connected = property(connected)  # type: ignore[method-assign, assignment]
 
 
 def plant(names: str) -> None:

@@ -116,7 +116,7 @@ class Client:
         self.accepted: list[Click] = []
         self.statuses: list[int | str] = []  # of the posts
         self.lists: Counter[Any] = Counter()
-        self.slowest_list_s = 0.0
+        self.slowest_list_s = self.slowest_post_s = 0.0
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=work, daemon=True) for work in (*[self._post] * posters, self._ask)]
 
@@ -140,7 +140,9 @@ class Client:
                 return
             fields = ("event_id", "user_id", "item_id", "event_type", "ts_ms")
             self.posted.append(click)
+            began = time.monotonic()
             status = self._call("/v1/events", {name: getattr(click, name) for name in fields})
+            self.slowest_post_s = max(self.slowest_post_s, time.monotonic() - began)
             self.statuses.append(status)
             if status == 202:
                 self.accepted.append(click)
@@ -158,13 +160,19 @@ class Client:
             return type(error).__name__
 
 
+def by_route(settings: Settings, bootstrap: str | None) -> Settings:
+    """The same cluster, reached by another address; None: by the settings' own."""
+    kafka = settings.kafka.model_copy(update={"bootstrap": bootstrap or settings.kafka.bootstrap})
+    return settings.model_copy(update={"kafka": kafka})
+
+
 class Fleet:
     """Workers of one group on fresh topics, started again when they fall, as an orchestrator would; a context manager.
 
     session_s: None is the product's own, for which a dead worker's partitions wait. fault: called in each worker first.
     The rest are worker settings.
     exits: name and exit code of every worker that ended without being told to (a kill is that, too).
-    traps: of a worker's successors, by name.
+    traps: of a worker's successors, by name. routes: a worker's own way to the broker, by name.
     """
 
     def __init__(
@@ -178,6 +186,7 @@ class Fleet:
         session_s: float | None = None,
         window_days: float = 30.0,
         fault: Callable[[], None] | None = None,
+        routes: Mapping[str, str] = {},
         **settings: Any,
     ) -> None:
         name = f"c{secrets.token_hex(4)}"
@@ -189,7 +198,7 @@ class Fleet:
             cache=folder / "cache",
             artifacts=str(folder / "artifacts"),
         )
-        self.folder, self._session_s, self._fault = folder, session_s, fault
+        self.folder, self._session_s, self._fault, self._routes = folder, session_s, fault, routes
         self.exits: list[tuple[str, int]] = []
         self._duplicates = 0.0
         self._processes: dict[str, Any] = {}
@@ -236,7 +245,7 @@ class Fleet:
             trap = next(self.traps[name], None)
             port = self._ports[name] = free_port()
             own = self.settings.worker.model_copy(update={"metrics_port": port})
-            settings = self.settings.model_copy(update={"worker": own})
+            settings = by_route(self.settings, self._routes.get(name)).model_copy(update={"worker": own})
             log = self.folder / f"{name}.log"
             log.touch()  # to be read before the process has opened it
             self._processes[name] = start(worker, settings, log, trap, self._session_s, self._fault)
