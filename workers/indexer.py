@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import structlog
 import torch
+from kafka.errors import KafkaError
 from numpy.typing import NDArray
 
 from model.checkpoint import fetch_model
@@ -173,7 +174,7 @@ class Indexer:
                 self._changed = True
             elif self._due(self._base):
                 self._build()
-        except OSError as error:  # the store is full or out of reach: nothing is said about the model
+        except (OSError, KafkaError) as error:  # the store is full, or it or Kafka out of reach: no fault of the model
             log.error("generation not stored", reason=str(error))
             self._wait(began)
         except (DamagedGeneration, RecallTooLow, ValueError) as error:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import structlog
+from kafka.errors import KafkaError
 from numpy.typing import NDArray
 
 from model.checkpoint import fetch_model, prune_models, publish_model
@@ -76,7 +77,11 @@ class Trainer:
     def _read(self, pending: list[Read]) -> list[Read]:
         """What was pending and what has come since, without the users who are erased; the newest of it, where clicks
         come faster than they are learned."""
-        new, erased = self._window.read(), self._window.erased
+        try:
+            new, erased = self._window.read(), self._window.erased
+        except (KafkaError, TimeoutError) as error:  # Kafka is away: a successor would learn anew what is unpublished
+            log.warning("clicks not read", reason=repr(error))
+            return pending
         if erased and self._learner is not None:
             self._learner.forget(erased)
         self._held -= sum(read.click.user_id in erased for read in pending[: self._held])
@@ -163,7 +168,7 @@ class Trainer:
         assert self._learner is not None
         try:
             serving = self._serving()
-        except OSError as error:
+        except (OSError, KafkaError) as error:
             return Verdict(False, f"the serving generation cannot be read: {error}")
         return judge(candidate, serving, held_out, self._learner.text())
 
@@ -171,7 +176,7 @@ class Trainer:
         """The model of the generation that is to serve now, a rollback or a pin heeded: the first that this release can
         read, as the workers take it. None where there is none of this encoder.
 
-        Raises OSError where the store is out of reach: it may well serve.
+        Raises OSError, KafkaError where the store or Kafka is out of reach: it may well serve.
         """
         for announced in read_announcements(self._settings).wanted():
             try:

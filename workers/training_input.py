@@ -48,7 +48,7 @@ class Window:
         self._ids: dict[bytes, None] = {}
 
     def read(self) -> list[Read]:
-        """What has come since the last call, up to now."""
+        """What has come since the last call, up to now. Raises as `read_window`: the next call reads it again."""
         self.erased, reads = {}, list[Read]()
         for _, partition, offset, event in self._newest():
             if isinstance(event, Erasure):
@@ -60,9 +60,9 @@ class Window:
     def _newest(self) -> list[Arrived]:
         """The newest clicks and every erasure, in order. At most twice the window is held: a month may be 100 of it."""
         most, clicks, erasures = self._settings.trainer.window_events, list[Arrived](), list[Arrived]()
-        since_ms = None if self.offsets else self._since_ms
+        since_ms, offsets = None if self.offsets else self._since_ms, dict(self.offsets)
         for record in read_window(self._settings.connection, self._topic, since_ms, dict(self.offsets)):
-            self.offsets[record.partition] = max(record.offset + 1, self.offsets.get(record.partition, 0))
+            offsets[record.partition] = max(record.offset + 1, offsets.get(record.partition, 0))
             if record.timestamp < self._since_ms:
                 continue
             try:
@@ -73,6 +73,7 @@ class Window:
             kept.append((record.timestamp, record.partition, record.offset, event))
             if len(clicks) > 2 * most:
                 clicks = sorted(clicks, key=_arrival)[-most:]
+        self.offsets = offsets
         return sorted([*sorted(clicks, key=_arrival)[-most:], *erasures], key=_arrival)
 
     def _is_new(self, event: bytes) -> bool:

@@ -204,7 +204,7 @@ def test_makers_go_on(generation: Artifact, tmp_path: Path, long: bool) -> None:
             for name, role in {"trainer": run_trainer, "indexer": run_indexer}.items()
         }
         try:
-            with Load(settings, make_clicks(draw, 10**5, users=60), RATE) as load:
+            with Load(settings, make_clicks(draw, 10**5, users=60), rate=20) as load:
                 grows(rounds, "the trainer trains")
                 black_holes = []
                 for lost in (False, True):

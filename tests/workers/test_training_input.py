@@ -5,6 +5,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 
 import pytest
+from kafka.errors import KafkaTimeoutError
 
 from stream.events import Click, Erasure, Event, encode
 from stream.topics import DAY_MS
@@ -73,3 +74,20 @@ def test_an_event_id_counts_once_a_user(window: Callable[[Iterator[Record]], Win
     sent = [record("u", "1", 0), record("v", "1", 1), record("u", "1", 2), record("u", "2", 3)]
     reads = window(iter(sent)).read()
     assert [(one.click.user_id, one.click.event_id) for one in reads] == [("u", "1"), ("v", "1"), ("u", "2")]
+
+
+def test_a_read_that_breaks_off_is_made_again(
+    window: Callable[[Iterator[Record]], Window], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The broker's connection is lost in the middle: what came before it was not given to anyone."""
+    clicks = [record("u", f"e{at}", at) for at in range(10)]
+
+    def broken() -> Iterator[Record]:
+        yield from clicks[:3]
+        raise KafkaTimeoutError
+
+    read = window(broken())
+    with pytest.raises(KafkaTimeoutError):
+        read.read()
+    monkeypatch.setattr(training_input, "read_window", lambda _, __, ___, offsets: iter(clicks[offsets.get(0, 0) :]))
+    assert [one.offset for one in read.read()] == [*range(10)]
