@@ -94,8 +94,9 @@ class Proxy:
             self._server = None
         for flow in list(self._flows):
             for writer in flow.writers:
-                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-                writer.transport.abort()
+                if not writer.is_closing():
+                    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+                    writer.transport.abort()
 
     async def _forget(self) -> None:
         for flow in self._flows:
