@@ -4,11 +4,14 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
+import structlog
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError, NodeNotReadyError
+from aiokafka.errors import KafkaError, KafkaTimeoutError, NodeNotReadyError, UnknownTopicOrPartitionError
 
 from stream.connection import Connection
 from stream.tracing import Header
+
+log = structlog.get_logger()
 
 MAX_BATCH_BYTES = 900_000  # under the topics' limit, before compression
 MAX_RECORD_BYTES = MAX_BATCH_BYTES - 1_000  # key and framing on top
@@ -29,6 +32,18 @@ def retriable(lookup: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[
             raise
 
     return look_up
+
+
+async def queued(producer: AIOKafkaProducer, batch: Any, topic: str, partition: int) -> Awaitable[Any]:
+    """A batch taken by the producer. Where Kafka does not answer for a request's time, aiokafka has not heard of the
+    topic yet, or has no room, and has taken nothing: that passes."""
+    while True:
+        try:
+            future: Awaitable[Any] = await producer.send_batch(batch, topic, partition=partition)
+        except (UnknownTopicOrPartitionError, KafkaTimeoutError) as error:
+            log.warning("batch not taken, tried again", topic=topic, partition=partition, reason=repr(error))
+        else:
+            return future
 
 
 class BatchSender:
@@ -71,15 +86,15 @@ class BatchSender:
     async def send(self, topic: str, partition: int, records: Iterable[Keyed]) -> None:
         """Raises ValueError for a record over MAX_RECORD_BYTES, KafkaError when Kafka refuses a batch."""
         assert self._producer is not None, "send before start"
-        producer, sent = self._producer, []
+        producer, sent = self._producer, list[Awaitable[Any]]()
         batch = producer.create_batch()
         for key, value, *headers in records:
             if len(value or b"") > MAX_RECORD_BYTES:  # the first record of a batch is taken at any size
                 raise ValueError(f"{topic}: a record of {len(value or b'')} bytes, at most {MAX_RECORD_BYTES}")
             if batch.append(key=key, value=value, timestamp=None, headers=headers) is None:
-                sent.append(await producer.send_batch(batch, topic, partition=partition))
+                sent.append(await queued(producer, batch, topic, partition))
                 batch = producer.create_batch()
                 batch.append(key=key, value=value, timestamp=None, headers=headers)
         if batch.record_count():
-            sent.append(await producer.send_batch(batch, topic, partition=partition))
+            sent.append(await queued(producer, batch, topic, partition))
         await asyncio.gather(*sent)

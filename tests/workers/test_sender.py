@@ -4,8 +4,9 @@ import asyncio
 from typing import Any
 
 import pytest
+from aiokafka import AIOKafkaProducer
 from aiokafka.client import AIOKafkaClient
-from aiokafka.errors import KafkaConnectionError
+from aiokafka.errors import KafkaConnectionError, KafkaTimeoutError, UnknownTopicOrPartitionError
 from aiokafka.protocol.coordination import FindCoordinatorRequest
 
 from stream.connection import Connection
@@ -56,3 +57,24 @@ async def test_a_connection_that_ends_under_the_question_for_the_coordinator_end
         await sender.stop()
     assert asked > 1
     assert len(list(read_window(connection, topics.users.name))) == 1
+
+
+async def test_a_batch_that_is_not_taken_is_sent_all_the_same(
+    connection: Connection, topics: Topics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network is away at a producer's first batch: no answer tells it of the topic."""
+    send, refusals = AIOKafkaProducer.send_batch, [KafkaTimeoutError(), UnknownTopicOrPartitionError()]
+
+    async def refused(*arguments: Any, **rest: Any) -> Any:
+        if refusals:
+            raise refusals.pop()
+        return await send(*arguments, **rest)
+
+    monkeypatch.setattr(AIOKafkaProducer, "send_batch", refused)
+    sender = BatchSender(connection)
+    await sender.start()
+    try:
+        await sender.send(topics.users.name, 1, [(b"k", b"v")])
+    finally:
+        await sender.stop()
+    assert [(record.key, record.value) for record in read_window(connection, topics.users.name)] == [(b"k", b"v")]
