@@ -83,6 +83,8 @@ class Scene:
             proxy.forget()
 
     def all_slow(self, _: str) -> None:
+        self._fleet.await_ready()
+        time.sleep(5)  # a worker that was fenced a moment ago joins its group first
         before = self._restored()
         for proxy in self._proxies.values():
             proxy.slow(0.2)
