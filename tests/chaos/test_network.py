@@ -170,7 +170,7 @@ def test_networks_fail(generation: Artifact, tmp_path: Path, long: bool) -> None
     assert set(verdict["posts"]) == {"202", "503"}
     assert verdict["slowest_post_s"] < settings.serve.timeout_s + 1
     assert verdict["lag_when_slow"] < 10 * RATE
-    assert verdict["moves_s_max"] < MOVES_S or not long
+    assert verdict["moves_s_max"] < (MOVES_S if long else 2 * MOVES_S)  # the short form's on a machine under load
 
 
 def kept(clicks: Iterator[Click], sent: list[Click]) -> Iterator[Click]:
