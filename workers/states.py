@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import structlog
 from msgspec import Struct
@@ -40,8 +40,8 @@ class PackedStates(States):
     def __getitem__(self, user_id: str) -> UserState:
         return decode_state(self._records[user_id])
 
-    def get(self, user_id: str, default: Any = None) -> Any:
-        """As Mapping's, which costs an exception for each new user: 3 us."""
+    def get(self, user_id: str, default: UserState = EMPTY) -> UserState:  # type: ignore[override]
+        """Of a stranger the default; Mapping's own `get` costs an exception for each: 3 us."""
         raw = self._records.get(user_id)
         return default if raw is None else decode_state(raw)
 

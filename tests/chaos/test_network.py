@@ -13,9 +13,8 @@ from stream.connection import Connection
 from stream.consumer import end_offsets
 from stream.events import Artifact, Click, Item
 from stream.producer import ClickProducer
-from tests.chaos.harness import SEED, SHORT_SESSION_S, Fleet, Load, by_route, holds, judge, make_clicks, report
+from tests.chaos.harness import SEED, SHORT_SESSION_S, Client, Fleet, Load, by_route, holds, judge, make_clicks, report
 from tests.chaos.network import Proxy, broker_behind
-from tests.chaos.test_broker import Client
 from tests.chaos.test_zombie import FENCED
 from tests.chaos.worker import start
 from tests.workers.service import Service, until
