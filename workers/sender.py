@@ -36,12 +36,16 @@ def retriable(lookup: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[
 
 async def queued(producer: AIOKafkaProducer, batch: Any, topic: str, partition: int) -> Awaitable[Any]:
     """A batch taken by the producer. Where Kafka does not answer for a request's time, aiokafka has not heard of the
-    topic yet, or has no room, and has taken nothing: that passes."""
+    topic yet, or has no room, and has taken nothing: that passes, in other connections. aiokafka 0.14 keeps the one in
+    which its question for the topics stays without an answer (`AIOKafkaClient._metadata_update`), and asks in it again.
+    """
     while True:
         try:
             future: Awaitable[Any] = await producer.send_batch(batch, topic, partition=partition)
         except (UnknownTopicOrPartitionError, KafkaTimeoutError) as error:
             log.warning("batch not taken, tried again", topic=topic, partition=partition, reason=repr(error))
+            for connection in list(producer.client._conns.values()):
+                connection.close()
         else:
             return future
 
