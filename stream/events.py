@@ -77,14 +77,14 @@ class ItemVector(Event, frozen=True, kw_only=True):
     vector: bytes  # float16, little-endian, E values; unit norm, or zeros for an item without text
 
 
-class Because(Struct, frozen=True):
+class Because(Struct, frozen=True, gc=False):  # as Ranked: a micro-batch makes 20,000 and more
     """A click that speaks for a recommended item."""
 
     item_id: str
     share: float  # of what the user's clicks say for the item through co-visitation and text; see Ranked.explained
 
 
-class Ranked(Struct, frozen=True, omit_defaults=True):
+class Ranked(Struct, frozen=True, omit_defaults=True, gc=False):
     """One place in a list of recommendations."""
 
     item_id: str

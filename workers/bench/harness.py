@@ -11,6 +11,7 @@ from typing import NamedTuple
 import msgspec
 import psutil
 
+from workers.processes import settle
 from workers.progress import seldom
 
 Runs = dict[str, list[float]]
@@ -49,7 +50,11 @@ def measure(name: str, options: Options) -> Result:
 
 
 def alternate(contenders: Mapping[str, Callable[[], float]], rounds: int) -> Runs:
-    """One figure a run; the contenders take turns, so that a busy spell of the machine meets all of them."""
+    """One figure a run; the contenders take turns, so that a busy spell of the machine meets all of them.
+
+    The garbage collector is as in the roles: it would else go through all that was set up, in what is measured here.
+    """
+    settle()
     runs: Runs = {name: [] for name in contenders}
     progress = seldom(lambda done, of: tell(f"{done} of {of} runs of {', '.join(contenders)}"), 5.0)
     for round_ in range(rounds):
