@@ -1,5 +1,6 @@
 """What the benchmarks share: alternating runs, medians of ratios, the machine's load, CPU and memory of a process."""
 
+import gc
 import importlib
 import os
 import statistics
@@ -44,6 +45,7 @@ def measure(name: str, options: Options) -> Result:
     work = importlib.import_module(f"workers.bench.{name}").work
     before = os.getloadavg()[0]
     ratios, values = work(options)
+    gc.unfreeze()  # what `settle` has frozen would be told as leaked at the end
     after = os.getloadavg()[0]
     short = {key: value if isinstance(value, str) else _round(value) for key, value in values.items()}
     return Result(name, {key: _round(value) for key, value in ratios.items()}, short, (before, after))
