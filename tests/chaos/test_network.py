@@ -195,8 +195,8 @@ def test_makers_go_on(generation: Artifact, tmp_path: Path, long: bool) -> None:
         def rounds() -> int:
             return (tmp_path / "trainer.log").read_text().count('"round concluded"')
 
-        def grows(count: Callable[[], int], what: str) -> float:
-            since, before = time.monotonic(), count()
+        def grows(count: Callable[[], int], before: int, what: str) -> float:
+            since = time.monotonic()
             until(lambda: count() > before, what)
             return round(time.monotonic() - since, 1)
 
@@ -206,7 +206,7 @@ def test_makers_go_on(generation: Artifact, tmp_path: Path, long: bool) -> None:
         }
         try:
             with Load(settings, make_clicks(draw, 10**5, users=60), rate=20) as load:
-                grows(rounds, "the trainer trains")
+                grows(rounds, 0, "the trainer trains")
                 black_holes = []
                 for lost in (False, True):
                     for proxy in proxies.values():
@@ -214,11 +214,12 @@ def test_makers_go_on(generation: Artifact, tmp_path: Path, long: bool) -> None:
                     time.sleep(45)
                     with ClickProducer(settings.connection, topics) as producer:
                         producer.send_item(Item(item_id=f"new-{lost}", title="Rivers and their mouths"))
+                    before = encoded(), rounds()
                     for proxy in proxies.values():
                         proxy.heal(lost)
                     moves_s = {
-                        "vector": grows(encoded, "an item is encoded"),
-                        "round": grows(rounds, "training goes on"),
+                        "vector": grows(encoded, before[0], "an item is encoded"),
+                        "round": grows(rounds, before[1], "training goes on"),
                     }
                     black_holes.append({"lost": lost, **moves_s})
                     print(black_holes, {name: maker.exitcode for name, maker in makers.items()})
