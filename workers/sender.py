@@ -1,6 +1,7 @@
 """Records of a micro-batch to Kafka in aiokafka batches: 166,000 a second and more, where `send` makes 40,000."""
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
@@ -73,6 +74,8 @@ class BatchSender:
             max_request_size=MAX_BATCH_BYTES + 100_000,
         )
         self._producer.client.coordinator_lookup = retriable(self._producer.client.coordinator_lookup)
+        # Else a batch without a leader for a request's time is given up, which ends the worker: in an outage, too.
+        self._producer._message_accumulator._batch_ttl = math.inf
         await self._producer.start()
 
     async def stop(self) -> None:

@@ -1,11 +1,13 @@
 """Batches on the real broker: everything arrives, in order, however it is cut."""
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.client import AIOKafkaClient
+from aiokafka.cluster import ClusterMetadata
 from aiokafka.errors import KafkaConnectionError, KafkaTimeoutError, UnknownTopicOrPartitionError
 from aiokafka.protocol.coordination import FindCoordinatorRequest
 
@@ -77,4 +79,25 @@ async def test_a_batch_that_is_not_taken_is_sent_all_the_same(
         await sender.send(topics.users.name, 1, [(b"k", b"v")])
     finally:
         await sender.stop()
+    assert [(record.key, record.value) for record in read_window(connection, topics.users.name)] == [(b"k", b"v")]
+
+
+async def test_a_batch_waits_for_a_leader_however_long(
+    connection: Connection, topics: Topics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broker that stops in order says that nobody leads its partitions any more."""
+    lead, leaderless_until = ClusterMetadata.leader_for_partition, time.monotonic() + 3
+    monkeypatch.setattr("stream.connection.REQUEST_S", 1.0)
+    monkeypatch.setattr(
+        ClusterMetadata,
+        "leader_for_partition",
+        lambda self, partition: -1 if time.monotonic() < leaderless_until else lead(self, partition),
+    )
+    sender = BatchSender(connection)
+    await sender.start()
+    try:
+        await sender.send(topics.users.name, 1, [(b"k", b"v")])
+    finally:
+        await sender.stop()
+    assert time.monotonic() > leaderless_until
     assert [(record.key, record.value) for record in read_window(connection, topics.users.name)] == [(b"k", b"v")]
