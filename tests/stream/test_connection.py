@@ -12,7 +12,7 @@ SECURE = Connection("a:1, b:2", tls=True, username="ada", password="secret")
 
 
 def test_plain_needs_only_the_addresses() -> None:
-    assert Connection("a:1, b:2").kafka_python() == {"bootstrap_servers": ["a:1", "b:2"]}
+    assert Connection("a:1, b:2").kafka_python() == {"bootstrap_servers": ["a:1", "b:2"], "request_timeout_ms": 10_000}
 
 
 def test_options_are_known_to_both_clients() -> None:

@@ -61,6 +61,17 @@ async def test_a_connection_that_ends_under_the_question_for_the_coordinator_end
     assert len(list(read_window(connection, topics.users.name))) == 1
 
 
+async def arrived(connection: Connection, topics: Topics) -> list[tuple[bytes | None, bytes | None]]:
+    """What is in Kafka when a sender says that its one record is."""
+    sender = BatchSender(connection)
+    await sender.start()
+    try:
+        await sender.send(topics.users.name, 1, [(b"k", b"v")])
+    finally:
+        await sender.stop()
+    return [(record.key, record.value) for record in read_window(connection, topics.users.name)]
+
+
 async def test_a_batch_that_is_not_taken_is_sent_all_the_same(
     connection: Connection, topics: Topics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,13 +84,7 @@ async def test_a_batch_that_is_not_taken_is_sent_all_the_same(
         return await send(*arguments, **rest)
 
     monkeypatch.setattr(AIOKafkaProducer, "send_batch", refused)
-    sender = BatchSender(connection)
-    await sender.start()
-    try:
-        await sender.send(topics.users.name, 1, [(b"k", b"v")])
-    finally:
-        await sender.stop()
-    assert [(record.key, record.value) for record in read_window(connection, topics.users.name)] == [(b"k", b"v")]
+    assert await arrived(connection, topics) == [(b"k", b"v")]
 
 
 async def test_a_batch_waits_for_a_leader_however_long(
@@ -93,11 +98,5 @@ async def test_a_batch_waits_for_a_leader_however_long(
         "leader_for_partition",
         lambda self, partition: -1 if time.monotonic() < leaderless_until else lead(self, partition),
     )
-    sender = BatchSender(connection)
-    await sender.start()
-    try:
-        await sender.send(topics.users.name, 1, [(b"k", b"v")])
-    finally:
-        await sender.stop()
+    assert await arrived(connection, topics) == [(b"k", b"v")]
     assert time.monotonic() > leaderless_until
-    assert [(record.key, record.value) for record in read_window(connection, topics.users.name)] == [(b"k", b"v")]
