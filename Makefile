@@ -16,14 +16,15 @@ venv: $(STAMP)/packages .cache/datasets/.made .cache/kafka/.made  ## .venv from 
 demo: venv  ## the whole system on this machine with a real event stream; ARGS="--help" says more
 	$(BIN)/upwell demo $(ARGS)
 
-# Those of model/ compute and those of the services wait: beside each other they take what the services' take alone.
+# What computes, or has a Kafka of its own, runs beside the rest, which mostly waits.
+BESIDE := tests/model tests/workers/test_bench.py
 test: venv lint  ## lint, types and all tests; ARGS goes to pytest
 ifdef ARGS
 	$(BIN)/pytest $(ARGS)
 else
-	nice -n 5 $(BIN)/pytest tests/model --timeout 1200 >$(STAMP)/model.log 2>&1 & \
-	$(BIN)/pytest --ignore tests/model; services=$$?; \
-	wait $$!; model=$$?; cat $(STAMP)/model.log; exit $$((services || model))
+	nice -n 5 $(BIN)/pytest $(BESIDE) --timeout 1200 >$(STAMP)/beside.log 2>&1 & \
+	$(BIN)/pytest $(BESIDE:%=--ignore=%); rest=$$?; \
+	wait $$!; beside=$$?; cat $(STAMP)/beside.log; exit $$((rest || beside))
 endif
 
 chaos: venv  ## the long forms of the chaos scenarios, hours: docs/reliability.md; ARGS="-k sigkill"

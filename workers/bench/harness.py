@@ -45,7 +45,6 @@ def measure(name: str, options: Options) -> Result:
     work = importlib.import_module(f"workers.bench.{name}").work
     before = os.getloadavg()[0]
     ratios, values = work(options)
-    gc.unfreeze()  # what `settle` has frozen would be told as leaked at the end
     after = os.getloadavg()[0]
     short = {key: value if isinstance(value, str) else _round(value) for key, value in values.items()}
     return Result(name, {key: _round(value) for key, value in ratios.items()}, short, (before, after))
@@ -64,6 +63,7 @@ def alternate(contenders: Mapping[str, Callable[[], float]], rounds: int) -> Run
         for name in names:
             runs[name].append(contenders[name]())
             progress(sum(map(len, runs.values())), rounds * len(contenders))
+    gc.unfreeze()  # what `settle` has frozen would be told as leaked at the end
     return runs
 
 
