@@ -3,20 +3,21 @@
 Faust's own path costs 0.1-0.2 ms an event whatever the codec, because `Consumer._drain_messages` makes two
 tasks for each (FACTS.md: 31 to 33 times the rate this way). Group, assignment and commits stay Faust's.
 
-The synthetic record carries the batch's last offset, and acks come in order (one agent, concurrency 1): so all up to
-the last acked one is done. Faust's own bookkeeping of gaps sticks for good where offset 0 was read alone and more than
-one record after it (`if gap > 1 and r_offset`, seen: 268 applied, 1 committed); ours takes its place. An agent that
-raises still acks its event, here a whole batch: so the agent takes its events unacked, acks each when all of it is in
-Kafka, and ends the process where it cannot go on (`die`). The overridden names are private; pyproject.toml pins the
-minor version and tests/workers/test_faust_batches.py fails when they move.
+The synthetic record stands at the last offset that the fetch has passed, which may hold no click but the marker of a
+producer's transaction, and acks come in order (one agent, concurrency 1): so all up to the last acked one is done.
+Faust's own bookkeeping of gaps sticks for good where offset 0 was read alone and more than one record after it
+(`if gap > 1 and r_offset`, seen: 268 applied, 1 committed); ours takes its place. An agent that raises still acks its
+event, here a whole batch: so the agent takes its events unacked, acks each when all of it is in Kafka, and ends the
+process where it cannot go on (`die`). The overridden names are private; pyproject.toml pins the minor version and
+tests/workers/test_faust_batches.py fails when they move.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import faust
-from faust.transport.drivers.aiokafka import Consumer, Transport
+from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread, Consumer, Transport
 
 from stream.connection import REQUEST_S, Connection
 
@@ -26,10 +27,38 @@ POLL = 2000  # records a fetch, of all partitions together
 BUFFER = 4  # batches that wait for the agent
 
 
+class Fetched(NamedTuple):
+    """All of a partition from offset `first` up to but not `next`: markers and aborted clicks are passed over."""
+
+    first: int
+    next: int
+    records: list[Any]
+
+
+class PartitionBatchThread(AIOKafkaConsumerThread):  # type: ignore[misc]
+    """Owns aiokafka's consumer. Reads what is committed: a click that its producer has taken back never was one."""
+
+    def _create_worker_consumer(self, transport: Any) -> Any:
+        consumer = super()._create_worker_consumer(transport)
+        consumer._isolation_level = "read_committed"  # Faust reads so only where it writes in transactions itself
+        return consumer
+
+    def highwater(self, tp: Any) -> int | None:
+        """The end of what is committed; None before the first fetch."""
+        end: int | None = self._ensure_consumer().last_stable_offset(tp)
+        return end
+
+    async def _fetch_records(self, consumer: Any, *args: Any, **kwargs: Any) -> dict[Any, list[Any]]:
+        before = _positions(consumer)
+        fetched = await super()._fetch_records(consumer, *args, **kwargs)
+        after = _positions(consumer)
+        passed = [tp for tp, at in after.items() if at > before.get(tp, at)]  # maybe markers alone
+        return {tp: [_batch(tp, before.get(tp), after.get(tp), fetched.get(tp, []))] for tp in {*fetched, *passed}}
+
+
 class PartitionBatchConsumer(Consumer):  # type: ignore[misc]
-    async def _wait_next_records(self, timeout: float) -> tuple[Any, Any]:
-        records, active = await super()._wait_next_records(timeout)
-        return {tp: [_batch(fetched)] for tp, fetched in (records or {}).items() if fetched}, active
+    def _new_consumer_thread(self) -> PartitionBatchThread:
+        return PartitionBatchThread(self, loop=self.loop, beacon=self.beacon)
 
     async def _add_gap(self, tp: Any, offset_from: int, offset_to: int) -> None:
         """Nothing is missing between two batches: workers/handed.py sees to it."""
@@ -45,20 +74,29 @@ class PartitionBatchConsumer(Consumer):  # type: ignore[misc]
         return done
 
 
-def _batch(fetched: list[Any]) -> SimpleNamespace:
-    last = fetched[-1]
+def _positions(consumer: Any) -> Mapping[Any, int]:
+    """Of each assigned partition that has one: the offset to be read next."""
+    assignment = getattr(consumer._subscription.subscription, "assignment", None)
+    states = {tp: assignment.state_value(tp) for tp in assignment.tps} if assignment else {}
+    return {tp: state.position for tp, state in states.items() if state.has_valid_position}
+
+
+def _batch(tp: Any, before: int | None, after: int | None, records: list[Any]) -> SimpleNamespace:
+    """`before` and `after` are the reader's positions; of another assignment, maybe, which the records are not."""
+    first = min(at for at in (before, *(record.offset for record in records[:1])) if at is not None)
+    next_ = max((after or 0, *(record.offset + 1 for record in records[-1:])))
     return SimpleNamespace(
-        topic=last.topic,
-        partition=last.partition,
-        offset=last.offset,
-        timestamp=last.timestamp,
-        timestamp_type=last.timestamp_type,
+        topic=tp.topic,
+        partition=tp.partition,
+        offset=next_ - 1,
+        timestamp=records[-1].timestamp if records else 0,
+        timestamp_type=0,
         headers=(),
         key=None,
-        value=fetched,
+        value=Fetched(first, next_, records),
         checksum=None,
         serialized_key_size=0,
-        serialized_value_size=sum(record.serialized_value_size for record in fetched),
+        serialized_value_size=sum(record.serialized_value_size for record in records),
     )
 
 

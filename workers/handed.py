@@ -14,6 +14,7 @@ from typing import Any
 import structlog
 
 from stream.consumer import Record, committed_offsets, read_window
+from workers.faust_batches import Fetched
 from workers.settings import Settings
 
 log = structlog.get_logger()
@@ -35,30 +36,29 @@ class Handed:
         self._again: dict[int, tuple[int, float]] = {}  # partition -> from where it was last fetched again, and when
         self._rebalances = 0
 
-    async def complete(self, partition: int, records: Sequence[Any]) -> Sequence[Any]:
+    async def complete(self, partition: int, fetched: Fetched) -> Sequence[Any]:
         """The records of a batch, before them those that are missing since the last one or since the commit.
 
-        The first batch after an assignment costs a look at the committed offset (0.1 s), a gap one more read; a
-        producer's transaction marker looks like a gap.
+        The first batch after an assignment costs a look at the committed offset (0.1 s), a gap one more read.
         """
-        first, next_ = records[0].offset, self._next.get(partition)
+        records, next_ = fetched.records, self._next.get(partition)
         if next_ is None:
             next_ = (await asyncio.to_thread(self._committed)).get(partition, 0)
-        if next_ < first:
-            missing = await asyncio.to_thread(self._between, partition, next_, first)
+        if next_ < fetched.first:
+            missing = await asyncio.to_thread(self._between, partition, next_, fetched.first)
             if missing:
                 log.warning("dropped batch read again", partition=partition, first=next_, clicks=len(missing))
             records = [*missing, *records]
-        self._next[partition] = max(next_, records[-1].offset + 1)
+        self._next[partition] = max(next_, fetched.next)
         return records
 
     async def behind(self, ends: Mapping[int, int]) -> dict[int, int]:
         """Partition -> offset to fetch from again, once for each; call it now and then.
 
-        `ends`: of those partitions of which no batch is under way.
+        `ends`: of what is committed, in those partitions of which no batch is under way.
 
-        It is behind where it has not moved since the last call and stands below the end that it had then (a
-        producer's transaction marker looks so too: one fetch in vain). Raises Stuck where it still is STUCK_S later.
+        It is behind where it has not moved since the last call and stands below the end that it had then. Raises
+        Stuck where it still is STUCK_S later, unless all that is there is a transaction's marker.
         """
         if any(partition not in self._next and end for partition, end in ends.items()):
             rebalances = self._rebalances
@@ -92,12 +92,7 @@ class Handed:
 
     def _between(self, partition: int, first: int, end: int) -> list[Record]:
         topic = self._settings.topics.clicks.name
-        records = read_window(
-            self._settings.connection,
-            topic,
-            offsets={partition: first},
-            only=[partition],
-            until={partition: end},
-            isolation_level="read_uncommitted",  # as Faust reads: else an open transaction would end the topic here
+        window = read_window(
+            self._settings.connection, topic, offsets={partition: first}, only=[partition], until={partition: end}
         )
-        return list(records)
+        return list(window)

@@ -15,7 +15,7 @@ ROOM = 40_000  # clicks of a KiB taken from Faust before no more are, some 40 MB
 
 
 class Batch(NamedTuple):
-    """A Faust event whose value is a fetched batch of records, and how to acknowledge it."""
+    """A Faust event whose value is a `Fetched`, and how to acknowledge it."""
 
     event: Any
     acknowledge: Acknowledge
@@ -23,7 +23,7 @@ class Batch(NamedTuple):
     @property
     def room(self) -> int:
         """What it takes of ROOM: 40,000 clicks of 64 KiB would be 2.6 GB."""
-        return max(len(self.event.value), int(self.event.message.serialized_value_size) // 1024)
+        return max(len(self.event.value.records), int(self.event.message.serialized_value_size) // 1024)
 
 
 class Partitions:

@@ -58,7 +58,8 @@ class UserWorker:
         Raises TooManyBadEvents after the dead letters are sent.
         """
         owned, most = await self._owned.of(partition), self._settings.worker.batch_clicks
-        metrics.batch_clicks.observe(len(records))
+        if records:  # none where only a transaction's marker was fetched: acknowledged in its turn
+            metrics.batch_clicks.observe(len(records))
         began, owed, erased = time.perf_counter(), NOTHING, set[str]()
         for at in range(0, len(records), most):
             if at:

@@ -59,7 +59,7 @@ def run_worker(settings: Settings) -> int:
             die(str(error), EX_DATA)
         except Exception as error:
             die("unexpected", EX_SOFTWARE, error)
-        metrics.lag_clicks.labels(str(tp.partition)).set(max(0, (high or 0) - records[-1].offset - 1))
+        metrics.lag_clicks.labels(str(tp.partition)).set(max(0, (high or 0) - batches[-1].event.value.next))
 
     partitions = Partitions(update)
 

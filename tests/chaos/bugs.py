@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from typing import Any, cast
 
 from aiokafka.producer.sender import Sender
+from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread
 
 from model.user_state import Applied, Fold
 from stream.connection import Connection
@@ -21,7 +22,7 @@ from stream.subscriber import Subscriber
 from workers import dead_letters as dead_letters_module
 from workers import faust_batches, worker_process
 from workers import states as states_module
-from workers.faust_batches import BatchApp
+from workers.faust_batches import BatchApp, PartitionBatchThread
 from workers.handed import Handed
 from workers.limits import Gate
 from workers.live import Live
@@ -296,6 +297,16 @@ def open_is_connected() -> None:
         return bool(self._consumer.metrics()["consumer-metrics"]["connection-count"])
 
     Subscriber.connected = property(connected)  # type: ignore[method-assign, assignment]
+
+
+def aborted_read() -> None:
+    """What a producer has taken back is read as well: Faust's own way."""
+    PartitionBatchThread._create_worker_consumer = AIOKafkaConsumerThread._create_worker_consumer  # type: ignore[method-assign]
+
+
+def markers_unpassed() -> None:
+    """A batch ends with its last click: where a transaction's marker comes after it, that is still to be read."""
+    faust_batches._positions = lambda consumer: {}
 
 
 def plant(names: str) -> None:

@@ -117,7 +117,7 @@ def drop_batches() -> None:
             seen.add(place)
         return records, active
 
-    PartitionBatchConsumer._wait_next_records = lossy  # type: ignore[method-assign]
+    PartitionBatchConsumer._wait_next_records = lossy
 
 
 def stand_still() -> None:
@@ -130,14 +130,14 @@ def stand_still() -> None:
         nonlocal held
         records, active = await fetch(self, timeout)
         if records:
-            held += sum(len(batch.value) for (batch,) in records.values())
+            held += sum(len(batch.value.records) for (batch,) in records.values())
             os.write(2, f"fault: holds {held}\n".encode())
         return records, active
 
     async def stands(*_: Any) -> None:
         await asyncio.Event().wait()
 
-    PartitionBatchConsumer._wait_next_records = counted  # type: ignore[method-assign]
+    PartitionBatchConsumer._wait_next_records = counted
     UserWorker.process = stands  # type: ignore[method-assign, assignment]
 
 

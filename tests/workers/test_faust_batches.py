@@ -8,19 +8,26 @@ from types import SimpleNamespace
 
 import faust
 import pytest
-from faust.transport.drivers.aiokafka import Consumer
+from aiokafka import AIOKafkaConsumer
+from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread, Consumer
 from faust.types import TP
 
 from stream.connection import Connection
-from workers.faust_batches import PartitionBatchConsumer, PartitionBatchTransport, batch_app
+from workers.faust_batches import Fetched, PartitionBatchConsumer, PartitionBatchTransport, _batch, batch_app
 
 
 async def nothing() -> None: ...
 
 
 def test_faust_still_calls_what_we_override() -> None:
-    assert list(inspect.signature(Consumer._wait_next_records).parameters) == ["self", "timeout"]
-    assert "_wait_next_records" in inspect.getsource(Consumer.getmany)
+    assert "AIOKafkaConsumerThread(self, loop=self.loop, beacon=self.beacon)" in inspect.getsource(Consumer)
+    for caller, name in (
+        ("getmany", "_fetch_records"),
+        ("on_start", "_create_consumer"),
+        ("_create_consumer", "_create_worker_consumer"),
+    ):
+        assert f"self.{name}" in inspect.getsource(getattr(AIOKafkaConsumerThread, caller))
+    assert "isolation_level=self._isolation_level" in inspect.getsource(AIOKafkaConsumer.start)
     assert list(inspect.signature(Consumer._add_gap).parameters) == ["self", "tp", "offset_from", "offset_to"]
     assert "_add_gap" in inspect.getsource(Consumer._drain_messages)
     assert "self._new_offset(tp)" in inspect.getsource(Consumer._filter_committable_offsets)
@@ -38,6 +45,26 @@ def test_all_up_to_the_last_acked_batch_is_committed() -> None:
         assert consumer._filter_committable_offsets([tp]) == {tp: committed}
         consumer._committed_offset[tp] = committed
         assert consumer._filter_committable_offsets([tp]) == {}
+
+
+@pytest.mark.parametrize(
+    "before, after, offsets, first, next_",
+    [
+        (5, 9, [5, 6, 7], 5, 9),  # a marker at 8
+        (5, 9, [6, 7, 8], 5, 9),  # a marker at 5
+        (5, 6, [], 5, 6),  # nothing but a marker
+        (None, 9, [7, 8], 7, 9),  # just assigned
+        (9, 4, [2, 3], 2, 4),  # sent back meanwhile
+        (5, None, [5, 6], 5, 7),  # taken away meanwhile
+    ],
+)
+def test_a_batch_says_what_the_fetch_has_passed(
+    before: int | None, after: int | None, offsets: list[int], first: int, next_: int
+) -> None:
+    records = [SimpleNamespace(offset=offset, timestamp=1, serialized_value_size=3) for offset in offsets]
+    batch = _batch(TP("clicks", 3), before, after, records)
+    assert batch.value == Fetched(first, next_, records) and batch.offset == next_ - 1
+    assert batch.serialized_value_size == 3 * len(offsets)
 
 
 def test_the_app_opens_no_port_and_makes_no_topic() -> None:

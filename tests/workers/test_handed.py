@@ -10,9 +10,13 @@ from stream.consumer import read_window
 from stream.producer import ClickProducer, partition_of
 from stream.topics import Topics
 from tests.workers.service import clicks
+from workers.faust_batches import Fetched
 from workers.handed import Handed, Stuck
-from workers.sender import BatchSender
 from workers.settings import Settings
+
+
+def fetched(records: list[Any]) -> Fetched:
+    return Fetched(records[0].offset, records[-1].offset + 1, records)
 
 
 async def test_what_was_dropped_is_read_again(settings: Settings, topics: Topics) -> None:
@@ -23,7 +27,7 @@ async def test_what_was_dropped_is_read_again(settings: Settings, topics: Topics
     partition, handed = records[0].partition, Handed(settings)
 
     async def offsets(first: int, end: int) -> list[int]:
-        return [record.offset for record in await handed.complete(partition, records[first:end])]
+        return [record.offset for record in await handed.complete(partition, fetched(records[first:end]))]
 
     assert await offsets(8, 20) == list(range(20))  # nothing is committed: from the beginning
     assert await offsets(20, 30) == list(range(20, 30))
@@ -45,27 +49,6 @@ async def test_a_partition_that_stands_still_after_a_second_fetch_is_stuck(
     assert looks == [{}, {partition: 0}]
     with pytest.raises(Stuck):
         await handed.behind({partition: 1})
-
-
-async def test_a_producer_s_open_transaction_ends_no_worker(settings: Settings, topics: Topics) -> None:
-    """To a reader of what is committed the topic ends where it began; Faust reads on."""
-    open_, done = (BatchSender(settings.connection, transactional_id=f"{topics.prefix}-{name}") for name in "ab")
-    try:
-        for sender in (open_, done):
-            await sender.start()
-            await sender.begin()
-            await sender.send(topics.clicks.name, 0, [(b"u", b"{}")])
-        await done.commit()  # its marker is the gap
-        await done.begin()
-        await done.send(topics.clicks.name, 0, [(b"u", b"{}")])
-        records = list(read_window(settings.connection, topics.clicks.name, isolation_level="read_uncommitted"))
-        assert [record.offset for record in records] == [0, 1, 3]
-        handed = Handed(settings)
-        assert await handed.complete(0, records[:2]) == records[:2]
-        assert await handed.complete(0, records[2:]) == records[2:]
-    finally:
-        for sender in (open_, done):
-            await sender.stop()
 
 
 async def test_what_was_forgotten_meanwhile_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +77,7 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 async def hand(handed: Any, partition: int, *offsets: int) -> list[int]:
     records = [SimpleNamespace(offset=offset) for offset in offsets]
-    return [record.offset for record in await handed.complete(partition, records)]
+    return [record.offset for record in await handed.complete(partition, fetched(records))]
 
 
 async def test_only_what_stands_still_below_its_end_is_fetched_again(handed: Any) -> None:
@@ -115,6 +98,15 @@ async def test_a_gap_without_a_click_is_no_reason_to_give_up(handed: Any) -> Non
     handed.there = [SimpleNamespace(offset=5)]
     with pytest.raises(Stuck):
         await handed.behind({0: 6})
+
+
+async def test_what_a_fetch_has_passed_over_is_no_gap(handed: Any) -> None:
+    """Markers of a producer's transactions: each would cost a read of its own."""
+    handed.there = [SimpleNamespace(offset=7)]
+    record = SimpleNamespace(offset=8)
+    assert await handed.complete(0, Fetched(5, 6, [])) == []
+    assert await handed.complete(0, Fetched(6, 10, [record])) == [record]
+    assert await handed.complete(0, Fetched(12, 13, [])) == handed.there  # and what was not fetched is one
 
 
 async def test_of_a_partition_that_was_away_nothing_is_remembered(handed: Any) -> None:

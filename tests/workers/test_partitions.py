@@ -10,6 +10,7 @@ import pytest
 
 from workers import partitions as partitions_module
 from workers.batcher import Batcher
+from workers.faust_batches import Fetched
 from workers.partitions import Batch, Partitions
 
 
@@ -23,7 +24,7 @@ class Work:
         self.assigned = set("ab")
 
     async def __call__(self, tp: str, batches: list[Batch]) -> None:
-        self.got.append((tp, [record for batch in batches for record in batch.event.value]))
+        self.got.append((tp, [record for batch in batches for record in batch.event.value.records]))
         await self.gates[tp].wait()
 
     async def put(self, tp: str, *records: int, num_bytes: int = 0) -> Any:
@@ -32,7 +33,7 @@ class Work:
         async def acknowledge() -> None:
             message.acked = True
 
-        event = SimpleNamespace(message=message, value=list(records))
+        event = SimpleNamespace(message=message, value=Fetched(0, 0, list(records)))
         await self.partitions.put(Batch(event, acknowledge), lambda: self.assigned)
         await asyncio.sleep(0)
         return message
