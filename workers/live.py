@@ -56,6 +56,7 @@ class Live:
         self._dead: SearchProcess | None = None  # has died of itself
         self._stale = False  # the fresh items or the hidden ones have changed since the snapshot
         self._stop, self.caught_up, self._releasing = threading.Event(), threading.Event(), threading.Lock()
+        self.looked = threading.Event()  # what was announced at the start serves now, if it can
         self._thread = threading.Thread(target=self._follow, name="live", daemon=True)
 
     def start(self) -> None:
@@ -103,8 +104,10 @@ class Live:
         for records in tail(self._settings.connection, names, self._stop, self._caught_up):
             for record in records:
                 self._take(record)
-            if self.caught_up.is_set() and self.due:
-                self._serve_wanted()
+            if self.caught_up.is_set():
+                if self.due:
+                    self._serve_wanted()
+                self.looked.set()
             if self._stale and self.snapshot and time.monotonic() - refreshed > FRESH_INTERVAL_S:
                 self._stale, refreshed = False, time.monotonic()
                 self._renew(self.snapshot)

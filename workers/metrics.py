@@ -35,7 +35,8 @@ clicks = _counter(
 )
 click_to_recommendation_s = Histogram(
     "upwell_click_to_recommendation_seconds",
-    "From Kafka's stamp of a click to the acknowledged send of its user's list. Rising: look at lag, then at hop.",
+    "From Kafka's stamp of a click to the acknowledged send of its user's list; infinite where no generation serves. "
+    "Rising: look at lag, then at hop.",
     buckets=LATENCY_S,
 )
 hop_s = Histogram(

@@ -5,6 +5,7 @@ upwell.clicks -> decode_record -> Fold.apply -> Snapshot.recommend -> upwell.use
 """
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Container, Mapping, Sequence
@@ -67,10 +68,12 @@ class UserWorker:
             owed = await self._take(partition, records[at : at + most], owned, owed, erased)
         traced = self._spans.traced(records) if self._spans else {}
         folded_at = recommended_at = time.perf_counter()
+        answered = True
         for part in owed.parts(most):
-            recommended_at = await self._recommend(partition, part, owned, traced)
+            recommended_at, served = await self._recommend(partition, part, owned, traced)
+            answered &= served
         await self._go_back()
-        sent_ms = time.time() * 1000
+        sent_ms = time.time() * 1000 if answered else math.inf
         for kafka_ms in owed.kafka_ms:
             metrics.click_to_recommendation_s.observe(max(0.0, sent_ms - kafka_ms) / 1000)
         if self._spans:
@@ -97,8 +100,8 @@ class UserWorker:
 
     async def _recommend(
         self, partition: int, owed: Folded, owned: Owned, traced: Mapping[int, tuple[Header]]
-    ) -> float:
-        """The lists, made and sent; when they were made, by perf_counter."""
+    ) -> tuple[float, bool]:
+        """The lists, made and sent: when they were made, by perf_counter; False where no generation serves."""
         began = time.perf_counter()
         recommended = await self._lists.ask(owed)
         recommended_at = time.perf_counter()
@@ -106,7 +109,7 @@ class UserWorker:
         owned.sent.update(recommended.sent)
         metrics.hop_s.labels("recommend").observe(recommended_at - began)
         metrics.hop_s.labels("send").observe(time.perf_counter() - recommended_at)
-        return recommended_at
+        return recommended_at, bool(recommended.generation)
 
     def _decode(
         self, records: Sequence[Any], states: Container[str]

@@ -15,6 +15,9 @@ from workers.settings import Settings
 from workers.states import OwnedStates
 from workers.user_worker import TooManyBadEvents, UserWorker
 
+# A worker joins its group when it can make lists: what it folds before is acknowledged without one. It waits no longer
+# than this, for states matter more: where the store is out of reach, its clicks count as answered never.
+FIRST_LOOK_S = 60.0
 SECOND_LOOK_S = 5.0  # twice that is what a click waits if Faust drops the batch it ends
 
 
@@ -88,5 +91,6 @@ def run_worker(settings: Settings) -> int:
 
     metrics.serve(settings.worker.metrics_port, settings.metrics_host)
     live.start()
+    live.looked.wait(FIRST_LOOK_S)
     settle()
     return execute(app)

@@ -272,6 +272,12 @@ def lists_forgotten() -> None:
     Folded.and_then = lambda self, later, erased, states: later  # type: ignore[method-assign]
 
 
+def joins_at_once() -> None:
+    """A worker folds before it has a generation to make lists of."""
+    module: Any = worker_process
+    module.FIRST_LOOK_S = 0.0
+
+
 def no_second_look() -> None:
     """A dropped batch that nothing follows is not looked for."""
 

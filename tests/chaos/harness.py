@@ -20,7 +20,17 @@ from typing import Any, Self
 from model.user_state import EMPTY, Applied, Fold, decode_state, digest, encode_state, split
 from stream.connection import Connection
 from stream.consumer import committed_offsets, end_offsets, read_window
-from stream.events import EVENT_TYPES, Artifact, BadEvent, Click, Erasure, decode_record, encode
+from stream.events import (
+    EVENT_TYPES,
+    Artifact,
+    BadEvent,
+    Click,
+    Erasure,
+    Recommendations,
+    decode,
+    decode_record,
+    encode,
+)
 from stream.ports import free_port
 from stream.producer import ClickProducer
 from stream.topics import ensure
@@ -359,6 +369,13 @@ def read_clicks(settings: Settings) -> Iterator[tuple[int, int, Click]]:
     return ((place, offset, event) for place, offset, event in read_events(settings) if isinstance(event, Click))
 
 
+def read_lists(settings: Settings) -> Iterator[Recommendations]:
+    """All that were sent and are still there, but the nulls of erased users."""
+    for record in read_window(settings.connection, settings.topics.recommendations.name):
+        if record.value is not None:
+            yield decode(record.value, Recommendations)
+
+
 def fold_topic(settings: Settings) -> dict[str, bytes]:
     """The states of a clean run: the clicks topic folded one by one in its order; none of an erased user."""
     limits, folds = limits_of(settings), dict[str, Fold]()
@@ -379,7 +396,9 @@ def judge(settings: Settings, clicks: Sequence[Click]) -> dict[str, Any]:
     ids = {user_id: Counter(split(state.event_ids)) for user_id, state in states.items()}
     missing = {c.event_id for c in clicks if not ids.get(c.user_id, Counter())[digest(c.event_id)]}
     found = len(clicks) - len(missing)
-    clean = fold_topic(settings)
+    clean, answered = fold_topic(settings), dict[str, int]()  # user id -> offset of the newest click that has a list
+    for answer in read_lists(settings):
+        answered[answer.user_id] = max(answered.get(answer.user_id, -1), answer.offset)
     return {
         "clicks": len(clicks),
         "lost": len(missing),
@@ -387,6 +406,7 @@ def judge(settings: Settings, clicks: Sequence[Click]) -> dict[str, Any]:
         "applied_twice": sum(state.applied for state in states.values()) - found,
         "users": len(states),
         "users_not_identical": sum(raw.get(user) != clean.get(user) for user in raw.keys() | clean.keys()),
+        "users_behind": sum(answered.get(user, -1) < state.offset for user, state in states.items()),
         "dead_letters": sum(end_offsets(settings.connection, settings.topics.dead_letters.name).values()),
     }
 
@@ -401,7 +421,7 @@ def places(settings: Settings, event_ids: Collection[str]) -> dict[int, list[int
     return found
 
 
-NOTHING_LOST = {"lost": 0, "applied_twice": 0, "users_not_identical": 0, "dead_letters": 0}
+NOTHING_LOST = {"lost": 0, "applied_twice": 0, "users_not_identical": 0, "users_behind": 0, "dead_letters": 0}
 
 
 def holds(verdict: Mapping[str, Any], wanted: Mapping[str, Any] = NOTHING_LOST) -> bool:

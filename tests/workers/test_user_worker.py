@@ -1,7 +1,9 @@
 """What a micro-batch keeps, what lists are owed for it, and what stops the worker, without Kafka."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 
@@ -85,6 +87,18 @@ async def test_whoever_clicked_while_the_worker_was_behind_gets_one_list_for_the
     assert [what for what, _ in kafka.written[:6]] == ["state"] * 6  # of the third two clicks, one
     assert kafka.written[6:] == [("e5", "u"), ("e3", "v"), ("e2", "w"), ("e6", "x"), ("acknowledged", "")]
     assert kafka.asked == [(2, 3), (2, 0)]  # no more users at once than clicks, and of all clicks three are scored
+
+
+@pytest.mark.parametrize("generation", ["g", ""])
+async def test_a_click_is_answered_when_its_list_is_sent_and_never_without_one(
+    generation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no generation serves the objective has to fail: clicks are acknowledged within milliseconds then."""
+    kafka, observed = Beside(), Mock()
+    monkeypatch.setattr("workers.metrics.click_to_recommendation_s", observed)
+    monkeypatch.setattr(kafka, "ask", AsyncMock(return_value=Recommended(generation, {}, {}, set())))
+    await kafka.worker.process(0, records([True] * 3), AsyncMock())
+    assert [math.isfinite(call.args[0]) for call in observed.observe.call_args_list] == [bool(generation)] * 3
 
 
 async def test_who_is_forgotten_while_the_worker_was_behind_gets_no_list_for_what_was_before() -> None:
