@@ -25,6 +25,7 @@ from stream.connection import REQUEST_S, Connection
 # Faust's default, 4,096 events, is of single records: of batches, memory followed the lag (docs/reliability.md).
 POLL = 2000  # records a fetch, of all partitions together
 BUFFER = 4  # batches that wait for the agent
+RESTORE_S = 1800.0  # 80 million states at 2.2 s for 100,000 (docs/reliability.md); Faust's default is a minute
 
 
 class Fetched(NamedTuple):
@@ -142,7 +143,10 @@ def batch_app(
         broker_request_timeout=REQUEST_S,
         broker_session_timeout=10.0,  # a killed worker's partitions move after it; Faust's default is a minute
         broker_heartbeat_interval=3.0,
-        broker_max_poll_interval=300.0,
+        # As long as a restore may take: Faust answers a rebalance when what it has handed on is done, and reads on when
+        # there is room. What has died is found by the session, what stands still by UpwellPartitionStalled.
+        broker_rebalance_timeout=RESTORE_S,
+        broker_max_poll_interval=RESTORE_S,
         consumer_auto_offset_reset="earliest",
         store="memory://",
         table_standby_replicas=0,  # so partitions are dealt round robin; Faust's own way left workers without any

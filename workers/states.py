@@ -145,7 +145,7 @@ class OwnedStates:
         """Waits until the partition is restored."""
         self.restore([partition])
         await asyncio.shield(self._tasks[partition])
-        metrics.restored_users.set(sum(len(owned.states) for owned in self._owned.values()))
+        self._count()
         return self._owned[partition]
 
     async def forget(self, partitions: Iterable[int]) -> None:
@@ -155,7 +155,11 @@ class OwnedStates:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         owned = [self._owned.pop(partition) for partition in gone if partition in self._owned]
+        self._count()
         await asyncio.gather(*(one.writer.stop() for one in owned))
+
+    def _count(self) -> None:
+        metrics.restored_users.set(sum(len(owned.states) for owned in self._owned.values()))
 
     async def stop(self) -> None:
         await self.forget(list(self._tasks))

@@ -88,6 +88,8 @@ def run_worker(settings: Settings) -> int:
         await partitions.forget(revoked)
         handed.forget(tp.partition for tp in revoked)
         await owned.forget(tp.partition for tp in revoked)
+        for tp in revoked:
+            metrics.lag_clicks.remove(str(tp.partition))  # else the lag of then stands beside its new owner's
 
     metrics.serve(settings.worker.metrics_port, settings.metrics_host)
     live.start()

@@ -278,6 +278,12 @@ def joins_at_once() -> None:
     module.FIRST_LOOK_S = 0.0
 
 
+def impatient_group() -> None:
+    """A rebalance waits for a worker as long as Faust lets it by itself."""
+    module: Any = faust_batches
+    module.RESTORE_S = 60.0
+
+
 def no_second_look() -> None:
     """A dropped batch that nothing follows is not looked for."""
 

@@ -6,9 +6,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from stream.connection import Connection
 from stream.events import Artifact
 from tests.chaos.harness import SEED, SHORT_SESSION_S, Fleet, Load, holds, judge, make_clicks, report
+from tests.chaos.worker import SLOW_S, restore_slowly
 from tests.workers.service import until
 
 RATE, PARTITIONS = 150, 6
@@ -83,3 +86,21 @@ def test_one_three_one(connection: Connection, generation: Artifact, tmp_path: P
     if long:  # one round on a machine that others use says little of its speed
         assert verdict["standstill_s_max"] < 30
         assert verdict["lag_grows_s_max"] < 60
+
+
+def test_a_long_restore_is_waited_for(connection: Connection, generation: Artifact, tmp_path: Path, long: bool) -> None:
+    """A worker joins while another restores, its first clicks waiting for that: none is thrown out of the group."""
+    if not long:
+        pytest.skip("long form only: minutes of waiting")
+    clicks, began = make_clicks(random.Random(SEED), 2000, users=60), time.monotonic()
+    with Fleet(connection, tmp_path, generation, fault=restore_slowly) as fleet:
+        fleet.start("a")
+        fleet.await_ready()
+        with Load(fleet.settings, clicks, RATE):
+            time.sleep(10)
+            fleet.start("b")
+        fleet.drain(4 * SLOW_S)
+        fenced = sum(fleet.log(name).count("states can be written no more") for name in "ab")
+        verdict = judge(fleet.settings, clicks) | {"exits": len(fleet.exits), "fenced": fenced}
+    report("slow_restore", long, began, verdict)
+    assert holds(verdict) and holds(verdict, {"exits": 0, "fenced": 0})

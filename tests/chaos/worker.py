@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, cast
 
 from tests.chaos.bugs import plant
 from workers import faust_batches, partitions, worker_process
+from workers import states as states_module
 from workers.faust_batches import BatchApp, PartitionBatchConsumer
 from workers.logs import configure
 from workers.recommender import Recommender
@@ -29,6 +30,7 @@ from workers.user_worker import UserWorker
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["__main__", "tests.chaos.worker"])
+SLOW_S = 75.0  # of `restore_slowly`
 
 
 class Trap(NamedTuple):
@@ -118,6 +120,17 @@ def drop_batches() -> None:
         return records, active
 
     PartitionBatchConsumer._wait_next_records = lossy
+
+
+def restore_slowly() -> None:
+    """As long as some millions of users would take: longer than Faust lets a rebalance wait by itself."""
+    read, module = states_module.read_states, cast(Any, states_module)
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(SLOW_S)
+        return read(*arguments)
+
+    module.read_states = slow
 
 
 def stand_still() -> None:
