@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -52,7 +52,7 @@ class Encoder:
         cache: Path | None = None,
     ) -> None:
         disable_progress_bar()  # it would tear the log lines
-        folder = _folder(model)
+        folder = folder_of(model)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         self._net = AutoModel.from_pretrained(
@@ -74,16 +74,14 @@ class Encoder:
         self._lock = threading.Lock()
         self._cache = None if cache is None else VectorCache(cache, self.dim)
 
-    def encode(self, texts: Sequence[str], progress: Callable[[int, int], None] | None = None) -> Vectors:
+    def encode(self, texts: Sequence[str]) -> Vectors:
         """(B, E) float32 rows of unit length, in the order of `texts`; an empty text gives a zero row.
 
-        Vectors pass through float16, so that fresh ones equal cached ones. progress(done, all) is called
-        after each forward pass; `all` counts the texts that the cache does not know. Thread-safe.
+        Vectors pass through float16, so that fresh ones equal cached ones. Thread-safe.
         """
         keys = [_key(self.name, text) if text.strip() else b"" for text in texts]
         known = self._cache.get(list(set(keys))) if self._cache else {}
         new = {key: text for key, text in zip(keys, texts, strict=True) if key and key not in known}
-        done = 0
         with self._lock:
             for start in range(0, len(new), _TEXTS_AT_ONCE):
                 part = list(islice(new, start, start + _TEXTS_AT_ONCE))
@@ -92,9 +90,6 @@ class Encoder:
                     if self._cache:
                         self._cache.put(fresh)
                     known |= fresh
-                    done += len(fresh)
-                    if progress:
-                        progress(done, len(new))
         rows = np.zeros((len(keys), self.dim), np.float32)
         for row, key in enumerate(keys):
             rows[row] = known.get(key, 0)
@@ -139,7 +134,7 @@ def _multiplies_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and capabilities.get("amx_bf16") is True
 
 
-def _folder(model: str | Path) -> Path:
+def folder_of(model: str | Path) -> Path:
     """Where the weights lie; a Hugging Face id is downloaded, or found in its cache (HF_HUB_OFFLINE=1)."""
     if model == "minilm":
         found = importlib.util.find_spec(MINILM_PACKAGE)  # not imported: it would pull sentence-transformers

@@ -3,17 +3,14 @@
 One node, KRaft, everything under one folder: its log, `broker.log`, and `broker.json` with its ports and
 cluster id, so that it is the same broker to its clients after a restart. stream/guard.py ends it with us.
 
-    python -m stream.broker FOLDER [--port PORT]     run one by hand until Ctrl-C
-    python -m stream.broker --fetch                  only fetch and check the jars
+    python -m stream.broker      only fetch and check the jars
 """
 
-import argparse
 import fcntl
 import os
 import signal
 import socket
 import subprocess
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -71,9 +68,8 @@ class LocalBroker:
         lock = _lock(self.folder)
         try:
             java = self._java()
-            identity = configure(self.folder, self._port, self._cluster, self._settings)
-            self._port = identity.port
-            self._format(java, identity.cluster)
+            self._port, cluster = configure(self.folder, self._port, self._cluster, self._settings)
+            self._format(java, cluster)
             self._spawn([*java, "kafka.Kafka", str(self.folder / "server.properties")], lock)
         finally:
             os.close(lock)  # the guard has inherited it: the folder is taken for as long as the guard lives
@@ -185,23 +181,5 @@ def _answers(bootstrap: str) -> bool:
         return False
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m stream.broker", description="A local Apache Kafka.")
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("out/kafka"))
-    parser.add_argument("--port", type=int)
-    parser.add_argument("--fetch", action="store_true", help="only fetch and check the jars")
-    options = parser.parse_args()
-    if options.fetch:
-        print(f"Kafka: {len(fetch_jars())} jars in {CACHE}")
-        return
-    stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
-    with LocalBroker(options.folder, options.port) as broker:
-        print(f"Kafka on {broker.bootstrap}, Java process {broker.pid}", flush=True)
-        while broker.running and not stopped.wait(1.0):
-            pass
-
-
 if __name__ == "__main__":
-    main()
+    print(f"Kafka: {len(fetch_jars())} jars in {CACHE}")

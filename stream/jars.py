@@ -8,9 +8,7 @@ import hashlib
 import os
 import tempfile
 import tomllib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from stream.downloads import DOWNLOADS
@@ -23,40 +21,25 @@ class BrokerError(RuntimeError):
     """The local broker cannot be brought up, and why."""
 
 
-@dataclass(frozen=True)
-class Jar:
-    """One line of the lock."""
-
-    group: str
-    artifact: str
-    version: str
-    sha256: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.artifact}-{self.version}.jar"
-
-
 def fetch_jars(cache: Path = CACHE) -> list[Path]:
     """Paths of the locked jars under `cache`, in the lock's order; downloads what is missing.
 
     Raises BrokerError naming the jar whose SHA-256 is not the lock's.
     """
-    jars = list(_locked())
-    missing = [jar for jar in jars if not (cache / jar.name).exists()]
-    if missing:
+    jars = locked()
+    if missing := {name: jar for name, jar in jars.items() if not (cache / name).exists()}:
         _download(missing, cache)
-    for jar in jars:
-        _check(jar, cache / jar.name)
-    return [cache / jar.name for jar in jars]
+    for name, jar in jars.items():
+        _check(jar, cache / name)
+    return [cache / name for name in jars]
 
 
-def _locked() -> Iterator[Jar]:
-    for entry in tomllib.loads(LOCK.read_text())["dependencies"]:
-        yield Jar(entry["groupId"], entry["artifactId"], entry["version"], entry["sha256"])
+def locked() -> dict[str, dict[str, str]]:
+    """File name -> the lock's entry, in its order."""
+    return {f"{jar['artifactId']}-{jar['version']}.jar": jar for jar in tomllib.loads(LOCK.read_text())["dependencies"]}
 
 
-def _download(jars: list[Jar], cache: Path) -> None:
+def _download(jars: dict[str, dict[str, str]], cache: Path) -> None:
     """Into a folder beside the cache first: what is under its final name has been checked once."""
     try:
         from jgo.config import GlobalSettings
@@ -68,19 +51,21 @@ def _download(jars: list[Jar], cache: Path) -> None:
         maven = MavenContext(repo_cache=Path(staging), timeout=60)
         maven.remote_repos |= GlobalSettings.load().repositories  # a mirror of the user's, in ~/.config/jgo.conf
 
-        def fetch(jar: Jar) -> None:
-            path: Path = maven.project(jar.group, jar.artifact).at_version(jar.version).artifact().resolve()
+        def fetch(name: str) -> None:
+            jar = jars[name]
+            project = maven.project(jar["groupId"], jar["artifactId"])
+            path: Path = project.at_version(jar["version"]).artifact().resolve()
             _check(jar, path)
-            os.replace(path, cache / jar.name)
+            os.replace(path, cache / name)
 
         list(pool.map(fetch, jars))
 
 
-def _check(jar: Jar, path: Path) -> None:
+def _check(jar: dict[str, str], path: Path) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != jar.sha256:
+    if found != jar["sha256"]:
         raise BrokerError(
-            f"{path.name}: SHA-256 is {found}, the lock says {jar.sha256}; "
+            f"{path.name}: SHA-256 is {found}, the lock says {jar['sha256']}; "
             f"if the cache was damaged, delete {path} and start again"
         )

@@ -4,7 +4,6 @@ import json
 import secrets
 import socket
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from stream.jars import BrokerError
@@ -19,32 +18,25 @@ Configuration:
 """
 
 
-@dataclass(frozen=True)
-class Identity:
-    """What a client or the log would miss if it changed: kept in broker.json."""
-
-    port: int
-    cluster: str
-
-
-def configure(folder: Path, port: int | None, cluster: str | None, settings: Mapping[str, object]) -> Identity:
-    """Writes the broker's files. Its port and cluster are the given ones, else the last run's, else new ones.
+def configure(folder: Path, port: int | None, cluster: str | None, settings: Mapping[str, object]) -> tuple[int, str]:
+    """Writes the broker's files. Its port and cluster are the given ones, else the last run's, else new ones: a client
+    or the log would miss them.
 
     settings: in the place of a lone node's. Raises BrokerError when another program has the port.
     """
     kept = folder / "broker.json"
     last = json.loads(kept.read_text()) if kept.exists() else {}
-    identity = Identity(port or last.get("port") or free_port(), cluster or last.get("cluster") or cluster_id())
-    require_free(identity.port)
-    kept.write_text(json.dumps(asdict(identity)))
+    port, cluster = port or last.get("port") or free_port(), cluster or last.get("cluster") or cluster_id()
+    require_free(port)
+    kept.write_text(json.dumps({"port": port, "cluster": cluster}))
     (folder / "log4j2.yaml").write_text(LOG4J)
-    lines = (f"{key}={value}\n" for key, value in {**_settings(folder, identity), **settings}.items())
+    lines = (f"{key}={value}\n" for key, value in {**_settings(folder, port), **settings}.items())
     (folder / "server.properties").write_text("".join(lines))
-    return identity
+    return port, cluster
 
 
-def _settings(folder: Path, identity: Identity) -> dict[str, object]:
-    client, controller = f"127.0.0.1:{identity.port}", f"127.0.0.1:{free_port()}"
+def _settings(folder: Path, port: int) -> dict[str, object]:
+    client, controller = f"127.0.0.1:{port}", f"127.0.0.1:{free_port()}"
     return {
         "process.roles": "broker,controller",
         "node.id": 1,

@@ -43,7 +43,7 @@ def test_the_wheel_runs_without_the_checkout(dist: Path, unpacked: Path, tmp_pat
     version = run(unpacked, tmp_path, "-m", "workers.cli", "--version").strip()
     assert f"upwell-{version}-py3-none-any.whl" in os.listdir(dist)
     assert re.match(r"\d+\.\d+", version) and not version.startswith("0.0")
-    where = "import stream.jars as j; print(j.CACHE, len(list(j._locked())), j.__file__)"
+    where = "import stream.jars as j; print(j.CACHE, len(j.locked()), j.__file__)"
     cache, jars, file = run(unpacked, tmp_path, "-c", where).split()
     assert (cache, jars, file) == (str(tmp_path / "cache/upwell/kafka"), "46", str(unpacked / "stream/jars.py"))
 

@@ -28,7 +28,7 @@ from stream.text import item_text
 from workers.figures import Figures, mode_figures
 from workers.processes import compute_in_one_thread
 from workers.report import write_report
-from workers.settings import Indexer, Settings
+from workers.settings import Settings
 from workers.training_input import events_of
 
 WARMUP = 0.2  # share of the events that is learned from and not counted
@@ -118,14 +118,12 @@ def evaluate(options: Options) -> Figures:
 
 
 def _texts(texts: list[str], settings: Settings) -> tuple[NDArray[np.float32], str]:
-    """Vectors (N, E), and the name of their encoder: "" for the default one, which the key of a result never named, and
-    where there is nothing to read."""
+    """Vectors (N, E), and the name of their encoder: "" where there is nothing to read."""
     if not any(text.strip() for text in texts):
         return np.zeros((len(texts), 384), np.float32), ""
     name, pooling = settings.indexer.encoder, settings.indexer.pooling
     encoder = Encoder(name, pooling=pooling, cache=settings.cache / "vectors.sqlite")
-    default = (name, pooling) == (Indexer().encoder, Indexer().pooling)
-    return encoder.encode(texts), "" if default else encoder.name
+    return encoder.encode(texts), encoder.name
 
 
 def _rows(events: Events, items: list[str]) -> NDArray[np.int64]:

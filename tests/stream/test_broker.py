@@ -78,8 +78,9 @@ def test_the_same_broker_after_a_stop_and_after_a_kill(folder: Path) -> None:
 
 
 def test_kill_9_of_the_parent_ends_the_broker(folder: Path) -> None:
-    command = [sys.executable, "-m", "stream.broker", str(folder)]
-    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    started = f"b = LocalBroker(Path({str(folder)!r})); b.start(); print(b.pid, flush=True); time.sleep(600)"
+    code = f"import time; from pathlib import Path; from stream.broker import LocalBroker; {started}"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert parent.stdout
     with parent.stdout as out:
         java = int(out.readline().split()[-1])

@@ -5,18 +5,16 @@ Naive: texts as they come, 32 at a time, padded to the longest of the batch, flo
 cosine to the naive ones, and NDCG@10 of the product that learns a recorded stream from them.
 """
 
-import importlib.util
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
 
 from model.arms.catalogue import Setting, make_arm
-from model.encoder import MINILM_PACKAGE, Encoder
+from model.encoder import Encoder, folder_of
 from model.evaluate import replayed
 from model.outcome import Ranks, bootstrap
 from model.queries import Vectors, unit
@@ -36,9 +34,7 @@ def mixed_texts(count: int) -> list[str]:
 
 
 def naive(device: torch.device) -> Callable[[Sequence[str]], Vectors]:
-    found = importlib.util.find_spec(MINILM_PACKAGE)
-    assert found is not None and found.origin is not None
-    folder = Path(found.origin).parent / "model"
+    folder = folder_of("minilm")
     tokenizer, net = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).to(device).eval()
 
     @torch.inference_mode()

@@ -7,7 +7,6 @@ generation; trainer and indexer answer at their exporter, which comes after thei
 import subprocess
 import sys
 import time
-import urllib.request
 from functools import partial
 
 from workers.bench import data
@@ -20,15 +19,9 @@ ROLES = ("worker", "serve", "trainer", "indexer")
 
 
 def is_ready(role: str, settings: Settings) -> bool:
-    if role == "serve":
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{settings.serve.port}/readyz", timeout=2):
-                return True
-        except OSError:
-            return False
-    port = getattr(settings, role).metrics_port
+    port = settings.serve.port if role == "serve" else getattr(settings, role).metrics_port
     found = scrape(f"http://127.0.0.1:{port}/metrics")
-    return found.get("upwell_swaps_total{served}", 0) > 0 if role == "worker" else bool(found)
+    return found.get("upwell_swaps_total{served}", 0) > 0 if role in ("worker", "serve") else bool(found)
 
 
 def start(stage: Stage, settings: Settings, role: str, memory_mib: dict[str, float]) -> float:
