@@ -74,7 +74,7 @@ class Gate:
             if opt.get("stream"):
                 await app(scope, receive, self._patient(send))
                 return
-            if opt.get("scope") and self._running >= self._serve.max_requests:
+            if opt.get("scope") not in (None, "metrics") and self._running >= self._serve.max_requests:
                 raise refused(503, f"{self._running} requests are being answered", 1)
             self._running += 1
             try:
@@ -88,6 +88,8 @@ class Gate:
         scope["auth"] = key = self._key(scope)
         client = scope.get("client")
         caller = key.name if key else f"address {client[0] if client else ''}"
+        if needed == "metrics":
+            caller = f"scraper {caller}"  # a bucket of its own: alerts have to see who empties the other
         if wait_s := self._buckets.wait_s(caller, time.monotonic()):
             raise refused(429, f"more than {self._serve.rate:g} requests a second", wait_s)
         if not self._keys.required:

@@ -293,8 +293,8 @@ def test_too_much_at_once_is_refused_and_what_takes_too_long_is_ended() -> None:
     asyncio.run(at_once())
 
 
-async def test_probes_are_answered_while_all_requests_are_taken() -> None:
-    """Else Kubernetes ends a server for being busy."""
+async def test_probes_and_scrapes_are_answered_while_all_requests_are_taken() -> None:
+    """Else Kubernetes ends a server for being busy, and the alerts that would say so see nothing of it."""
     begun, released = asyncio.Event(), asyncio.Event()
 
     @get("/slow", **route("read"))
@@ -307,13 +307,18 @@ async def test_probes_are_answered_while_all_requests_are_taken() -> None:
     def alive() -> str:
         return "alive"
 
-    app = Litestar([slow, alive], middleware=[Gate(Serve(max_requests=1), OPEN)])
+    @get("/scraped", sync_to_thread=False, **route("metrics"))
+    def scraped() -> str:
+        return "upwell_up 1"
+
+    gate = Gate(Serve(max_requests=1, rate=0.01, burst=2), OPEN)
+    app = Litestar([slow, alive, scraped], middleware=[gate])
     async with AsyncClient(transport=ASGITransport(app), base_url="http://localhost") as api:  # type: ignore[arg-type]
         busy = asyncio.create_task(api.get("/slow"))
         await begun.wait()
-        statuses = [(await api.get(path)).status_code for path in ("/slow", "/alive")]
+        statuses = [(await api.get(path)).status_code for path in ("/slow", "/slow", "/alive", "/scraped")]
         released.set()
-        assert statuses == [503, 200] and (await busy).status_code == 200
+        assert statuses == [503, 429, 200, 200] and (await busy).status_code == 200
 
 
 def test_bodies_batches_and_streams_are_bounded() -> None:
