@@ -86,8 +86,9 @@ def user_of(record: Record) -> str:
     return record.key.decode()
 
 
-def keep_newest(states: States, record: Record) -> tuple[str, UserState, UserState]:
-    """Take one record of the users topic; an older version than the one known is passed over. User, before and after.
+def keep_newest(states: States, record: Record) -> tuple[str, UserState, UserState, int]:
+    """Take one record of the users topic; an older version than the one known is passed over. User, before and after,
+    and the offset of the record's own.
 
     Of an erased user the offset of the wish is kept: what a worker that is overtaken still sends is older than it.
     """
@@ -98,9 +99,9 @@ def keep_newest(states: States, record: Record) -> tuple[str, UserState, UserSta
         state = decode_state(record.value)
     before = states.get(user_id, EMPTY)
     if state.offset < before.offset:
-        return user_id, before, before
+        return user_id, before, before, state.offset
     states[user_id] = state
-    return user_id, before, state
+    return user_id, before, state, state.offset
 
 
 class Sent(Struct, frozen=True, gc=False):  # one a user: docs/decisions.md

@@ -104,8 +104,8 @@ class UserStates:
         self.caught_up.set()
 
     def _take(self, record: Record) -> int:
-        """The offset of the user's newest state."""
-        user_id, before, after = keep_newest(self.states, record)
+        """How far the worker was: a wish that is known ahead of its null says nothing of that."""
+        user_id, before, after, offset = keep_newest(self.states, record)
         self.applied += max(0, after.applied - before.applied)
         if record.value is None or not after.erased:
             self._erasing.discard(user_id)
@@ -115,7 +115,7 @@ class UserStates:
             self.places[user_id] = At(record.partition, record.timestamp)
             self.recent[user_id] = None
             self.recent.move_to_end(user_id)
-        return after.offset
+        return offset
 
     def _forget(self, user_id: str) -> None:
         self.places.pop(user_id, None)
