@@ -5,9 +5,11 @@ import math
 import re
 import time
 from collections import OrderedDict
+from contextlib import AsyncExitStack
 from typing import Any, cast
 from urllib.parse import quote, unquote_to_bytes
 
+import structlog
 from litestar.connection import Request
 from litestar.datastructures import Headers
 from litestar.exceptions import HTTPException
@@ -16,6 +18,8 @@ from litestar.types import ASGIApp, HTTPReceiveMessage, Message, Receive, Scope,
 from workers import metrics
 from workers.keys import Key, Keys
 from workers.settings import Serve
+
+log = structlog.get_logger()
 
 MAX_CALLERS = 10_000  # whose buckets are kept; who is forgotten starts with a full one
 SLASH = "\ue000"  # stands in a path for the slash of an id (%2F) until the route is found
@@ -53,7 +57,9 @@ def refused(status: int, detail: str, retry_s: float) -> HTTPException:
 class Gate:
     """A route names the scope it needs in its `opt`; one that names none is closed, `None` is open to everyone.
 
-    `stream` in the opt: no end to the answer, but to each write of it, and a ticket does for a key.
+    `stream` in the opt: no end to the answer, but to each write of it, and a ticket does for a key. What its handler
+    pushes on the state's `closing` is called at the end, however it comes: else a stream that is cut off keeps its slot
+    until a full collection.
     Raises HTTPException 401, 403, 408, 429, 503.
     """
 
@@ -72,7 +78,7 @@ class Gate:
             if opt.get("scope", "") is not None:
                 self._admit(scope, opt.get("scope", ""))
             if opt.get("stream"):
-                await app(scope, receive, self._patient(send))
+                await self._streamed(app, scope, receive, send)
                 return
             if opt.get("scope") not in (None, "metrics") and self._running >= self._serve.max_requests:
                 raise refused(503, f"{self._running} requests are being answered", 1)
@@ -142,12 +148,25 @@ class Gate:
             what = ("an answer", 503) if read or scope.get("method") != "POST" else ("the whole body", 408)
             raise refused(what[1], f"not {what[0]} within {self._serve.timeout_s:g} s", 1) from error
 
-    def _patient(self, send: Send) -> Send:
-        async def sending(message: Message) -> None:
-            async with asyncio.timeout(self._serve.timeout_s):
-                await send(message)
+    async def _streamed(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        cut = False
 
-        return sending
+        async def patient(message: Message) -> None:
+            nonlocal cut
+            try:
+                async with asyncio.timeout(self._serve.timeout_s):
+                    await send(message)
+            except TimeoutError:
+                cut = True
+                raise
+
+        try:
+            async with AsyncExitStack() as scope["state"]["closing"]:
+                await app(scope, receive, patient)
+        except Exception:
+            if not cut:
+                raise
+            log.warning("stream cut off", reason=f"its reader took nothing for {self._serve.timeout_s:g} s")
 
 
 def ids_in_paths(app: ASGIApp) -> ASGIApp:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Any
 
 import msgspec
@@ -36,7 +36,7 @@ class Stream:
         self._sent_to = -1  # newest offset behind a list that was sent
         self._owed = False  # its own list could not be made yet
 
-    async def events(self) -> AsyncIterator[ServerSentEventMessage]:
+    async def events(self) -> AsyncGenerator[ServerSentEventMessage, None]:
         """Ends when the server does."""
         updates = self._service.updates
         with updates.mailbox(self._service.stored_id(self._user_id)) as box:
@@ -133,6 +133,7 @@ def _now_ms() -> int:
     **route("read", stream=True),
 )
 async def stream(
+    request: Request[None, Key | None, Any],
     service: Served,
     user: UserId,
     last_event_id: Annotated[
@@ -142,7 +143,9 @@ async def stream(
 ) -> ServerSentEvent:
     if service.updates.num_open >= service.settings.serve.max_streams:
         raise refused(503, f"{service.updates.num_open} streams are open", 5)
-    return ServerSentEvent(Stream(service, user, last_event_id).events())
+    events = Stream(service, user, last_event_id).events()
+    request.scope["state"]["closing"].push_async_callback(events.aclose)
+    return ServerSentEvent(events)
 
 
 @post(

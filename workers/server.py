@@ -4,6 +4,7 @@ State is read from the compacted users topic, so every replica answers for every
 the request, from the newest state that Kafka has shown.
 """
 
+import logging
 import socket
 from functools import partial
 from importlib.metadata import version
@@ -155,6 +156,8 @@ def run_server(settings: Settings) -> int:
         server_header=False,
         timeout_graceful_shutdown=5,
     )
+    # A stream is cut off by returning; Gate has said so.
+    logging.getLogger("uvicorn.error").addFilter(lambda record: "without completing response" not in record.msg)
     settle()
     Server(config, service).run()
     return 0

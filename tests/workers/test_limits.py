@@ -1,6 +1,7 @@
 """Keys, rates and bounds of the API, on the real app without Kafka behind it."""
 
 import asyncio
+import gc
 import os
 import ssl
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+import structlog
 import trustme
 from httpx import ASGITransport, AsyncClient, ConnectError
 from httpx import Client as HttpxClient
@@ -375,14 +377,17 @@ async def test_a_client_that_leaves_is_no_failure_of_the_server() -> None:
     async def send(message: Any) -> None:
         said.append(message)
 
-    scope = {
-        "type": "http", "method": "POST", "path": "/v1/events", "raw_path": b"/v1/events", "query_string": b"",
+    await app(asked_of(app, "POST", "/v1/events"), receive, send)
+    after = {status: counted("/v1/events", status) for status in ("499", "500")}
+    assert after == {"499": before["499"] + 1, "500": before["500"]}
+
+
+def asked_of(app: Litestar, method: str, path: str, query: bytes = b"") -> Any:
+    return {
+        "type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": query,
         "headers": [(b"host", b"localhost"), (b"content-length", b"9")], "client": ("127.0.0.1", 1), "app": app,
         "server": ("127.0.0.1", 8080), "scheme": "http", "http_version": "1.1", "root_path": "", "state": {},
     }  # fmt: skip
-    await app(scope, receive, send)  # type: ignore[arg-type]
-    after = {status: counted("/v1/events", status) for status in ("499", "500")}
-    assert after == {"499": before["499"] + 1, "500": before["500"]}
 
 
 def counted(route: str, status: str) -> float:
@@ -452,17 +457,27 @@ def test_without_keys_no_page_of_another_site_is_answered() -> None:
 
 
 async def test_a_stream_that_nobody_reads_is_cut_off() -> None:
-    async def endless(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
+    """And gives its slot back at once, with one line in the log."""
+    service = Still(Settings(serve=Serve(timeout_s=0.2, wait_s=0.1)))
+    service.updates._loop = asyncio.get_running_loop()
+    app = build_app(service, OPEN)
+
+    async def connected() -> Any:
+        return await asyncio.Event().wait()
 
     async def stuck(message: Any) -> None:
-        await asyncio.Event().wait()
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
 
-    scope: Any = {"route_handler": SimpleNamespace(opt={"scope": None, "stream": True}), "path_params": {}}
-    answering: Any = Gate(Serve(timeout_s=0.2, wait_s=0.1), OPEN)(endless)(scope, None, stuck)  # type: ignore[arg-type]
-    sending = asyncio.create_task(answering)
-    await asyncio.wait([sending], timeout=10)
-    assert sending.done() and isinstance(sending.exception(), TimeoutError)
+    gc.disable()
+    try:
+        with structlog.testing.capture_logs() as lines:
+            async with asyncio.timeout(10):
+                await app(asked_of(app, "GET", "/v1/stream", b"user=u"), connected, stuck)
+        assert service.updates.num_open == 0
+    finally:
+        gc.enable()
+    assert [(line["event"], line["log_level"]) for line in lines] == [("stream cut off", "warning")]
 
 
 def test_every_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,7 +207,7 @@ async def test_behind_the_edge_a_user_is_read_by_the_pseudonym(tmp_path: Path, m
         assert (await pushed())["source"] == "popular"
         assert (await api.get(f"/v1/users/{user}")).status_code == 404
     updates.close()
-    await events.aclose()  # type: ignore[attr-defined]
+    await events.aclose()
     await service.stop()
 
 
