@@ -75,7 +75,8 @@ class Stream:
     async def _own(self) -> Answer | None:
         """The server's list, from the state it knows; None while it can make none."""
         try:
-            return await asyncio.to_thread(self._service.recommend, self._user_id, self._wishes)
+            async with self._service.lists:
+                return await asyncio.to_thread(self._service.recommend, self._user_id, self._wishes)
         except NotReady:
             return None
 

@@ -28,6 +28,7 @@ from workers.user_states import UserStates
 
 T = TypeVar("T")
 TEXTS_AT_ONCE = 8  # being encoded, in threads of their own: an encoder that stands still holds up no other request
+LISTS_AT_ONCE = 1  # of the server's own to streams: at a swap all want theirs, and a request comes between any two
 SENDING_THREADS = 4  # of their own: events that Kafka does not take hold up no request for a list
 
 
@@ -40,6 +41,7 @@ class Service:
         self.tracer = tracer_of(settings)
         self.updates = Updates(settings, self.live, self.users)
         self.sending = ThreadPoolExecutor(SENDING_THREADS, thread_name_prefix="sending")
+        self.lists = asyncio.Semaphore(LISTS_AT_ONCE)
         self.texts = asyncio.Semaphore(TEXTS_AT_ONCE)
         self.encoding = ThreadPoolExecutor(TEXTS_AT_ONCE, thread_name_prefix="encoding")
         self._encoder = TextEncoder(settings)

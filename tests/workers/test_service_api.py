@@ -287,6 +287,24 @@ async def test_a_stream_that_opened_too_early_gets_its_list_later(
     service.updates.close()
 
 
+async def test_streams_that_all_want_their_list_take_one_thread_of_those_that_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At a swap requests waited behind the lists of a thousand streams."""
+    service, running, most = Answers(Settings()), 0, 0
+
+    def recommend(*_: Any) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.02)
+        running -= 1
+
+    monkeypatch.setattr(service, "recommend", recommend)
+    await asyncio.gather(*(Stream(service, "u", None)._own() for _ in range(8)))
+    assert most == 1
+
+
 async def test_a_quiet_stream_says_its_status_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """To EventSource a comment is silence, and a dead connection is, too."""
     monkeypatch.setattr(routes_stream, "HEARTBEAT_S", 0.01)
