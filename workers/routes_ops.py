@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 from litestar import MediaType, Response, get
-from litestar.router import Router
-from litestar.static_files import create_static_files_router
+from litestar.exceptions import NotFoundException
+from litestar.params import FromPath
+from litestar.response import File
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
 
 from stream.answers import Figures, GenerationFigures, HitRate, Latency
@@ -14,6 +15,7 @@ from workers.observe import scrape
 from workers.routes import Served, route
 
 CONSOLE = Path(__file__).with_name("console")
+FILES = {f"/{path.relative_to(CONSOLE).as_posix()}": path for path in CONSOLE.rglob("*") if path.is_file()}
 
 
 @get("/livez", sync_to_thread=False, media_type=MediaType.TEXT, summary="Alive", tags=["ops"], **route(None))
@@ -74,6 +76,9 @@ def page() -> str:
     return (CONSOLE / "index.html").read_text(encoding="utf-8")
 
 
-def console() -> Router:
+@get("/console/{file:path}", sync_to_thread=False, include_in_schema=False, **route(None))
+def console(file: FromPath[str]) -> File:
     """Its files, without a key: they hold no data."""
-    return create_static_files_router("/console", [CONSOLE], opt={"scope": None})
+    if file not in FILES:
+        raise NotFoundException("no such file")
+    return File(FILES[file], filename=FILES[file].name, content_disposition_type="inline")

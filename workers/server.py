@@ -53,6 +53,7 @@ ROUTES: list[Any] = [
     routes_ops.prometheus,
     routes_ops.figures,
     routes_ops.page,
+    routes_ops.console,
 ]
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -89,7 +90,7 @@ def build_app(service: Service, keys: Keys) -> Litestar:
     serve = service.settings.serve
     scheme = SecurityScheme(type="http", scheme="bearer", description="a key of `upwell keys new`")
     app = Litestar(
-        [*ROUTES, routes_ops.console()],
+        ROUTES,
         dependencies={"service": Provide(provide)},
         middleware=[*tracing.request_spans(service.tracer), measured, Gate(serve, keys)],
         before_request=readable,

@@ -549,6 +549,14 @@ def test_headers_and_origins(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "access-control-allow-origin" not in api.get("/livez", headers={"Origin": "https://x.example"}).headers
 
 
+@pytest.mark.parametrize("path", ["x%00", "app.js/x", "x" * 300, "vendor", "..%2Fservice.py", "%2Fetc%2Fpasswd"])
+def test_what_is_no_file_of_the_console_is_not_found(path: str) -> None:
+    with client(OPEN) as api:
+        answer = api.get(f"/console/{path}")
+        assert (answer.status_code, answer.json()["detail"]) == (404, "no such file")
+        assert api.get("/console/vendor/uPlot.min.css").headers["content-type"].startswith("text/css")
+
+
 def test_bad_parameters_are_named() -> None:
     bad = {
         "k=0": "k", "k=x": "k", "k=201": "k", "diversity=2": "diversity", "diversity=nan": "diversity",
