@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,12 +42,14 @@ class TextEncoder:
             if self._loading is None:
                 self._loading = ThreadPoolExecutor(1, thread_name_prefix="encoder").submit(self._load)
             loading = self._loading
+        if not wait([loading], LOADED_S).done:
+            raise NotReady("text: the encoder is being loaded")
         try:
-            encoder = loading.result(LOADED_S)
-        except TimeoutError as error:
-            raise NotReady("text: the encoder is being loaded") from error
-        except (OSError, ValueError, RuntimeError) as error:  # the last: torch, where a device has no room
-            self._loading = None  # the next request tries again
+            encoder = loading.result()
+        except Exception as error:  # of damaged files: SafetensorError, and from tokenizers a plain Exception
+            with self._opening:
+                if self._loading is loading:
+                    self._loading = None  # the next request tries again
             raise NotReady(f"text: the encoder is not there: {error}") from error
         if encoder.name != name:
             raise OtherEncoder(f"text: the generation stands on {name}, this server on {encoder.name}")

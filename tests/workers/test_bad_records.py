@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
 from stream.events import MAX_ID, Item, ItemVector, encode
 from tests.records import Record
@@ -55,9 +56,9 @@ def test_a_dead_letter_of_the_largest_valid_key_is_whole() -> None:
     assert (letter.key, letter.payload, letter.truncated) == (key, b"{", False)
 
 
-def test_an_encoder_without_room_is_loaded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoder_that_could_not_be_loaded_is_loaded_again(monkeypatch: pytest.MonkeyPatch) -> None:
     ready: Any = SimpleNamespace(name="e", encode=lambda texts: np.ones((len(texts), 2), np.float32))
-    loads = iter([RuntimeError("CUDA out of memory"), ready])
+    loads = iter([RuntimeError("CUDA out of memory"), SafetensorError("invalid header"), TimeoutError("late"), ready])
 
     def load(_: TextEncoder) -> Any:
         if isinstance(loaded := next(loads), Exception):
@@ -66,6 +67,7 @@ def test_an_encoder_without_room_is_loaded_again(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(TextEncoder, "_load", load)
     encoder = TextEncoder(SETTINGS)
-    with pytest.raises(NotReady, match="out of memory"):
-        encoder("words", "e")
+    for why in ("out of memory", "invalid header", "not there: late"):
+        with pytest.raises(NotReady, match=why):
+            encoder("words", "e")
     assert encoder("words", "e").shape == (2,)
