@@ -1,5 +1,6 @@
 """Erasing a user, and what has become of it."""
 
+import asyncio
 from typing import Annotated
 
 from litestar import delete, get
@@ -41,6 +42,7 @@ async def erase_user(service: Served, user_id: UserId) -> Erased:
 async def erasure(service: Served, receipt: ReceiptId) -> Erased:
     try:
         with asking_kafka("does not say"):
-            return await service.to_kafka(status, service.settings, receipt)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(service.asking, status, service.settings, receipt)
     except UnknownReceipt as error:
         raise HTTPException(status_code=404, detail=str(error)) from error

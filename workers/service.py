@@ -41,6 +41,7 @@ class Service:
         self.tracer = tracer_of(settings)
         self.updates = Updates(settings, self.live, self.users)
         self.sending = ThreadPoolExecutor(SENDING_THREADS, thread_name_prefix="sending")
+        self.asking = ThreadPoolExecutor(1, thread_name_prefix="asking")  # for receipts: each may take a minute
         self.lists = asyncio.Semaphore(LISTS_AT_ONCE)
         self.texts = asyncio.Semaphore(TEXTS_AT_ONCE)
         self.encoding = ThreadPoolExecutor(TEXTS_AT_ONCE, thread_name_prefix="encoding")
@@ -58,7 +59,7 @@ class Service:
         self.updates.stop()
         self.users.stop()
         self.live.stop()
-        for threads in (self.sending, self.encoding):
+        for threads in (self.sending, self.asking, self.encoding):
             threads.shutdown(wait=False, cancel_futures=True)
         if self._producer is not None:
             self._producer.close()

@@ -69,7 +69,7 @@ class Still(Service):
         self.users.caught_up.set()
 
     async def stop(self) -> None:
-        for threads in (self.sending, self.encoding):
+        for threads in (self.sending, self.asking, self.encoding):
             threads.shutdown()
 
 

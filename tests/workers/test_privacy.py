@@ -316,8 +316,8 @@ def test_an_erasure_of_topics_that_may_not_be_described_says_so(
     assert answer.status_code == 503 and "upwell.users" in answer.json()["detail"]
 
 
-def test_receipts_asked_for_while_kafka_is_away_hold_up_no_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each waits up to a minute and a half in its thread: not in one of those that all other answers come from."""
+def test_receipts_asked_for_while_kafka_is_away_hold_up_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waits up to a minute and a half in its thread: not in one of those that answer, or that send events."""
     threads = []
 
     def unknown(_: Settings, receipt: str) -> None:
@@ -327,7 +327,7 @@ def test_receipts_asked_for_while_kafka_is_away_hold_up_no_list(monkeypatch: pyt
     monkeypatch.setattr("workers.routes_erasure.status", unknown)
     with TestClient(build_app(Still(Settings()), OPEN), base_url="http://127.0.0.1") as api:
         assert api.get("/v1/erasures/0-1").status_code == 404
-    assert [name.partition("_")[0] for name in threads] == ["sending"]
+    assert [name.partition("_")[0] for name in threads] == ["asking"]
 
 
 def test_a_click_with_a_field_too_few_is_no_erasure(settings: Settings) -> None:
