@@ -195,7 +195,7 @@ def heads(app: ASGIApp) -> ASGIApp:
 
 
 def measured(app: ASGIApp) -> ASGIApp:
-    """Counts and times requests by route template: a path holds user ids. 499: the client left before the answer."""
+    """Counts and times requests by route template: a path holds user ids. 499: the client left amid its body."""
 
     async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
         began, status, started, left = time.perf_counter(), 500, False, False

@@ -145,7 +145,7 @@ index_recall = Gauge(
 requests = Counter(
     "upwell_requests_total",
     "HTTP requests, by route and status. 503: nothing serves yet, or Kafka does not take events; 499: the client left "
-    "before its answer.",
+    "amid its body; one that leaves later is not noticed.",
     ["route", "status"],
 )
 request_s = Histogram(
