@@ -21,6 +21,7 @@ from stream.events import BadEvent, Erasure, decode_record
 from stream.producer import ClickProducer
 from workers.settings import Settings
 
+FOR_EVER_MS = 10 * 365 * 24 * 60 * 60 * 1000  # a topic compacted without max.compaction.lag.ms has 2^63 - 1 there
 SLACK_MS = 10 * 60 * 1000  # Kafka looks for what to delete every 5 minutes, and deletes a minute later
 
 
@@ -93,8 +94,8 @@ def longest_ms(settings: Settings) -> int | None:
     """How long Kafka may hold a user's id after the erasure: the longest of the topics that hold ids, as they are set.
 
     Of a topic with retention: that, and a segment's span. Of a compacted one: until the segment closes, until it is
-    compacted, as long as tombstones are kept, and until the next compaction. None: for ever, by a retention of -1.
-    Raises MissingTopic.
+    compacted, as long as tombstones are kept, and until the next compaction. None: for ever, by a retention of -1 or
+    a span above FOR_EVER_MS. Raises MissingTopic.
     """
     spans, topics = [SLACK_MS], settings.topics
     names = [topic.name for topic in (topics.clicks, topics.users, topics.recommendations, topics.dead_letters)]
@@ -113,4 +114,4 @@ def longest_ms(settings: Settings) -> int | None:
         else:
             lag_ms = config["max.compaction.lag.ms"]
             spans.append(min(lag_ms, config["segment.ms"]) + 2 * lag_ms + config["delete.retention.ms"] + SLACK_MS)
-    return max(spans)
+    return span_ms if (span_ms := max(spans)) < FOR_EVER_MS else None

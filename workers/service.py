@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 from model.user_state import DIGEST_BYTES, EMPTY, UserState
@@ -48,7 +48,7 @@ class Service:
         self._encoder = TextEncoder(settings)
         self._producer: ClickProducer | None = None
         self._opening = threading.Lock()
-        self._longest_ms = cache(partial(longest_ms, settings))
+        self._longest_ms = lru_cache(maxsize=1)(lambda minute: longest_ms(settings))  # asked anew in the next
 
     async def start(self) -> None:
         self.live.start()
@@ -86,7 +86,7 @@ class Service:
 
     def erase(self, user_id: str) -> Erased:
         """Raises BadEvent, BufferFull, DeliveryError."""
-        erased = ask(self.producer, user_id, self._longest_ms)
+        erased = ask(self.producer, user_id, lambda: self._longest_ms(time.monotonic() // 60))
         stored_id = self.stored_id(user_id)
         self.users.erase(stored_id, erased.offset)
         self.updates.tell_erased(stored_id, erased.offset)

@@ -21,7 +21,7 @@ from tests.workers.service import ITEMS
 CONSOLE = Path(__file__).parents[2] / "workers" / "console"
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:"
-RECEIPT = {"receipt": "3-7", "partition": 3, "offset": 7, "requested_ms": 0, "gone_by_ms": 86_400_000}
+RECEIPT: dict[str, Any] = {"receipt": "3-7", "partition": 3, "offset": 7, "requested_ms": 0, "gone_by_ms": 86_400_000}
 CATALOGUE = {item.item_id: item for item in ITEMS}
 
 

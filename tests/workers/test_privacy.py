@@ -267,10 +267,15 @@ def test_a_receipt_says_where_the_erasure_stands(settings: Settings, click: Call
             status(settings, unknown)
 
 
-def test_a_receipt_promises_no_end_where_clicks_are_kept_for_ever(settings: Settings) -> None:
+@pytest.mark.parametrize(
+    ("topic", "setting"),
+    [("clicks", {"retention.ms": "-1"}), ("users", {"max.compaction.lag.ms": str(2**63 - 1)})],
+)
+def test_a_receipt_promises_no_end_where_ids_are_kept_for_ever(
+    settings: Settings, topic: str, setting: dict[str, str]
+) -> None:
     with kafka.KafkaAdminClient(**settings.connection.kafka_python()) as admin:
-        resource = ConfigResource("TOPIC", settings.topics.clicks.name, {"retention.ms": "-1"})
-        admin.alter_configs([resource])
+        admin.alter_configs([ConfigResource("TOPIC", getattr(settings.topics, topic).name, setting)])
     until(lambda: longest_ms(settings) is None, "the broker says so")
     with ClickProducer(settings.connection, settings.topics) as producer:
         receipt = ask(producer, "u", lambda: longest_ms(settings))

@@ -12,7 +12,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from tests.workers.console_fake import Fake, fake_api
+from tests.workers.console_fake import RECEIPT, Fake, fake_api
 from tests.workers.service import ITEMS, Service, until
 
 OUT = Path(__file__).parents[2] / "out" / "console"
@@ -120,7 +120,7 @@ def test_clocks_that_differ_give_no_negative_hop(page: Page, fake: tuple[Fake, s
     expect(page.locator("#path")).to_contain_text("The clocks of browser and server differ")
 
 
-def test_forget_me(page: Page, fake: tuple[Fake, str]) -> None:
+def test_forget_me(page: Page, fake: tuple[Fake, str], monkeypatch: pytest.MonkeyPatch) -> None:
     opened(page, fake[1])
     click_and_follow(page, "chess")
     page.get_by_role("button", name="Forget me").click()
@@ -131,6 +131,10 @@ def test_forget_me(page: Page, fake: tuple[Fake, str]) -> None:
     expect(page.locator("#receipt")).to_contain_text("Forgotten. Receipt 3-7; gone from every store by Jan 2, 1970.")
     expect(page.locator("#source")).to_have_text("popular")
     assert not fake[0].clicks
+    monkeypatch.setitem(RECEIPT, "gone_by_ms", None)
+    page.get_by_role("button", name="Forget me").click()
+    page.locator("#forget-dialog .danger").click()
+    expect(page.locator("#receipt")).to_have_text("Forgotten. Receipt 3-7; a topic keeps the clicks without end.")
 
 
 def test_in_chinese_and_back(page: Page, fake: tuple[Fake, str]) -> None:

@@ -147,7 +147,7 @@ async function forget() {
   stopPlaying(user);
   try {
     const given = await call(path(user), "DELETE");
-    receipt = { receipt: given.receipt, date: day(given.gone_by_ms) };
+    receipt = { receipt: given.receipt, date: given.gone_by_ms && day(given.gone_by_ms) };
     drawPath((click = null));
     answer = null;
     await refresh();
@@ -179,7 +179,7 @@ function drawProfile() {
   const past = profile?.history ?? [];
   const rows = past.map(entry => el("li", {}, el("span", {}, entry.title || entry.item_id), el("small", {}, number(entry.weight, 1))));
   $("history").replaceChildren(...(rows.length ? rows : [el("li", { className: "note" }, t("noHistory"))]));
-  say($("receipt"), receipt ? t("forgotten", receipt) : "");
+  say($("receipt"), receipt ? t(receipt.date ? "forgotten" : "forgottenKept", receipt) : "");
 }
 
 function drawGeneration() {

@@ -84,6 +84,7 @@ const TEXTS = {
     "状态、已看记录和列表立即删除；点击记录随训练窗口从所有存储中清除。此操作无法撤销。",
   ],
   forgotten: ["Forgotten. Receipt {receipt}; gone from every store by {date}.", "已忘记。回执 {receipt}；最迟于 {date} 从所有存储中清除。"],
+  forgottenKept: ["Forgotten. Receipt {receipt}; a topic keeps the clicks without end.", "已忘记。回执 {receipt}；有主题无限期保留点击记录。"],
   charts: ["The last minutes", "最近几分钟"],
   latency: ["Click to recommendation, ms", "点击到推荐（毫秒）"],
   rate: ["Events a second", "每秒事件数"],
