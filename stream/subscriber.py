@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from stream.closing import Closing
 from stream.connection import Connection
 from stream.consumer import Record, open_consumer, partitions_of
-from stream.events import BadEvent, Recommendations, decode
+from stream.events import OFFSET_HEADER, BadEvent, Recommendations, decode
 from stream.topics import Topics
 
 log = logging.getLogger(__name__)
@@ -29,6 +29,7 @@ class Subscriber(Closing):
         on_erased: Callable[[str], None] = lambda user_id: None,
     ) -> None:
         self._on_erased = on_erased
+        self._erased: dict[str, int] = {}  # user -> offset of a wish that the worker has not got to
         self._consumer = open_consumer(connection)
         partitions = partitions_of(self._consumer, [topics.recommendations.name])
         self._consumer.assign(partitions)
@@ -54,19 +55,31 @@ class Subscriber(Closing):
     def poll(self, timeout_s: float = 1.0) -> list[Recommendations]:
         """What has come since the last poll, waiting up to timeout_s for the first.
 
-        A list that cannot be read, of a later release perhaps, is passed over with a warning: the others and the
-        erasures beside it are not to be lost for it.
+        A list from before an erased user's wish, which a worker that is behind still sends, is passed over. So is, with
+        a warning, one that cannot be read, of a later release perhaps: the others and the erasures beside it are not
+        to be lost for it.
         """
         found = []
         for record in self.records(timeout_s):
             try:
                 if record.value is not None:
-                    found.append(decode(record.value, Recommendations))
+                    answer = decode(record.value, Recommendations)
+                    if answer.offset > self._erased.get(answer.user_id, -1):
+                        found.append(answer)
                 elif record.key is not None:
-                    self._on_erased(record.key.decode())
-            except (BadEvent, UnicodeDecodeError) as error:
+                    self._forget(record.key.decode(), int(dict(record.headers).get(OFFSET_HEADER, -1)))
+            except (BadEvent, ValueError) as error:
                 log.warning("%s[%d]@%d passed over: %s", record.topic, record.partition, record.offset, error)
         return found
+
+    def _forget(self, user_id: str, offset: int) -> None:
+        """The wish's null comes from who asks, and again from the worker, which sends nothing older behind it."""
+        before = self._erased.get(user_id, -1)
+        if offset > before:
+            self._erased[user_id] = offset
+        elif offset == before:
+            self._erased.pop(user_id, None)
+        self._on_erased(user_id)
 
     def __iter__(self) -> Iterator[Recommendations]:
         while True:

@@ -120,9 +120,12 @@ class Updates:
                 return
             times = self._decode(record.value)
             self._latency_ms.append(times.sent_ms - times.clicked_ms)
-            if user_id in self._boxes:
+            if user_id in self._boxes and self._users.caught_up.is_set():  # by then it knows who is erased
+                answer = decode(record.value, Recommendations)
+                if self._users.erased_after(user_id, answer.offset):
+                    return  # of a worker that is behind; the stream was opened after the wish and never heard of it
                 trace = (traceparent(record.headers) or b"").decode() or None
-                made = Made(decode(record.value, Recommendations), record.timestamp, seen_ms, trace)
+                made = Made(answer, record.timestamp, seen_ms, trace)
                 self._loop.call_soon_threadsafe(self._deliver, made)
         except (BadEvent, msgspec.DecodeError, ValueError) as error:
             log.warning("list passed over", cause=str(error))

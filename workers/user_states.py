@@ -71,6 +71,11 @@ class UserStates:
         own = self.states.get(user_id, EMPTY).offset
         return max(own, self.progress.get(self.partition(user_id), -1)) >= offset
 
+    def erased_after(self, user_id: str, offset: int) -> bool:
+        """Whether what was made of the clicks up to this offset is of before the user's erasure."""
+        state = self.states.get(user_id, EMPTY)
+        return state.erased and offset < state.offset
+
     def erase(self, user_id: str, offset: int) -> None:
         """Forgets a user up to this offset of the clicks, ahead of the topic's null, which is awaited."""
         with self._changing:

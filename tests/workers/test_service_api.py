@@ -329,10 +329,11 @@ async def test_an_erased_user_s_stream_forgets_at_once_and_shows_nothing_older()
     service = Answers(Settings())
     updates, states = service.updates, service.users.states
     updates._loop = asyncio.get_running_loop()
+    service.users.caught_up.set()
     events = Stream(service, "u", None).events()
     await anext(events)
     await anext(events)
-    states["u"] = UserState(offset=5)
+    states["u"] = UserState(applied=1, offset=5)
 
     def read(*records: tuple[bytes | None, int]) -> None:
         for value, offset in records:
@@ -348,12 +349,21 @@ async def test_an_erased_user_s_stream_forgets_at_once_and_shows_nothing_older()
     read((None, 7), (list_at(6), 6), (list_at(9), 9))  # again, of a worker that was overtaken, and of a click since
     after = await data_of(events)
     assert (after["as_of"]["offset"], bool(after["items"])) == (9, True)
+    late = Stream(service, "u", None).events()  # opened after the wish: it has heard of none
+    await anext(late)
+    await anext(late)
+    told = asyncio.ensure_future(data_of(late))
+    read((list_at(6), 6))
+    await asyncio.sleep(0.1)
+    assert not told.done()
+    read((list_at(8), 8))
+    assert (await told)["as_of"]["offset"] == 8
     read((None, 7))
     waiting = asyncio.ensure_future(anext(events, None))
     await asyncio.sleep(0.1)
     assert not waiting.done()
     updates.close()
-    assert await waiting is None
+    assert await waiting is None and await anext(late, None) is None
 
 
 def test_an_erasure_empties_the_open_stream(service: Service) -> None:
