@@ -42,13 +42,13 @@ class Catalogue:
         return _eligibility(before) != _eligibility(item)
 
     def take_vector(self, item_id: str, vector: ItemVector | None) -> bool:
-        """True if the item had none before."""
-        new = item_id not in self.vectors
+        """True if it is another than before."""
+        before = self.vectors.get(item_id)
         if vector is None:
             self.vectors.pop(item_id, None)
         else:
             self.vectors[item_id] = vector
-        return new
+        return before != vector
 
 
 class Filters:

@@ -133,7 +133,10 @@ class Live:
                 self._announcements.take((key or b"").decode(errors="replace"), value)
                 self._moved = True
             elif record.topic == self._topics.vectors.name:
-                self._stale |= self.catalogue.take_vector(*decode_item(value, key, ItemVector))
+                item_id, vector = decode_item(value, key, ItemVector)
+                changed, serving = self.catalogue.take_vector(item_id, vector), self.snapshot
+                # The generation's own items keep its text until the next one.
+                self._stale |= changed and (serving is None or item_id not in serving.own)
             else:
                 self._stale |= self.catalogue.take_item(*decode_item(value, key, Item))
         except BadEvent as error:

@@ -10,7 +10,7 @@ import pytest
 
 from model.manifest import DamagedGeneration, MissingGeneration
 from model.model import Model
-from stream.events import Artifact
+from stream.events import Artifact, ItemVector, encode
 from tests.workers.service import until
 from workers import live as live_module
 from workers.live import Live, NotReady
@@ -107,6 +107,19 @@ def test_what_is_released_while_its_items_are_renewed_does_not_come_back(live: A
     old.renewed = slowly
     live._renew(live.snapshot)
     assert names(live) == ("g2", None) and old.search.closed
+
+
+@pytest.mark.parametrize(("item_id", "renewed"), [("fresh", True), ("own", False)])
+def test_a_corrected_text_is_taken_up_where_the_generation_has_none(live: Any, item_id: str, renewed: bool) -> None:
+    """The item kept its old place in the lists until something else changed."""
+    announce(live, 1)
+    live.snapshot.own = {"own": 0}
+    for text in (b"aa", b"bb"):
+        live._stale = False
+        vector = ItemVector(item_id=item_id, encoder="e", text_hash="", vector=text)
+        topic = live._topics.vectors.name
+        live._take(SimpleNamespace(topic=topic, key=item_id.encode(), value=encode(vector), offset=0))
+        assert live._stale == renewed
 
 
 def test_what_is_pinned_is_not_on_trial(live: Any) -> None:

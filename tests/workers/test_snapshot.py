@@ -99,6 +99,7 @@ def test_what_changes_the_lists_is_told() -> None:
     assert catalogue.take_item("i1", None)
     assert catalogue.take_vector("i1", vector("i1"))
     assert not catalogue.take_vector("i1", vector("i1"))
+    assert catalogue.take_vector("i1", vector("i2"))  # its text was corrected
 
 
 def test_renewed_is_as_made_anew(snapshot: Snapshot) -> None:
