@@ -5,6 +5,7 @@ ApiError(RuntimeError)     the request was refused
 """
 
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,7 @@ from stream.events import Item
 BUSY = (429, 502, 503, 504)  # 502, 504: a proxy before a server that starts
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 8.0
 REQUEST_ENTRIES, REQUEST_BYTES = 1000, 1_000_000  # within the defaults of serve.max_batch and serve.max_body_bytes
+LOOPBACK = re.compile(r"(.+\.)?localhost|127(\.\d+){3}|::1")
 SILENCE_S = 40.0  # an open stream says something every 15 s
 
 
@@ -82,13 +84,15 @@ class Client(Closing):
 
     def __init__(self, url: str, key: str | None = None, *, timeout_s: float = 10.0, patience_s: float = 30.0) -> None:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._open = partial(httpx.Client, base_url=url.rstrip("/"), headers=headers, timeout=timeout_s)
+        base_url = httpx.URL(url.rstrip("/"))
+        near = LOOPBACK.fullmatch(base_url.host) is not None  # no proxy of the environment's leads there
+        self._open = partial(httpx.Client, base_url=base_url, headers=headers, timeout=timeout_s, trust_env=not near)
         self._opened, self._pid = self._open(), os.getpid()
         self._timeout_s, self._patience_s = timeout_s, patience_s
 
     def recommendations(self, user_id: str, k: int = 20, **rules: Unpack[UserRules]) -> Answer:
         """The user's k best items now."""
-        return self._get(f"/v1/users/{quote(user_id, safe='')}/recommendations", Answer, k=k, **rules)
+        return self._get(f"/v1/users/{_segment(user_id)}/recommendations", Answer, k=k, **rules)
 
     def recommend(self, guest: Guest) -> Answer:
         """For a guest, of whom nothing is stored."""
@@ -96,7 +100,7 @@ class Client(Closing):
 
     def similar(self, item_id: str, k: int = 20, **rules: Unpack[Rules]) -> Similar:
         """The k items that go best with this one. Raises ApiError 404 where the serving generation does not know it."""
-        return self._get(f"/v1/items/{quote(item_id, safe='')}/similar", Similar, k=k, **rules)
+        return self._get(f"/v1/items/{_segment(item_id)}/similar", Similar, k=k, **rules)
 
     def items(self, q: str = "", limit: int = 50) -> list[ItemOut]:
         """Items of the catalogue with `q` in title or id, whatever the case; `limit` at most, 200 at most."""
@@ -104,7 +108,7 @@ class Client(Closing):
 
     def user(self, user_id: str) -> UserOut:
         """What is kept of a user, in readable form. Raises ApiError 404 where that is nothing."""
-        return self._get(f"/v1/users/{quote(user_id, safe='')}", UserOut)
+        return self._get(f"/v1/users/{_segment(user_id)}", UserOut)
 
     def send(self, *clicks: EventIn) -> Receipt:
         """In Kafka when this returns, but for those in `rejected`; many of them in several requests.
@@ -120,15 +124,15 @@ class Client(Closing):
 
     def remove_item(self, item_id: str) -> Delivered:
         """Takes an item out of the catalogue, known or not: no list shows it again."""
-        return self._call("DELETE", f"/v1/items/{quote(item_id, safe='')}", Delivered)
+        return self._call("DELETE", f"/v1/items/{_segment(item_id)}", Delivered)
 
     def forget(self, user_id: str) -> Erased:
         """Erases a user; keep the receipt, not the id."""
-        return self._call("DELETE", f"/v1/users/{quote(user_id, safe='')}", Erased)
+        return self._call("DELETE", f"/v1/users/{_segment(user_id)}", Erased)
 
     def erasure(self, receipt: str) -> Erased:
         """Where an erasure stands. Raises ApiError 404 for a receipt of none."""
-        return self._get(f"/v1/erasures/{receipt}", Erased)
+        return self._get(f"/v1/erasures/{_segment(receipt)}", Erased)
 
     def updates(self, user_id: str) -> Iterator[Update | Status]:
         """The user's lists as they change, for ever: what breaks is opened again. Raises ApiError for a refusal."""
@@ -205,6 +209,13 @@ class Client(Closing):
 KINDS: dict[str, type[Update] | type[Status]] = {"recommendations": Update, "status": Status}
 
 
+def _segment(identifier: str) -> str:
+    """An id in a path. httpx resolves `.` and `..`, and one without a character names another route."""
+    if not identifier:
+        raise ApiError(400, "an id is empty")
+    return quote(identifier, safe="") if identifier.strip(".") else identifier.replace(".", "%2E")
+
+
 def _requests(entries: Sequence[EventIn] | Sequence[Item]) -> Iterator[tuple[int, bytes]]:
     """Bodies that a server takes by default, each with the number of its first entry."""
     first, held, size = 0, list[bytes](), 0
@@ -219,7 +230,7 @@ def _requests(entries: Sequence[EventIn] | Sequence[Item]) -> Iterator[tuple[int
 
 
 def _check(answer: httpx.Response) -> None:
-    if answer.is_error:
+    if not answer.is_success:  # a redirect is followed by nobody
         answer.read()
         raise ApiError(answer.status_code, _detail(answer))
 

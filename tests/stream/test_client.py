@@ -10,11 +10,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx
 import msgspec
 import pytest
+from litestar.testing import TestClient
 
 from stream.answers import EventIn, Guest, Status, Update
 from stream.client import ApiError, Client, Unavailable, _events, _requests
 from stream.ports import free_port
 from tests.workers.console_fake import Fake, fake_api
+from tests.workers.test_limits import Still
+from workers.keys import OPEN
+from workers.server import build_app
+from workers.settings import Settings
 
 
 @pytest.fixture
@@ -117,6 +122,42 @@ def test_a_proxy_before_a_server_that_starts_is_asked_again(status: int) -> None
     with Client("http://upwell") as client:
         client._opened = httpx.Client(base_url="http://upwell", transport=httpx.MockTransport(lambda _: next(answers)))
         assert client.items() == []
+
+
+@pytest.mark.parametrize("status", [301, 304])
+def test_what_is_no_answer_is_refused(status: int) -> None:
+    with Client("http://upwell") as client:
+        moved = httpx.MockTransport(lambda _: httpx.Response(status, headers={"Location": "https://upwell"}))
+        client._opened = httpx.Client(base_url="http://upwell", transport=moved)
+        for call in (client.items, lambda: next(client.updates("u"))):
+            with pytest.raises(ApiError) as said:
+                call()
+            assert said.value.status == status
+
+
+def test_an_id_of_dots_is_an_id_and_an_empty_one_is_none() -> None:
+    """`..` asked for another path, `DELETE /v1` among them, and nobody's state was the list of all users."""
+    client = Client("http://upwell")
+    with TestClient(build_app(Still(Settings()), OPEN), base_url="http://127.0.0.1") as api:
+        client._opened = api
+        for dots in (".", "..", "..."):
+            with pytest.raises(ApiError, match="nothing is known") as said:
+                client.user(dots)
+            assert said.value.status == 404
+        for call in (client.user, client.forget, client.similar, client.recommendations, client.erasure):
+            with pytest.raises(ApiError, match="an id is empty"):
+                call("")
+
+
+@pytest.mark.parametrize(
+    ("host", "asked"), [("127.0.0.1", False), ("localhost", False), ("[::1]", False), ("upwell.example", True)]
+)
+def test_no_proxy_stands_before_loopback(host: str, asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy.example:3128")
+    with Client(f"http://{host}:8080") as client:
+        assert bool(client._http._mounts) == asked
 
 
 class Ports(BaseHTTPRequestHandler):
