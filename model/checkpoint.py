@@ -7,6 +7,7 @@ import fsspec
 
 from model.manifest import DamagedGeneration, MissingGeneration, file_entry, file_names, model_sha256
 from model.model import Model
+from model.store import reaching
 
 KEEP_VERDICTS = 1000  # a line each, where a model is megabytes
 
@@ -23,31 +24,39 @@ def publish_model(model: Model, url: str, verdict: str) -> str:
     store, root = fsspec.core.url_to_fs(url)
     with tempfile.TemporaryDirectory(prefix="upwell-model-") as scratch:
         model.save(Path(scratch))
-        store.makedirs(root, exist_ok=True)
-        for name in sorted(file_names(Path(scratch))):
-            store.put_file(f"{scratch}/{name}", f"{root}/{name}")
-        store.pipe_file(f"{root}.txt", verdict.encode())
+        with reaching():
+            store.makedirs(root, exist_ok=True)
+            for name in sorted(file_names(Path(scratch))):
+                store.put_file(f"{scratch}/{name}", f"{root}/{name}")
+            store.pipe_file(f"{root}.txt", verdict.encode())
         return _digest(Path(scratch))
 
 
 def fetch_model(url: str, digest: str) -> Model:
     """Raises DamagedGeneration when the files are not those announced, ValueError when they are no model, OSError
-    where not even the folder around it is there: a store that is not mounted says nothing about the model."""
-    store, root = fsspec.core.url_to_fs(url)
-    if not (paths := store.find(root)):
-        kind = MissingGeneration if store.isdir(root.rpartition("/")[0]) else FileNotFoundError
-        raise kind(f"{url}: nothing there")
+    where the store is out of reach, or not even the folder around it is there: a store that is not mounted says nothing
+    about the model."""
     with tempfile.TemporaryDirectory(prefix="upwell-model-") as scratch:
-        try:
-            for path in paths:
-                store.get_file(path, f"{scratch}/{Path(path).name}")
-        except FileNotFoundError as error:
-            raise DamagedGeneration(f"{url}: {error}") from error
+        _download(url, scratch)
         if (found := _digest(Path(scratch))) != digest:
             raise DamagedGeneration(f"{url}: digest {found[:12]} instead of {digest[:12]}")
         return Model.load(Path(scratch))
 
 
+@reaching()
+def _download(url: str, folder: str) -> None:
+    store, root = fsspec.core.url_to_fs(url)
+    if not (paths := store.find(root)):
+        kind = MissingGeneration if store.isdir(root.rpartition("/")[0]) else FileNotFoundError
+        raise kind(f"{url}: nothing there")
+    try:
+        for path in paths:
+            store.get_file(path, f"{folder}/{Path(path).name}")
+    except FileNotFoundError as error:
+        raise DamagedGeneration(f"{url}: {error}") from error
+
+
+@reaching()
 def verdicts(url: str) -> dict[str, str]:
     """What the gate said of each checkpoint under `url`, oldest first, as far as it is kept."""
     store, root = fsspec.core.url_to_fs(url)
@@ -57,6 +66,7 @@ def verdicts(url: str) -> dict[str, str]:
     return {Path(path).stem: store.cat_file(path).decode() for path in texts}
 
 
+@reaching()
 def prune_models(url: str, keep: int, newest: str = "") -> None:
     """Delete all but the newest `keep` checkpoints under `url`, and all but KEEP_VERDICTS of what the gate said of
     them; their names sort by time, but for `newest`: the clock may have been set back since the others."""

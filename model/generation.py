@@ -35,6 +35,7 @@ from model.manifest import (
     verify,
 )
 from model.probes import EF_SEARCH, PROBE_K, SHAPES, ModelLike, Shape, best_index, walk
+from model.store import reaching
 
 FEWEST_WALKS, MOST_WALKS = 256, 1024  # a graph misses whole queries: 3 of 256 are no measure of it
 NUM_PROBES = 64
@@ -127,24 +128,26 @@ def publish(folder: Path, url: str) -> str:
     """Copy a whole generation into the store at `url` (a folder or any fsspec URL), its manifest last.
 
     Returns the generation's own URL, `url`/version. A generation built in the store stays where it is.
-    Raises DamagedGeneration, FileExistsError where another generation has this version.
+    Raises DamagedGeneration, FileExistsError where another generation has this version, OSError where the store is
+    full or out of reach.
     """
     manifest = verify(folder)
     store, root = fsspec.core.url_to_fs(url)
     target = f"{root.rstrip('/')}/{manifest.version}"
     address = str(store.unstrip_protocol(target))
-    if store.exists(f"{target}/{MANIFEST}"):
-        if store.cat_file(f"{target}/{MANIFEST}") != (folder / MANIFEST).read_bytes():
-            raise FileExistsError(f"{address} is another generation")
-        return address
-    try:
-        for name in [*sorted(manifest.files), MANIFEST]:
-            store.makedirs(f"{target}/{name}".rpartition("/")[0], exist_ok=True)
-            store.put_file(str(folder / name), f"{target}/{name}")
-    except OSError:  # a full store: the next try has another name, and nothing prunes what has no manifest
-        with suppress(OSError):
-            store.rm(target, recursive=True)
-        raise
+    with reaching():
+        if store.exists(f"{target}/{MANIFEST}"):
+            if store.cat_file(f"{target}/{MANIFEST}") != (folder / MANIFEST).read_bytes():
+                raise FileExistsError(f"{address} is another generation")
+            return address
+        try:
+            for name in [*sorted(manifest.files), MANIFEST]:
+                store.makedirs(f"{target}/{name}".rpartition("/")[0], exist_ok=True)
+                store.put_file(str(folder / name), f"{target}/{name}")
+        except Exception:  # a full store: the next try has another name, and nothing prunes what has no manifest
+            with suppress(Exception):
+                store.rm(target, recursive=True)
+            raise
     return address
 
 
@@ -186,6 +189,7 @@ def fetch(url: str, cache_dir: Path, manifest_sha256: str, *, verified: bool = T
     return folder
 
 
+@reaching()
 def _download(store: Any, root: str, copy: Path, sha256: str) -> None:
     try:
         raw = store.cat_file(f"{root}/{MANIFEST}")
@@ -198,6 +202,7 @@ def _download(store: Any, root: str, copy: Path, sha256: str) -> None:
         raise kind(f"{error}: missing in the store") from error
 
 
+@reaching()
 def prune(url: str, keep: int, spare: Set[str] = frozenset()) -> list[str]:
     """Delete all but the `keep` newest generations of a store (or cache) and those to spare; the names of the deleted.
 

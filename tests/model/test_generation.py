@@ -376,7 +376,7 @@ def verify_files(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def store(request: pytest.FixtureRequest) -> str:
-    return f"memory://{request.node.name}"
+    return f"memory://{request.node.originalname}"
 
 
 def test_published_and_fetched(built: Path, store: str, tmp_path: Path) -> None:
@@ -460,19 +460,20 @@ def test_a_version_is_published_once(built: Path, folder: Path, store: str) -> N
         publish(folder, store)
 
 
+@pytest.mark.parametrize("error", [OSError("no space left"), RuntimeError("no endpoint answers")])
 def test_what_the_store_has_no_room_for_leaves_nothing_there(
-    built: Path, store: str, monkeypatch: pytest.MonkeyPatch
+    error: Exception, built: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = fsspec.filesystem("memory")
     put = memory.put_file
 
     def full(source: str, target: str) -> None:
         if target.endswith("items.npy"):
-            raise OSError("no space left")
+            raise error
         put(source, target)
 
     monkeypatch.setattr(memory, "put_file", full)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(OSError, match=str(error)):
         publish(built, store)
     assert memory.find(store) == []
 
