@@ -39,6 +39,8 @@ RETRY_S = 5.0
 MOST_LEARNED = 50_000  # clicks a round, a minute at 1.2 ms each: a restart loses what has not been published
 KEEP_MODELS = 5
 DRIFT_CLICKS = 5000  # clicks before the newest slice that it is compared with
+MOST_UNKNOWN = 0.1  # of a round's clicks on items without a vector, before it waits for them
+VECTORS_S = 30.0  # between two of those vectors: the indexer sends a group each few seconds
 MOST_REMOVED = 0.1  # of the items, before the learner is made anew without them: it costs a read of the window
 
 
@@ -53,6 +55,8 @@ class Trainer:
         self._text: dict[str, NDArray[np.float32]] = {}
         self._removed = set[str]()  # items of the learner that were removed since it was made
         self._held = 0  # of the pending clicks the oldest: the last round's slice, judged on and not yet learned
+        self._awaited = set[str]()  # items without a vector that the next round waits for
+        self._came = float("-inf")  # monotonic time of the newest vector: of these, where there are any
         self._before: deque[str] = deque(maxlen=DRIFT_CLICKS)  # items of the clicks before the newest slice
         self._encoder = ""
         self._learner: Learner | None = None
@@ -149,6 +153,8 @@ class Trainer:
         if learner is None:
             return reads  # no item has a vector yet
         cut = min(max(len(reads) - self._config.holdout, (len(reads) - self._held) // 2), MOST_LEARNED)
+        if self._waits(learner, reads[:cut]):
+            return reads
         held = reads[cut : cut + self._config.holdout]
         with metrics.training_s.time():
             report = learner.learn(self._events(reads[:cut]))
@@ -163,6 +169,18 @@ class Trainer:
         self._conclude(candidate, verdict, trained_to)
         self._held = len(held)
         return reads[cut:]
+
+    def _waits(self, learner: Learner, reads: Sequence[Read]) -> bool:
+        """Whether a round is put off: many of its clicks, on items that the indexer is still at, would be lost to it.
+
+        Until none of those vectors has come for VECTORS_S: an item that never gets one holds up nothing.
+        """
+        unknown = [read.click.item_id for read in reads if read.click.item_id not in learner.rows]
+        waits = len(unknown) > MOST_UNKNOWN * len(reads) and time.monotonic() - self._came < VECTORS_S
+        if waits and not self._awaited:
+            log.info("round waits for vectors", clicks=len(reads), unknown=len(unknown))
+        self._awaited = (self._awaited or set(unknown)) if waits else set()
+        return waits
 
     def _judged(self, candidate: Model, held_out: Slice) -> Verdict:
         assert self._learner is not None
@@ -205,6 +223,8 @@ class Trainer:
         if self._text and encoder != self._encoder:
             raise EncoderChanged(f"from {self._encoder} to {encoder}")
         self._encoder = encoder
+        if (new.keys() - self._text.keys()) & (self._awaited or new.keys()):
+            self._came = time.monotonic()
         self._text |= new
         for item_id in removed:
             self._text.pop(item_id, None)

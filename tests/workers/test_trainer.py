@@ -4,6 +4,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -318,6 +319,46 @@ def test_what_waits_to_be_learned_is_no_more_than_the_window(
     monkeypatch.setattr(trainer._window, "read", lambda: reads[:0])
     assert len(trainer._read(reads[-5_000:])) == 4_500 and trainer._held == 90
     assert [bool(trainer._learner.log.past(user, 9)[0]) for user in ("u0", "u1")] == [False, True]
+
+
+def test_a_round_waits_for_the_items_that_are_being_encoded(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clicks on the others would be passed over for good: a trainer with a backlog is faster than an indexer."""
+    trainer, reads, now, trained_to = Trainer(settings, threading.Event()), clicked(240), 1000.0, list[dict[int, int]]()
+    trainer._window.offsets = {0: 240}
+    monkeypatch.setattr("workers.trainer.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(trainer, "_judged", lambda *_: Verdict(False, ""))
+    monkeypatch.setattr(trainer, "_conclude", lambda *given: trained_to.append(given[2]))
+
+    def left() -> int:
+        return len(trainer._round(reads))
+
+    for row in range(12):
+        tell(trainer, ITEMS[row], TEXT[row])
+    assert left() == 240
+    now += 29
+    for row in range(12, 20):
+        tell(trainer, ITEMS[row], TEXT[row])
+    assert left() == 240
+    now += 29  # four of the 24 are of another catalogue: they hold up nothing, whatever else is encoded meanwhile
+    tell(trainer, "new", TEXT[0])
+    assert left() == 240 and not trained_to
+    now += 2
+    assert left() == 120 and trained_to == [{0: 120}]
+    assert trainer._learner is not None and trainer._learner.log.count == 100
+    now += 29  # nothing has come since
+    assert left() < 240 and len(trained_to) == 2
+
+
+def test_a_round_does_not_wait_for_a_few(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(settings, threading.Event())
+    trainer._window.offsets = {0: 240}
+    monkeypatch.setattr(trainer, "_judged", lambda *_: Verdict(False, ""))
+    monkeypatch.setattr(trainer, "_conclude", lambda *_: None)
+    for row in range(22):
+        tell(trainer, ITEMS[row], TEXT[row])
+    assert len(trainer._round(clicked(240))) == 120
 
 
 @pytest.fixture
