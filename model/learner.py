@@ -67,8 +67,9 @@ class Learner:
         self._tower.table.values = model.arrays["tower.ids"].to(self.device).clone()
         self._mix.restore(model.arrays["mix"].cpu().numpy())
         self._mix_first = 0
-        self._warmup_left = 0
         self._counts = _counts_of(model)
+        warmed = self.config.warmup_steps_a_batch * int(self._counts.sum()) // self.config.micro_batch
+        self._warmup_left = max(0, self.config.warmup_steps - warmed)
         self._born = np.where(self._counts > 0, -np.inf, np.inf)
         self._renew_items()
 

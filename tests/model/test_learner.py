@@ -330,6 +330,13 @@ def test_what_is_resumed_knows_the_items_that_its_window_has_lost() -> None:
     assert not newness[:30].any() and newness[30:35].all() and torch.equal(newness[30:], before[30:])
 
 
+@pytest.mark.parametrize("events", [64, 640, 3200])
+def test_what_is_resumed_takes_the_steps_that_a_young_stream_still_owes(events: int) -> None:
+    made = learner()
+    made.learn(chain(events, 0.2))
+    assert resumed(made.model())._warmup_left == made._warmup_left == max(0, 100 - events // 16)
+
+
 @pytest.mark.parametrize("clicks", [1, 2, 57, 3000])
 def test_counts_are_read_off_a_saved_model(clicks: int) -> None:
     made = learner()
