@@ -153,6 +153,12 @@ class Live:
                 return
 
     @property
+    def wanted(self) -> str | None:
+        """Name of the generation that is to serve, though it may not yet: of those not refused the first."""
+        usable = (one.name for one in self._announcements.wanted() if one.manifest_sha256 not in self._refused)
+        return next(usable, None)
+
+    @property
     def due(self) -> bool:
         """Whether another generation may be wanted, or the one that serves has to be loaded anew."""
         return self.search_died or self._moved or time.monotonic() > min(self._not_before.values(), default=math.inf)

@@ -43,7 +43,7 @@ class UserWorker:
     """The work of what waits of a partition; `workers/worker_process.py` hands on Faust's events in their order."""
 
     def __init__(self, settings: Settings, live: Live, owned: OwnedStates, sender: BatchSender) -> None:
-        self._settings, self._owned, self._sender = settings, owned, sender
+        self._settings, self._live, self._owned, self._sender = settings, live, owned, sender
         self._topics = settings.topics
         self._limits = limits_of(settings)
         self._letters = DeadLetters(settings, sender)
@@ -215,9 +215,14 @@ class UserWorker:
         )
 
     async def _go_back(self) -> None:
-        """Announce the generation before again where the new one has lost its trial: it is the newest then."""
+        """Announce the generation before again where the new one has lost its trial: it is the newest then.
+
+        Not over one that was announced meanwhile, which would never get its turn.
+        """
         if self._recommender.lost is not None:
             (back, trial), self._recommender.lost = self._recommender.lost, None
+            if self._live.wanted != trial.serving:
+                return
             metrics.rollbacks.inc()
             apart = {"only_lost": trial.only_serving, "only_back": trial.only_previous}
             log.warning("rolled back", lost=trial.serving, to=back.name, clicks=trial.clicks, **apart)

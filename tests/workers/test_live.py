@@ -159,6 +159,9 @@ def test_what_was_refused_is_not_loaded_again(live: Any, monkeypatch: pytest.Mon
     announce(live, 2)
     live._serve_wanted()
     assert live.loads == ["g1", "g2"] and names(live) == ("g1", None)
+    assert live.wanted == "g1"  # the bad one is no reason to keep one that loses its trial
+    live._announcements.generations["g3"] = generation(3)
+    assert live.wanted == "g3"
 
 
 @pytest.mark.parametrize("error", [OSError("away"), MissingGeneration("not mounted")])

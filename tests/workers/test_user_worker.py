@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import AsyncMock, Mock
 
 import pytest
 
 from model.user_state import digest
-from stream.events import Click, Erasure, Ranked, Recommendations, decode, encode
+from stream.events import Artifact, Click, Erasure, Ranked, Recommendations, decode, encode
 from stream.producer import partition_of
 from tests.records import Record
+from workers.prequential import Trial
 from workers.recommender import Folded, Recommended
 from workers.settings import Kafka, Settings, Worker
 from workers.state_writer import Acknowledge
@@ -99,6 +101,18 @@ async def test_a_click_is_answered_when_its_list_is_sent_and_never_without_one(
     monkeypatch.setattr(kafka, "ask", AsyncMock(return_value=Recommended(generation, {}, {}, set())))
     await kafka.worker.process(0, records([True] * 3), AsyncMock())
     assert [math.isfinite(call.args[0]) for call in observed.observe.call_args_list] == [bool(generation)] * 3
+
+
+@pytest.mark.parametrize("newest", ["g2", "g3"])
+async def test_a_generation_that_loses_its_trial_is_rolled_back_unless_it_is_replaced_already(newest: str) -> None:
+    """What was announced meanwhile would never serve: the one gone back to would be the newest."""
+    kafka = Beside()
+    kafka.worker._live = cast(Any, SimpleNamespace(wanted=newest))
+    back = Artifact(name="g1", url="u", manifest_sha256="s", created_ms=1, encoder="e")
+    kafka.worker._recommender.lost = back, Trial("g2", "g1")
+    await kafka.worker._go_back()
+    assert kafka.written == ([("generations", "g1")] if newest == "g2" else [])
+    assert kafka.worker._recommender.lost is None
 
 
 async def test_who_is_forgotten_while_the_worker_was_behind_gets_no_list_for_what_was_before() -> None:
