@@ -45,7 +45,7 @@ def read_announcements(settings: Settings) -> Announcements:
     announcements = Announcements()
     for record in read_window(settings.connection, settings.topics.generations.name):
         with suppress(BadEvent):
-            announcements.take((record.key or b"").decode(), record.value)
+            announcements.take((record.key or b"").decode(errors="replace"), record.value)
     return announcements
 
 

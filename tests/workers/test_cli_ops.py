@@ -260,6 +260,8 @@ def test_what_no_role_would_serve_is_neither_gone_back_to_nor_pinned(connection:
     settings = settings_of(connection)
     ensure(settings.topics, settings.connection)
     announce(settings, tmp_path, 1, 2)
+    with Producer(settings.connection) as producer:
+        producer.send_raw(settings.topics.generations.name, b"\xff", None)  # a key of somebody else's: no text
     with pytest.raises(DamagedGeneration, match="g1"):
         roll_back(settings, "g1")
     with pytest.raises(DamagedGeneration, match="g1"):
