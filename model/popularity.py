@@ -16,6 +16,7 @@ class Popularity:
 
     def __init__(self, half_lives: tuple[float, ...]) -> None:
         self._growth = np.log(2) / np.asarray(half_lives)  # (H,) per event
+        self._at_once = int(np.clip(np.log2(_RESCALE) * min(half_lives), 1, 1e6))  # events until it is folded
         self._unit = np.ones(len(half_lives))  # (H,)
         self._counts = np.zeros((0, len(half_lives)))  # (N, H)
 
@@ -25,8 +26,10 @@ class Popularity:
 
     def add(self, rows: NDArray[np.int64], weights: NDArray[np.float32]) -> None:
         """Folds events in, oldest first: the last one counts `weight`, earlier ones are already decayed."""
-        if not len(rows):
-            return
+        for start in range(0, len(rows), self._at_once):
+            self._add(rows[start : start + self._at_once], weights[start : start + self._at_once])
+
+    def _add(self, rows: NDArray[np.int64], weights: NDArray[np.float32]) -> None:
         units = self._unit * np.exp(np.arange(1, len(rows) + 1)[:, None] * self._growth)  # (n, H)
         np.add.at(self._counts, rows, units * weights[:, None])
         self._unit = units[-1]

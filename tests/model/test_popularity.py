@@ -34,6 +34,17 @@ def test_survives_more_half_lives_than_a_float_has_powers_of_two() -> None:
     np.testing.assert_allclose(popularity.values()[:, 0], [2.0, 0.0])
 
 
+def test_any_number_of_events_may_come_at_once() -> None:
+    """Of one stamp in strict mode, a whole day: the unit grew past what a float holds within the call."""
+    at_once, in_parts = Popularity((125.0,)), Popularity((125.0,))
+    rows, weights = np.arange(130_000) % 3, np.ones(130_000, np.float32)
+    for popularity, size in ((at_once, 130_000), (in_parts, 64)):
+        popularity.grow(3)
+        for start in range(0, len(rows), size):
+            popularity.add(rows[start : start + size], weights[start : start + size])
+    np.testing.assert_allclose(at_once.values(), in_parts.values(), rtol=1e-6)
+
+
 def test_a_new_item_has_log_popularity_zero() -> None:
     popularity = Popularity((5.0,))
     popularity.grow(1)
