@@ -81,10 +81,12 @@ def test_clicks_are_what_they_are_said_to_be(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_no_click_is_folded_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A known event id takes the short way out of the fold."""
-    folded, fold = list[str](), scale.fold
+    """A known event id takes the short way out of the fold; and a longer history costs more, which is not to be told
+    of few users."""
+    folded, longest, fold = list[str](), list[int](), scale.fold
 
     def noted(states: States, clicks: Keyed, first: int) -> None:
+        longest.append(max((len(state.history) for state in states.values()), default=0))
         folded.extend(decode_click(raw).event_id for _, raw in clicks)
         fold(states, clicks, first)
 
@@ -92,6 +94,7 @@ def test_no_click_is_folded_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     turn, _ = scale.with_users(20, harness.Options(size=1_000))
     assert turn() > 0 and turn() > 0
     assert len(folded) == len(set(folded)) == 20 * scale.HELD + 2 * 1_000
+    assert max(longest) == scale.HELD
 
 
 def test_the_steady_wait_is_of_a_window_as_long_as_a_swap(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import psutil
 
@@ -21,11 +22,13 @@ from stream.events import decode_click
 from workers.bench import data
 from workers.bench.harness import Options, alternate, cpu_s, cpu_seconds, medians, ratio, rss_mib
 from workers.bench.stage import Keyed, clicks_per_cpu_s, stage
+from workers.prequential import K
 from workers.search import SearchProcess
-from workers.states import PackedStates, States
+from workers.states import Owned, PackedStates, Sent, States
 
 LIMITS = Limits()
 HELD = 5  # clicks of each user before the measured ones
+TOGETHER = 1_000  # of these, before the states are set back: of a few users the histories would grow and grow
 CLICKS_HELD = (5, 50, 200, 1_000)
 KIB = 1024
 
@@ -40,19 +43,28 @@ def fold(states: States, clicks: Keyed, first: int) -> None:
 
 
 def with_users(count: int, options: Options, held: int = HELD) -> tuple[Callable[[], float], float]:
-    """Clicks a CPU second over the states of `count` users with `held` clicks each, and bytes a user."""
-    before, states = psutil.Process().memory_info().rss, PackedStates()
+    """Clicks a CPU second over the states of `count` users with `held` clicks each, and bytes a user in the worker:
+    of states, and of lists that have been sent.
+    """
+    ids = [f"item-{number:07d}" for number in range(50_000)]
+    before, owned = psutil.Process().memory_info().rss, Owned(PackedStates(), cast(Any, None), {})
     for turn in range(held):
         for start in range(0, count, 10_000):
             batch = data.clicks(min(10_000, count - start), 0, 50_000, seed=turn, first_user=start)
-            fold(states, batch, turn * count + start)
-    user_bytes = (psutil.Process().memory_info().rss - before) / len(states)
-    turns = itertools.count(held)
+            fold(owned.states, batch, turn * count + start)
+    for number in range(count):
+        at = number % (len(ids) - K)
+        owned.sent[f"user-{number:07d}"] = Sent("g20260101T000000-000", 0, tuple(ids[at : at + K]))
+    user_bytes = (psutil.Process().memory_info().rss - before) / count
+    turns, part, records = itertools.count(held), min(count, TOGETHER), dict(owned.states._records)
 
     def run() -> float:
-        turn = next(turns)  # its clicks are new: a known event id is not folded
+        turn, spent_s = next(turns), 0.0  # its clicks are new: a known event id is not folded
         clicks = data.clicks(options.scaled(20_000, 2_000), count, 50_000, seed=turn)
-        return len(clicks) / cpu_seconds(lambda: fold(states, clicks, turn * 10_000_000))
+        for at in range(0, len(clicks), part):
+            owned.states._records = dict(records)
+            spent_s += cpu_seconds(partial(fold, owned.states, clicks[at : at + part], turn * 10_000_000 + at))
+        return len(clicks) / spent_s
 
     return run, user_bytes
 
