@@ -6,9 +6,11 @@ Legend: W windows, L tokens (start token first, padded on the left), d width, N 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -118,11 +120,13 @@ class RetrainedArm:
     def _step(self) -> None:
         self._net.train()
         numbers = self._random.integers(0, self._log.count, 32)
-        window = shuffle_ties(self._log.ending_at(numbers, self._length), self._random)
+        # One longer than what is read: what is said last, as to a list's user, is trained, too.
+        window = shuffle_ties(self._log.ending_at(numbers, self._length + 1), self._random)
         goals = torch.from_numpy(window.goals) > 0  # (W, L)
         if not goals.any():
             return
-        out = self._outputs(window)  # (W, L + 1, d)
+        columns: list[NDArray[Any]] = [column[:, :-1] for column in window.columns()]
+        out = self._outputs(Padded(*columns))  # (W, L, d)
         source = np.broadcast_to(np.arange(window.rows.shape[1]), window.rows.shape)
         if not self._same_stamp:  # the place before the first event of the same stamp
             empty = window.rows[:, :, None] < 0

@@ -80,6 +80,15 @@ def test_what_a_user_has_consumed_is_no_negative(exclude_seen: bool) -> None:
     assert bool(arm._bias.detach().any()) is not exclude_seen
 
 
+def test_sasrec_is_asked_at_a_place_that_is_trained() -> None:
+    """After the newest of as many events as it reads."""
+    arm = RetrainedArm("sasrec", N, 300, steps=1, width=32, length=8)
+    arm.learn(chain(300, 0.2), np.array([ITEMS.index(item) for item in chain(300, 0.2).items]))
+    positions = arm._net.positions
+    assert isinstance(positions, torch.Tensor) and positions.grad is not None
+    assert positions.grad.norm(dim=1).min() > 0
+
+
 def test_text_finds_what_reads_alike() -> None:
     random = np.random.default_rng(0)
     text = np.repeat(random.normal(size=(4, 16)), 10, axis=0) + 0.1 * random.normal(size=(N, 16))
