@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from model.config import ModelConfig
+from model.config import PER_ITEM, ModelConfig
 from model.generation import build_generation
 from model.learner import Learner
 from model.manifest import manifest_sha256
@@ -125,7 +126,10 @@ class Grown:
         return self._model.user_vectors(own, now_ms)
 
     def save(self, folder: Path) -> None:
-        self._model.save(folder)
+        """Grown as well: of each item the rows of the first of its two."""
+        model, rows = self._model, torch.from_numpy(self._first)
+        grown = {name: model.arrays[name][rows] for name in PER_ITEM}
+        Model(model.config, self.ids, model.arrays | grown, model.tower).save(folder)
 
 
 def users_of(model: Model, dataset: Dataset, count: int) -> Floats:

@@ -1,9 +1,11 @@
 """Build, load and swap of a generation: how long, how much memory, and what traffic notices.
 
 Queries go on in this process while the next generation is taken in as the worker does it: verified, its model and
-its search process loaded beside, one reference moved, the old process closed.
+its search process loaded beside, its snapshot made with the catalogue, one reference moved, the old process closed.
+Memory: of the search processes, and what this process takes beyond what it had before the first generation.
 """
 
+import os
 import statistics
 import tempfile
 import threading
@@ -16,7 +18,9 @@ from model.model import Model
 from model.queries import Vectors
 from workers.bench import data
 from workers.bench.harness import Options, alternate, medians, ratio, rss_mib, seconds
+from workers.catalogue import Catalogue
 from workers.search import SearchProcess, SearchProcessDied
+from workers.snapshot import Snapshot
 
 BATCH = 16
 
@@ -56,8 +60,14 @@ class Traffic:
         self._thread.join()
 
 
+def begin_peak() -> float:
+    """This process's memory now, from which its peak is taken anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_mib(os.getpid())
+
+
 def peak_mib(pid: int) -> float:
-    """Most memory that a process has ever had resident."""
+    """Most memory that a process has ever had resident, this one since `begin_peak`."""
     status = Path(f"/proc/{pid}/status").read_text()
     return float(status.partition("VmHWM:")[2].split()[0]) / 1024
 
@@ -73,17 +83,27 @@ def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
         build_s = time.perf_counter() - began
         manifest = verify(folder)
         files_mib = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
-        serving = SearchProcess(folder, artifact.manifest_sha256)
-        traffic = Traffic(serving, queries)
+        catalogue = Catalogue()
+        catalogue.items = {item.item_id: item for item in data.items(count)}
+        without_mib = begin_peak()
+
+        def taken_in() -> Snapshot:
+            search = SearchProcess(folder, artifact.manifest_sha256)
+            return Snapshot.of(artifact, search, Model.load(folder / "model"), catalogue)
+
+        served = [taken_in()]
+        traffic = Traffic(served[0].search, queries)
         traffic.during(lambda: None)
-        alone_mib, peaks_mib, loads_s = rss_mib(serving.pid), list[float](), list[float]()
+        search_mib, snapshot_mib = rss_mib(served[0].search.pid), begin_peak() - without_mib
+        peaks_mib, loads_s = list[float](), list[float]()
 
         def load() -> None:
-            Model.load(folder / "model")
-            new = SearchProcess(folder, artifact.manifest_sha256)
-            peaks_mib.append(peak_mib(new.pid) + rss_mib(traffic.search.pid))
-            old, traffic.search = traffic.search, new
-            old.close()
+            begin_peak()
+            served.append(taken_in())
+            searches_mib = peak_mib(served[1].search.pid) + rss_mib(served[0].search.pid)
+            peaks_mib.append(searches_mib + peak_mib(os.getpid()) - without_mib)
+            traffic.search = served[1].search
+            served.pop(0).search.close()
 
         contenders = {
             "swap": lambda: traffic.during(lambda: loads_s.append(seconds(load))),
@@ -93,11 +113,12 @@ def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
         traffic.close()
         traffic.search.close()
     ratios = {
-        "memory peak / one generation": statistics.median(peaks_mib) / alone_mib,
+        "memory peak / one generation": statistics.median(peaks_mib) / (search_mib + snapshot_mib),
         "longest wait in a swap / without": ratio(runs, "swap", "steady"),
         "load / build": statistics.median(loads_s) / build_s,
     }
     values = {f"longest_wait_ms {name}": figure for name, figure in medians(runs).items()}
-    values |= {"build_s": build_s, "load_s": statistics.median(loads_s), "search_process_mib": alone_mib}
+    values |= {"build_s": build_s, "load_s": statistics.median(loads_s), "search_process_mib": search_mib}
     values |= {"recall@20": manifest.metrics["recall@20"], "ef": float(manifest.ef_search), "dim": float(manifest.dim)}
-    return ratios, values | {"files_mib": files_mib, "items": float(count), "swaps": float(len(loads_s))}
+    values |= {"snapshot_mib": snapshot_mib, "files_mib": files_mib}
+    return ratios, values | {"items": float(count), "swaps": float(len(loads_s))}
