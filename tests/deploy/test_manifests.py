@@ -1,6 +1,7 @@
 """Dockerfile, compose file and Kubernetes manifests, as far as that can be seen without an engine or a cluster."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -120,6 +121,17 @@ def test_the_image_is_not_root_and_copies_what_is_there() -> None:
     for sources in re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE):
         for source in sources.split():
             assert (DEPLOY.parent / source).exists(), source
+
+
+@pytest.mark.parametrize("uv", ["exit 2", "exit 0"])
+def test_a_lock_that_uv_did_not_cut_is_an_error_and_no_empty_lock(uv: str, tmp_path: Path) -> None:
+    """The image would be built without what Upwell needs."""
+    fake = tmp_path / "uv"
+    fake.write_text(f"#!/bin/sh\n{uv}\n")
+    fake.chmod(0o755)
+    command = ["sh", str(DEPLOY / "image-lock.sh"), "cuda"]
+    done = subprocess.run(command, cwd=DEPLOY.parent, env=os.environ | {"UV": str(fake)}, stdout=subprocess.PIPE)
+    assert done.returncode != 0 and not done.stdout
 
 
 def rendered(overlay: str) -> list[Any]:
