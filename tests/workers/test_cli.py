@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from stream.consumer import MissingTopic, read_window
 from stream.datasets import Dataset
 from stream.events import DeadLetter, Erasure, decode, encode
 from stream.jars import BrokerError
+from stream.ports import free_port
 from stream.producer import BufferFull, ClickProducer, DeliveryError, Producer
 from stream.replay import replay
 from tests.workers.console_fake import fake_api
@@ -35,6 +37,15 @@ from workers.observe import Observer
 from workers.settings import Arm, Privacy, Serve, Settings, Trainer, Worker
 
 Upwell = Callable[..., Result]
+
+
+class Ready(BaseHTTPRequestHandler):
+    """Server and worker in one, once they serve a generation."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'# TYPE upwell_swaps_total counter\nupwell_swaps_total{result="served"} 1\n')
 
 
 @pytest.fixture
@@ -319,6 +330,25 @@ def test_a_demo_asks_for_whatever_a_user_is_called() -> None:
         watching._stop.set()
         asking.join()
     assert watching.failed_requests == watching.empty_requests == 0
+
+
+def test_a_proxy_is_not_asked_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind one the demo waited three minutes for a service that was ready, and ended."""
+    asked = threading.Thread(
+        target=(server := HTTPServer(("127.0.0.1", 0), Ready)).serve_forever, args=(0.05,), daemon=True
+    )
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setattr("urllib.request._opener", None)  # that an earlier test's environment has made
+    port, stop = server.server_port, threading.Event()
+    asked.start()
+    try:
+        watching = Observer(Settings(serve=Serve(port=port), worker=Worker(metrics_port=port)))
+        assert watching.await_ready(2.0, stop)
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_roles_of_one_machine_do_not_fight_for_a_port(
