@@ -12,16 +12,21 @@ from pathlib import Path
 import fsspec
 import kafka
 import torch
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import get_protocol
 from kafka.errors import KafkaError
 
-from stream.consumer import end_offsets, read_window
+from stream.consumer import MissingTopic, end_offsets, read_window
+from stream.events import Artifact
 from stream.topics import describe
+from workers.announcements import newest_model, read_announcements
 from workers.lag import read_offsets
 from workers.preflight import check_access
 from workers.settings import ConfigError, Settings
 
 MIN_FREE_GB = 2.0
 MAX_SKEW_S = 2.0
+PROBE_BYTES = 64 * 1024  # a full disk takes an empty file
 PACKAGES = ("upwell", "torch", "transformers", "hnswlib", "faust-streaming", "aiokafka", "kafka-python")
 Finding = tuple[bool, str]
 
@@ -33,7 +38,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
     yield True, f"machine: {platform.system()} {platform.machine()}, {os.cpu_count()} processors"
     yield True, f"device: {_device()}"
     yield from _broker(settings)
-    yield _artifacts(settings.artifacts)
+    yield _artifacts(settings.artifacts, _announced(settings))
     yield from _disks(settings)
 
 
@@ -78,21 +83,46 @@ def _clock(settings: Settings) -> Finding:
     return ahead_s <= MAX_SKEW_S, f"clock: {time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime())}, {told}"
 
 
-def _artifacts(url: str) -> Finding:
+def _announced(settings: Settings) -> list[Artifact] | None:
+    """The newest model and what serves; None where Kafka does not say."""
+    try:
+        if not check_access(settings.connection):
+            return None
+        found = [newest_model(settings), *read_announcements(settings).wanted()[:1]]
+    except MissingTopic:
+        return []
+    except (KafkaError, OSError, ConfigError):
+        return None
+    return [artifact for artifact in found if artifact]
+
+
+def _artifacts(url: str, announced: list[Artifact] | None) -> Finding:
+    """Its folder is made only where nothing has been announced: else the store is not mounted, or another one."""
     try:
         store, root = fsspec.core.url_to_fs(url)
-        store.makedirs(root, exist_ok=True)
+        if announced == []:
+            store.makedirs(root, exist_ok=True)
         probe = f"{root}/.doctor"
-        store.pipe_file(probe, b"")
-        store.rm_file(probe)
+        try:
+            store.pipe_file(probe, bytes(PROBE_BYTES))
+        finally:
+            if store.exists(probe):
+                store.rm_file(probe)
+        for artifact in announced or ():
+            place, path = fsspec.core.url_to_fs(artifact.url)
+            if not place.exists(path):
+                return False, f"artifacts: {artifact.name} is announced, and nothing is at {artifact.url}"
     except Exception as error:  # each store has errors of its own
         return False, f"artifacts: {url}: {error}"
-    return True, f"artifacts: {url} can be written"
+    return True, f"artifacts: {url} can be written{', and what serves is there' if announced else ''}"
 
 
 def _disks(settings: Settings) -> Iterator[Finding]:
-    """Where generations are built and where fetched ones and vectors lie."""
-    for use, folder in (("building generations", Path(tempfile.gettempdir())), ("the cache", settings.cache)):
+    """Where generations are built, where fetched ones and vectors lie, and a store that is a folder."""
+    places = [("building generations", Path(tempfile.gettempdir())), ("the cache", settings.cache)]
+    if get_protocol(settings.artifacts) in LocalFileSystem.protocol:
+        places.append(("the artifact store", Path(fsspec.core.url_to_fs(settings.artifacts)[1])))
+    for use, folder in places:
         there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
         free_gb = shutil.disk_usage(there).free / 1e9
         yield free_gb > MIN_FREE_GB, f"disk: {free_gb:.1f} GB free for {use} in {folder}, {MIN_FREE_GB} wanted"

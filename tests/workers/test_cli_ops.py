@@ -1,6 +1,7 @@
 """What an operator's commands find and change, on a real Kafka."""
 
 import gzip
+import resource
 import secrets
 from functools import partial
 from pathlib import Path
@@ -282,6 +283,41 @@ def test_a_second_rollback_goes_further_back(connection: Connection, tmp_path: P
         with pytest.raises(NothingMoves, match="g3 is pinned"):
             roll_back(settings, name)
     assert read_announcements(settings).wanted()[1].name == "g1"
+
+
+def test_the_doctor_looks_for_what_is_announced_and_makes_no_store_beside_it(
+    connection: Connection, tmp_path: Path
+) -> None:
+    """A store that is not mounted is an empty folder, or none: it could be written."""
+    settings = settings_of(connection).model_copy(update={"artifacts": str(tmp_path / "store")})
+    ensure(settings.topics, settings.connection)
+
+    def told() -> tuple[bool, str]:
+        return next((good, told) for good, told in examine(settings) if told.startswith("artifacts: "))
+
+    assert told() == (True, f"artifacts: {settings.artifacts} can be written")  # before the first generation
+    assert not list((tmp_path / "store").iterdir())
+    announce(settings, tmp_path / "store", 1)
+    assert told() == (False, f"artifacts: g1 is announced, and nothing is at {settings.artifacts}/g1")
+    (tmp_path / "store" / "g1").mkdir()
+    assert told() == (True, f"artifacts: {settings.artifacts} can be written, and what serves is there")
+    (tmp_path / "store").rename(tmp_path / "elsewhere")
+    good, _ = told()
+    assert not good and not (tmp_path / "store").exists()
+
+
+def test_the_doctor_sees_a_full_disk(tmp_path: Path) -> None:
+    """It takes an empty file."""
+    settings = Settings(kafka=Kafka(bootstrap=f"127.0.0.1:{free_port()}"), artifacts=str(tmp_path))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        found = list(examine(settings))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [good for good, told in found if told.startswith("artifacts: ")] == [False]
+    assert [told for _, told in found if "GB free for the artifact store" in told]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
