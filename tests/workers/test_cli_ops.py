@@ -21,7 +21,7 @@ from stream.events import Artifact, DeadLetter, encode
 from stream.ports import free_port
 from stream.producer import ClickProducer, Producer, partition_of
 from stream.topics import Topics, WrongTopic, describe, ensure, fix
-from tests.workers.service import ITEMS, clicks, upwell, upwell_here
+from tests.workers.service import ITEMS, clicks, until, upwell, upwell_here
 from workers import metrics
 from workers.announcements import newest_model, read_announcements
 from workers.backup import NOWHERE, BadBackup, Counts, read_backup, restore, write_backup
@@ -59,10 +59,12 @@ def test_topics_are_described_and_mended(connection: Connection) -> None:
     with kafka.KafkaAdminClient(**connection.kafka_python()) as admin:
         users = settings.topics.users.name
         admin.alter_configs([ConfigResource("TOPIC", users, {"cleanup.policy": "delete"})])
+    # The controller answers before the broker has taken it over.
+    until(lambda: any(each.differing for each in describe(*ours)), "the change is seen")
     faults = [fault for found in describe(*ours) for fault in found.faults()]
     assert faults == ["cleanup.policy is delete, should be compact"]
     assert fix(*ours) == [f"{users}: cleanup.policy = compact"]
-    assert fix(*ours) == []
+    until(lambda: fix(*ours) == [], "the mended one is seen")
 
 
 def test_the_number_of_partitions_is_never_changed(topics: Topics, connection: Connection) -> None:
