@@ -80,7 +80,9 @@ live_ndcg = Gauge(
 generation = Gauge(
     "upwell_generation_info", "1 for the generation that serves here. Differing between roles: a fetch fails.", ["name"]
 )
-generation_created_s = Gauge("upwell_generation_created_seconds", "When it was built. Old: trainer or indexer stands.")
+generation_created_s = Gauge(
+    "upwell_generation_created_seconds", "When it was built; 0: none serves here. Old: trainer or indexer stands."
+)
 generation_bytes = Gauge("upwell_generation_bytes", "Its files. Growing: watch the disk of the cache.")
 generation_items = Gauge("upwell_generation_items", "Items, by place (indexed, fresh).", ["place"])
 swaps = _counter(
