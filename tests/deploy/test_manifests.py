@@ -46,6 +46,7 @@ def test_every_role_is_guarded_probed_and_found(role: str) -> None:
     pod = spec["template"]["spec"]
     (container,) = pod["containers"]
     assert container["args"] == [role]
+    assert {"secretRef": {"name": "upwell-kafka", "optional": True}} in container["envFrom"]  # a Kafka without login
     assert pod["enableServiceLinks"] is False  # else the Service upwell's variables are refused as unknown settings
     assert pod["securityContext"]["runAsNonRoot"]
     assert container["securityContext"]["readOnlyRootFilesystem"]
@@ -78,6 +79,12 @@ def test_topics_are_there_before_a_role_starts(role: str) -> None:
 def test_workers_are_not_more_than_partitions() -> None:
     partitions = int(named("ConfigMap", "upwell")["data"]["UPWELL_KAFKA__PARTITIONS"])
     assert named("HorizontalPodAutoscaler", "worker")["spec"]["maxReplicas"] == partitions
+
+
+def test_what_is_scaled_by_itself_is_not_set_back_at_each_apply() -> None:
+    scaled = {each["spec"]["scaleTargetRef"]["name"] for each in OBJECTS if each["kind"] == "HorizontalPodAutoscaler"}
+    assert scaled == {"worker", "serve"}
+    assert {role for role in ROLES if "replicas" not in named("Deployment", role)["spec"]} == scaled
 
 
 def test_variables_are_settings() -> None:
