@@ -21,14 +21,22 @@ ANSWER_S = 5.0  # for a broker that closes connections: it may be starting or st
 
 
 def check_access(connection: Connection) -> bool:
-    """Whether a bootstrap server answers. Raises ConfigError, one line, when one does and TLS or the login fails."""
+    """Whether a bootstrap server answers. Raises ConfigError, a line an address, where TLS or the login fails at one
+    and no other answers."""
     try:
         options = connection.kafka_python()
     except OSError as error:
         raise ConfigError(f"kafka.ca_file, kafka.cert_file, kafka.key_file: {error}") from error
-    addresses = options.pop("bootstrap_servers")
-    answered = [asyncio.run(_knock(address, options)) for address in addresses]
-    return any(answered)
+    refused = []
+    for address in options.pop("bootstrap_servers"):
+        try:
+            if asyncio.run(_knock(address, options)):
+                return True
+        except ConfigError as error:
+            refused.append(error)
+    if refused:
+        raise ConfigError("\n".join(map(str, refused))) from refused[0]
+    return False
 
 
 def check_keyed(settings: Settings) -> None:

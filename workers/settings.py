@@ -85,6 +85,19 @@ class Kafka(Section):
     password: str | None = Field(None, repr=False)
     mechanism: Mechanism = "SCRAM-SHA-512"
 
+    @field_validator("bootstrap")
+    @classmethod
+    def _possible(cls, bootstrap: str) -> str:
+        for address in bootstrap.split(","):
+            host, _, port = address.rpartition(":")
+            if not 0 < int(port) < 1 << 16:
+                raise ValueError(f"{address}: no such port")
+            try:
+                host.encode("idna")
+            except UnicodeError as error:
+                raise ValueError(f"{address}: {error}") from error
+        return bootstrap
+
     @model_validator(mode="after")
     def _reachable(self) -> Self:
         _ = self.connection  # raises ValueError for a login without TLS

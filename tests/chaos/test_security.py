@@ -2,8 +2,10 @@
 
 import gc
 import os
+import socketserver
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +17,7 @@ from cryptography.hazmat.primitives import serialization
 from kafka.admin import ScramMechanism, UserScramCredentialUpsertion
 
 from stream.broker import LocalBroker
+from stream.connection import Connection
 from stream.ports import free_port
 from stream.producer import ClickProducer
 from stream.topics import ensure
@@ -153,3 +156,21 @@ def test_no_role_starts_with_a_wrong_password(secure: tuple[SecureBroker, Path],
 
 def test_a_broker_that_is_away_is_no_bad_configuration() -> None:
     assert not check_access(Kafka(bootstrap=f"127.0.0.1:{free_port()}").connection)
+
+
+def test_one_address_that_is_no_kafka_is_passed_over_while_another_answers(
+    broker: LocalBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of three brokers in a bad state ended every role, with a code after which nobody starts it again."""
+    monkeypatch.setattr("workers.preflight.ANSWER_S", 1.0)
+    with socketserver.TCPServer(
+        ("127.0.0.1", 0), socketserver.BaseRequestHandler
+    ) as closing:  # what it takes it closes
+        threading.Thread(target=closing.serve_forever, args=(0.05,), daemon=True).start()
+        bad = f"127.0.0.1:{closing.server_address[1]}"
+        try:
+            assert check_access(Connection(f"{bad},{broker.bootstrap}"))
+            with pytest.raises(ConfigError, match=f"kafka.tls: {bad} closes the connection"):
+                check_access(Connection(f"{bad},127.0.0.1:{free_port()}"))
+        finally:
+            closing.shutdown()

@@ -45,6 +45,8 @@ def test_environment_wins_over_the_file(monkeypatch: pytest.MonkeyPatch, tmp_pat
     ("name", "value", "cause"),
     [
         ("UPWELL_KAFKA__BOOTSTRAP", "no port", "kafka.bootstrap"),
+        ("UPWELL_KAFKA__BOOTSTRAP", "127.0.0.1:99999", r"kafka\.bootstrap .*127\.0\.0\.1:99999: no such port"),
+        ("UPWELL_KAFKA__BOOTSTRAP", "kafka:9092,kafka..example:9092", r"kafka\.bootstrap .*kafka\.\.example:9092: "),
         ("UPWELL_KAFKA__PARTITIONS", "0", "kafka.partitions"),
         ("UPWELL_KAFKA__BOOTSTRP", "127.0.0.1:9092", "UPWELL_KAFKA__BOOTSTRP: no setting bootstrp in kafka"),
         ("UPWELL_ARTEFACTS", "x", "UPWELL_ARTEFACTS: no such setting"),
