@@ -4,6 +4,7 @@ A dead letter is keyed by the place of its message, so that the one message can 
 """
 
 import asyncio
+import json
 import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ import structlog
 
 from model.user_state import EMPTY
 from stream.consumer import read_window
-from stream.events import MAX_ID, BadEvent, DeadLetter, decode
+from stream.events import MAX_ID, BadEvent, Click, DeadLetter, decode
 from stream.producer import Producer
 from workers import metrics
 from workers.sender import BatchSender
@@ -27,6 +28,10 @@ SHOWN_BYTES = 80
 MAX_LETTER_BYTES = 2 * 1024 * 1024
 MAX_DEAD_PAYLOAD = 512 * 1024  # base64 and the other fields must fit one record
 MAX_DEAD_KEY = 4 * MAX_ID  # bytes of the longest valid one in UTF-8
+FIELDS = {field.name for field in msgspec.structs.fields(Click)}
+NUMBERS = ("version", "ts_ms", "value")  # of those
+OWN_NUMBER = re.compile(rb"""(["'])(?:%s)\1\s*:\s*-?[\d.]+""" % "|".join(NUMBERS).encode())
+ESCAPE = re.compile(rb"\\u[0-9a-fA-F]{4}")
 
 
 def dead_letter(record: Any, cause: str) -> DeadLetter:
@@ -96,24 +101,36 @@ def resend(settings: Settings, letters: Sequence[DeadLetter]) -> tuple[int, int]
 
 
 def names_one(letter: DeadLetter, user_ids: Collection[str]) -> bool:
-    """Whether a dead letter is of one of these users: by its key, a string in its JSON, else a word."""
+    """Whether a dead letter is of one of these users: by its key, a string, number or name in its JSON, else a word."""
     if letter.key is not None and letter.key.decode(errors="replace") in user_ids:
         return True
     payload = letter.payload or b""
     try:
         return any(text in user_ids for text in _strings(msgspec.json.decode(payload)))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        edges = rb'"%s"' if payload.lstrip()[:1] == b"{" else rb"(?<![\w-])%s(?![\w-])"
-        forms = {form for user_id in user_ids for form in (user_id.encode(), msgspec.json.encode(user_id)[1:-1])}
-        return any(re.search(edges % re.escape(form), payload) for form in forms)
+        text = ESCAPE.sub(lambda found: found[0].lower(), OWN_NUMBER.sub(b"", payload))
+        forms = {
+            form
+            for user_id in user_ids
+            for form in (user_id.encode(), msgspec.json.encode(user_id)[1:-1], json.dumps(user_id)[1:-1].encode())
+        }
+        return any(re.search(rb"(?<![\w-])%s(?![\w-])" % re.escape(form), text) for form in forms)
 
 
 def _strings(value: Any) -> Iterator[str]:
+    """What could be an id: no name of a field of ours, nor its number. "version": 1 is not the user 1."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
+    elif isinstance(value, int | float):
+        yield str(int(value) if isinstance(value, float) and value.is_integer() else value)
+    elif isinstance(value, list):
+        for part in value:
             yield from _strings(part)
+    elif isinstance(value, dict):
+        yield from value.keys() - FIELDS
+        for name, part in value.items():
+            if not (name in NUMBERS and isinstance(part, int | float)):
+                yield from _strings(part)
 
 
 class DeadLetters:

@@ -102,11 +102,22 @@ LETTER = DeadLetter(topic="clicks", partition=0, offset=1, cause="c", key=None, 
         (None, b'{"user_id":"u1","item', True),
         (None, b'{"user_id":"u10","item_id":"u1x", "value":1', False),
         (None, b"\xff u1", True),
+        (None, b'{"user_id":42,"item_id":"i"}', True),
+        (None, b'{"user_id":42.0,"item_id":"i"}', True),
+        (None, b'{"user_id":421,"value":42,"version":42,"ts_ms":42.0}', False),
+        (None, b'{"by_user":{"u1":{"item_id":"i"}}}', True),
+        (None, b'{"context":{"user":42}}', True),
+        (None, b"{'user_id': 'u1', 'item_id': 'i'}", True),
+        (None, b'{"user_id":42,"item', True),
+        (None, b"{'user_id': 'u10', 'value': 42, 'ts_ms':42", False),
+        (None, b'{"user_id":"\\u00fc","item', True),
+        (None, b'{"user_id":"\\u00FC","item', True),
+        (None, b'{"context":{"context":"x"},"ts_ms":1}', False),
         (b"\xff", b"\xff\xfe", False),
     ],
 )
 def test_whose_a_dead_letter_is(key: bytes | None, payload: bytes | None, named: bool) -> None:
-    assert names_one(msgspec.structs.replace(LETTER, key=key, payload=payload), {"u1", "ü"}) is named
+    assert names_one(msgspec.structs.replace(LETTER, key=key, payload=payload), {"u1", "ü", "42", "context"}) is named
 
 
 def test_a_key_file_that_is_none_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
