@@ -14,6 +14,7 @@ DAY_MS = 24 * 60 * 60 * 1000
 MIB = 1024 * 1024
 ALREADY_EXISTS = 36  # Kafka's error code TOPIC_ALREADY_EXISTS
 MIN_ISR = "min.insync.replicas"
+BY_USER = ("clicks", "users", "recommendations")  # have as many partitions as kafka.partitions says
 SAFE = 3  # brokers: from there on one can be lost with neither writes nor data
 
 
@@ -209,11 +210,17 @@ def fix(topics: Topics, connection: Connection) -> list[str]:
 
 def check_partitions(topic: Topic, found: int) -> None:
     """Raises WrongTopic. The number is never changed: users would move to other partitions, away from their states."""
-    if found != topic.partitions:
+    if found == topic.partitions:
+        return
+    if topic.name.rpartition(".")[2] in BY_USER:
         raise WrongTopic(
             f"{topic.name} has {found} partitions, the settings say {topic.partitions}: set kafka.partitions to what "
             "is there, or `upwell export`, start under a new kafka.prefix, and `upwell import`"
         )
+    raise WrongTopic(
+        f"{topic.name} has {found} partitions, it has to have {topic.partitions}: delete it, with what it holds, and run "
+        f"`upwell topics`, or create it with {topic.partitions}"
+    )
 
 
 def _check_replicas(found: Found) -> None:

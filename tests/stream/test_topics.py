@@ -6,7 +6,7 @@ import pytest
 from kafka.admin import ConfigResource
 
 from stream.connection import Connection
-from stream.topics import DAY_MS, MIN_ISR, Found, Topics, WrongTopic, describe, ensure, fix
+from stream.topics import DAY_MS, MIN_ISR, Found, Topic, Topics, WrongTopic, check_partitions, describe, ensure, fix
 
 
 def test_the_cluster_has_what_the_table_says(connection: Connection, topics: Topics) -> None:
@@ -59,6 +59,15 @@ def test_ensure_from_several_processes_at_once(connection: Connection) -> None:
 def test_another_partition_count_is_refused_by_name(connection: Connection, topics: Topics) -> None:
     with pytest.raises(WrongTopic, match=rf"{topics.prefix}\.clicks has 3 partitions, the settings say 4"):
         ensure(Topics(topics.prefix, partitions=4), connection)
+
+
+@pytest.mark.parametrize("kind", [name for name, value in vars(Topics()).items() if isinstance(value, Topic)])
+def test_the_way_out_is_one_that_leads_out(kind: str) -> None:
+    """kafka.partitions says nothing of the number of models, dead letters or (above four) items."""
+    topic = getattr(Topics("x", partitions=8), kind)
+    with pytest.raises(WrongTopic, match=rf"x\.\S+ has 9 partitions, .* {topic.partitions}: ") as refused:
+        check_partitions(topic, 9)
+    assert ("set kafka.partitions" in str(refused.value)) == (kind in ("clicks", "users", "recommendations"))
 
 
 def test_one_broker_may_be_lost(connection: Connection) -> None:
