@@ -90,7 +90,7 @@ class Topics:
             "clicks",
             "What users do, and their wish to be erased, keyed by user: one user, one partition, one order. "
             "The partition is murmur2 of the key, as Kafka's Java client has it (librdkafka: "
-            "`partitioner=murmur2_random`); no transactions: the workers read what is not committed, too.",
+            "`partitioner=murmur2_random`); of transactions what is committed is read.",
             partitions,
             clicks_ms,
         )
@@ -218,8 +218,8 @@ def check_partitions(topic: Topic, found: int) -> None:
             "is there, or `upwell export`, start under a new kafka.prefix, and `upwell import`"
         )
     raise WrongTopic(
-        f"{topic.name} has {found} partitions, it has to have {topic.partitions}: delete it, with what it holds, and run "
-        f"`upwell topics`, or create it with {topic.partitions}"
+        f"{topic.name} has {found} partitions, it has to have {topic.partitions}: delete it, with what it holds, and "
+        f"run `upwell topics`, or create it with {topic.partitions}"
     )
 
 
