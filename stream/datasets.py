@@ -18,7 +18,7 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from stream.downloads import DOWNLOADS
-from stream.events import EVENT_TYPES, Click, Item
+from stream.events import EVENT_TYPES, MAX_ID, Click, Item
 from stream.text import clean
 
 WHEELS = DOWNLOADS / "datasets"
@@ -51,10 +51,10 @@ class Dataset:
 
 
 class NoDataset(ValueError):
-    """It is not there, and what would be."""
+    """It is not there, and what would be; or a line of it is not of the form."""
 
 
-Id = Annotated[str, msgspec.Meta(min_length=1)] | int
+Id = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_ID)] | int
 
 
 class EventLine(msgspec.Struct):
@@ -80,7 +80,7 @@ L = TypeVar("L", EventLine, _ItemLine)
 def load_dataset(name_or_folder: str | Path, wheel: Path | None = None) -> Dataset:
     """The dataset of a folder, or "ml-100k" out of `wheel` (by default fetched once).
 
-    Raises NoDataset for a name that is neither and a missing file, ValueError for a line that is not of the form.
+    Raises NoDataset for a name that is neither, a missing file and a line that is not of the form.
     """
     if str(name_or_folder) == "ml-100k":
         return _ml_100k(wheel or _fetched_wheel())
@@ -102,8 +102,8 @@ def _lines(path: Path, kind: type[L]) -> Iterator[L]:
         for number, raw in enumerate(file, 1):
             try:
                 yield decoder.decode(raw)
-            except msgspec.DecodeError as error:
-                raise ValueError(f"{path.name}, line {number}: {error}") from error
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise NoDataset(f"{path.name}, line {number}: {error}") from error
 
 
 def _item(line: _ItemLine) -> Item:

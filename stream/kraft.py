@@ -1,5 +1,6 @@
 """The files of a Kafka node under its folder: settings, logging, and who it is (kept across restarts)."""
 
+import errno
 import json
 import secrets
 import socket
@@ -20,14 +21,20 @@ Configuration:
 
 def configure(folder: Path, port: int | None, cluster: str | None, settings: Mapping[str, object]) -> tuple[int, str]:
     """Writes the broker's files. Its port and cluster are the given ones, else the last run's, else new ones: a client
-    or the log would miss them.
+    or the log would miss them. The port is new, too, where another program has taken the last run's.
 
-    settings: in the place of a lone node's. Raises BrokerError when another program has the port.
+    settings: in the place of a lone node's. Raises BrokerError when another program has the given port.
     """
     kept = folder / "broker.json"
     last = json.loads(kept.read_text()) if kept.exists() else {}
-    port, cluster = port or last.get("port") or free_port(), cluster or last.get("cluster") or cluster_id()
-    require_free(port)
+    if port:
+        require_free(port)
+    else:
+        try:
+            require_free(port := last["port"])
+        except (KeyError, BrokerError):
+            port = free_port()
+    cluster = cluster or last.get("cluster") or cluster_id()
     kept.write_text(json.dumps({"port": port, "cluster": cluster}))
     (folder / "log4j2.yaml").write_text(LOG4J)
     lines = (f"{key}={value}\n" for key, value in {**_settings(folder, port), **settings}.items())
@@ -66,13 +73,15 @@ def _settings(folder: Path, port: int) -> dict[str, object]:
 
 
 def require_free(port: int) -> None:
-    """Raises BrokerError where something listens there."""
+    """Raises BrokerError where something listens there, or we may not."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the last run's connections do not count
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise BrokerError(f"port {port} is taken by another program: free it, or give another") from error
+            if error.errno == errno.EADDRINUSE:
+                raise BrokerError(f"port {port} is taken by another program: free it, or give another") from error
+            raise BrokerError(f"port {port}: {error.strerror}: give another") from error
 
 
 def cluster_id() -> str:

@@ -9,6 +9,7 @@ import typer
 from kafka.errors import KafkaError
 
 from stream.consumer import MissingTopic
+from stream.events import BadEvent
 from stream.jars import BrokerError
 from stream.producer import BufferFull, DeliveryError
 from workers import cli_ops, command
@@ -108,7 +109,7 @@ def demo(
     stream: Annotated[str, typer.Option(help="ml-100k, or a folder of events.jsonl and items.jsonl.")] = "ml-100k",
     events: Annotated[int | None, typer.Option(min=1, help="How many; default: all, with --check 30,000.")] = None,
     rate: Annotated[float, typer.Option(min=0.1, help="Events a second.")] = 80.0,
-    port: Annotated[int, typer.Option(help="Of the API; 0: a free one.")] = 8080,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the API; 0: a free one.")] = 8080,
     broker: Broker = None,
 ) -> None:
     """The whole service on a real event stream, watched live."""
@@ -116,7 +117,7 @@ def demo(
     from workers.demo import DemoOptions, run_demo
 
     options = DemoOptions(check, stream, events or (30_000 if check else None), rate, port, broker, kafka_home())
-    with refusing(), failing(BrokerError, NoDataset):
+    with refusing(), failing(BrokerError, NoDataset, BadEvent):
         raise typer.Exit(run_demo(options))
 
 
@@ -141,7 +142,8 @@ def replay(
     with failing(NoDataset):
         dataset = load_dataset(stream)
     events = shifted(dataset.events, int(time.time() * 1000))[:limit]
-    with ClickProducer(settings.connection, settings.topics, settings.privacy.pseudonyms) as producer:
+    hidden = settings.privacy.pseudonyms
+    with failing(BadEvent), ClickProducer(settings.connection, settings.topics, hidden) as producer:
         for item in dataset.items:
             producer.send_item(item)
         sent = sum(1 for _ in track(send(producer, events, rate, stop), dataset.name, total=len(events)))

@@ -327,12 +327,14 @@ def load_settings() -> Settings:
         raise ConfigError("\n".join(_line(e["loc"], e["msg"]) for e in error.errors())) from error
     except SettingsError as error:
         raise ConfigError(_not_json(error)) from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{os.environ.get(CONFIG_VARIABLE, 'upwell.toml')}: {error}") from error
 
 
 def _line(place: tuple[int | str, ...], message: str) -> str:
     key = ".".join(str(part) for part in place if part != "[key]")
+    if not key:  # of more than one section: the message names it
+        return message.removeprefix("Value error, ")
     return f"{key} ({PREFIX}{key.replace('.', '__').upper()}): {message}"
 
 

@@ -1,6 +1,7 @@
 """The broker as a process: it comes back as the same one, belongs to one folder, and dies with its parent."""
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from stream.broker import LocalBroker
 from stream.connection import Connection
 from stream.consumer import Record, tail
 from stream.jars import BrokerError
+from stream.kraft import configure, require_free
 from stream.topics import Topics, ensure
 
 DEADLINE_S = 60  # never waited out unless something is broken
@@ -114,6 +116,26 @@ def test_a_taken_port_is_named(folder: Path) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(BrokerError, match=f"port {port} is taken"):
             LocalBroker(folder, port=port).start()
+
+
+def test_a_port_that_is_not_ours_to_open_is_not_called_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bind(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("socket.socket.bind", bind)
+    with pytest.raises(BrokerError, match="port 80: Permission denied"):
+        require_free(80)
+
+
+def test_a_kept_port_that_another_program_has_taken_is_given_up(tmp_path: Path) -> None:
+    """Nobody had asked for it, and nothing but deleting the folder helped."""
+    port, cluster = configure(tmp_path, None, None, {})
+    assert configure(tmp_path, None, None, {}) == (port, cluster)
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        assert configure(tmp_path, None, None, {})[0] != port
 
 
 def test_a_failed_start_shows_the_log_and_leaves_nothing(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -261,6 +262,30 @@ def test_a_replay_shows_no_user_id(upwell: Upwell, settings: Settings, tmp_path:
 def test_a_replay_of_nothing_says_so(upwell: Upwell) -> None:
     done = upwell("replay", "nowhere")
     assert done.exit_code == 1 and "nowhere: no items.jsonl" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "cause"),
+    [
+        (b'{"user_id":"u","item_id":"i","event_type":"view"}', "events.jsonl, line 1: .*ts"),
+        (b'{"user_id":"u","item_id":"caf\xe9","event_type":"view","ts":1}', "events.jsonl, line 1: .*utf-8"),
+        (b'{"user_id":"%s","item_id":"i","event_type":"view","ts":1}' % (b"u" * 300), "user_id"),
+    ],
+)
+@pytest.mark.parametrize("command", [["replay"], ["demo", "--port", "0", "--stream"]], ids=["replay", "demo"])
+def test_a_stream_that_cannot_be_read_is_one_line(
+    upwell: Upwell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: list[str], line: bytes, cause: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "items.jsonl").write_text('{"item_id":"i","title":"t"}\n')
+    (tmp_path / "events.jsonl").write_bytes(line)
+    done = upwell(*command, str(tmp_path))
+    assert done.exit_code == 1 and re.search(cause, done.stderr) and len(done.stderr.splitlines()) == 1, done.output
+
+
+def test_a_port_that_is_none_is_refused(upwell: Upwell) -> None:
+    done = upwell("demo", "--port", "70000")
+    assert done.exit_code == 2 and "65535" in done.stderr
 
 
 def test_a_demo_stands_beside_the_installation_that_the_environment_means(monkeypatch: pytest.MonkeyPatch) -> None:

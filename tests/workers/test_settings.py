@@ -78,7 +78,8 @@ def test_bad_variables_are_named(monkeypatch: pytest.MonkeyPatch, name: str, val
         ("colour = 'red'\n", "colour"),
         ("[trainer]\nround_s = -1\n", "trainer.round_s"),
         ("not toml", "upwell.toml"),
-        ("[arms.wide]\nshare = 0.6\n[arms.draws]\nshare = 0.5\n", r"the shares add up to 1\.1"),
+        ("# caf\xe9\n", "upwell.toml: 'utf-8' codec can't decode"),
+        ("[arms.wide]\nshare = 0.6\n[arms.draws]\nshare = 0.5\n", r"^arms: the shares add up to 1\.1"),
         ("[arms.default]\nshare = 0.5\n", "default is the name of the control"),
         ("[arms.wide]\nshare = 0.5\ndiversity = 2\n", "arms.wide.diversity"),
         ("[arms.'no spaces']\nshare = 0.5\n", "arms"),
@@ -89,7 +90,7 @@ def test_bad_variables_are_named(monkeypatch: pytest.MonkeyPatch, name: str, val
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, text: str, cause: str) -> None:
-    (tmp_path / "upwell.toml").write_text(text)
+    (tmp_path / "upwell.toml").write_text(text, "latin-1")
     with pytest.raises(ConfigError, match=cause):
         load_settings()
 
