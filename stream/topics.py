@@ -208,6 +208,12 @@ def fix(topics: Topics, connection: Connection) -> list[str]:
     return created + [f"{name}: {key} = {value}" for name, configs in changes.items() for key, value in configs.items()]
 
 
+def delete(topics: Topics, connection: Connection) -> None:
+    """Raises KafkaError."""
+    with kafka.KafkaAdminClient(**connection.kafka_python()) as admin:
+        admin.delete_topics([topic.name for topic in topics.all()])
+
+
 def check_partitions(topic: Topic, found: int) -> None:
     """Raises WrongTopic. The number is never changed: users would move to other partitions, away from their states."""
     if found == topic.partitions:

@@ -4,16 +4,19 @@ broker, indexer, trainer, worker, serve  <-  replay of the events in time order
 subscriber, HTTP requests, metrics       ->  live table, or one JSON summary
 """
 
+import fcntl
 import json
 import os
 import shutil
 import sys
 import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from kafka.errors import KafkaError
 from msgspec.structs import replace
 from rich.console import Console
 from rich.live import Live as Screen
@@ -22,18 +25,19 @@ from rich.table import Table
 from stream.broker import LocalBroker, require_unused
 from stream.consumer import end_offsets
 from stream.datasets import Dataset, load_dataset
+from stream.jars import BrokerError
 from stream.kraft import require_free
 from stream.ports import free_port
 from stream.producer import ClickProducer
 from stream.replay import replay, shifted
-from stream.topics import ensure
+from stream.topics import delete, ensure
 from workers.check import failures, summarise
 from workers.logs import configure
 from workers.observe import Observer, num_committed
 from workers.processes import stop_on_signal
 from workers.settings import Settings, load_settings
 from workers.states import raw_states
-from workers.up import Roles
+from workers.up import NO_LOGIN, Roles
 
 FOLDER = Path("data/demo")
 READY_S = 180.0
@@ -62,14 +66,17 @@ def run_demo(options: DemoOptions) -> int:
     require_unused(FOLDER / "kafka")
     if options.port:
         require_free(options.port)
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    (FOLDER / "logs").mkdir(parents=True)
     with ExitStack() as stack:
+        stack.enter_context(_own_folder())
+        shutil.rmtree(FOLDER, ignore_errors=True)
+        (FOLDER / "logs").mkdir(parents=True)
         console.print(f"starting Kafka and the roles; their logs: {FOLDER / 'logs'}")
         broker = LocalBroker(FOLDER / "kafka", home=options.kafka_home)
         bootstrap = options.broker or stack.enter_context(broker).bootstrap
-        settings = _settings(bootstrap, options.port)
+        settings = _settings(bootstrap, options.port, local=options.broker is None)
         ensure(settings.topics, settings.connection)
+        if options.broker:
+            stack.callback(_clear, settings, console)
         send_items(settings, dataset)
         roles = stack.enter_context(Roles({}, FOLDER / "logs"))
         console.print(f"{len(dataset.items):,} items sent; waiting for the first generation")
@@ -88,16 +95,40 @@ def run_demo(options: DemoOptions) -> int:
     return int(options.check)  # not judged
 
 
-def _settings(bootstrap: str, port: int) -> Settings:
+@contextmanager
+def _own_folder() -> Iterator[None]:
+    """Raises BrokerError where another demo has it: one on a Kafka that is not local keeps no broker's lock in it."""
+    FOLDER.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{FOLDER}.lock", "w") as lock:  # beside it: the folder is emptied
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BrokerError(f"{FOLDER} is in use by another demo") from None
+        yield
+
+
+def _clear(settings: Settings, console: Console) -> None:
+    """Nobody else has use for this demo's topics."""
+    try:
+        delete(settings.topics, settings.connection)
+    except KafkaError as error:
+        console.print(f"the topics {settings.topics.prefix}.* are left in {settings.kafka.bootstrap}: {error!r}")
+
+
+def _settings(bootstrap: str, port: int, *, local: bool) -> Settings:
     """The settings of the demo, which its roles inherit by environment. Whatever would reach into an installation that
-    the caller's variables mean (its topics, group, store) or collide with it on this machine is the demo's own.
+    the caller's variables mean (its topics, group, store) or collide with it on this machine is the demo's own, and so
+    is how it is asked: over loopback, without keys. local: its Kafka is its own, too.
     """
     name = f"demo-{int(time.time())}"
-    os.environ |= {
+    os.environ |= (NO_LOGIN if local else {}) | {
         "UPWELL_KAFKA__BOOTSTRAP": bootstrap,
         "UPWELL_KAFKA__PREFIX": name,
         "UPWELL_WORKER__GROUP": name,
         "UPWELL_ARTIFACTS": str(FOLDER / "artifacts"),
+        "UPWELL_METRICS_HOST": "127.0.0.1",
+        "UPWELL_SERVE__HOST": "127.0.0.1",
+        **{f"UPWELL_SERVE__{name}": "null" for name in ("KEYS_FILE", "CERT_FILE", "KEY_FILE")},
         "UPWELL_SERVE__PORT": str(port or free_port()),
         **{f"UPWELL_{role}__METRICS_PORT": str(free_port()) for role in ("WORKER", "TRAINER", "INDEXER")},
     }

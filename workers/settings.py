@@ -240,7 +240,12 @@ class Settings(BaseSettings):
     """Frozen; read once at start."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True, validate_default=True
+        env_prefix=PREFIX,
+        env_nested_delimiter="__",
+        env_parse_none_str="null",  # else what a file says could not be taken back
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
     )
 
     kafka: Kafka = Kafka()

@@ -22,7 +22,7 @@ from stream.kraft import require_free
 from stream.ports import free_port
 from stream.topics import ensure
 from workers.processes import stop_on_signal
-from workers.settings import Serve, Settings, load_settings
+from workers.settings import Kafka, Serve, Settings, load_settings
 
 log = structlog.get_logger()
 
@@ -32,6 +32,10 @@ BACKOFF_S = 1.0
 LOOK_S = 0.5
 LOG_BYTES = 50_000_000  # of a role's log; as much again of what was written before
 KAFKA, LOGS = Path("data/kafka"), Path("data/logs")
+# What the settings may say of a Kafka and a local one does not have.
+NO_LOGIN = {"UPWELL_KAFKA__TLS": "false"} | {
+    f"UPWELL_KAFKA__{name}": "null" for name in ("CA_FILE", "CERT_FILE", "KEY_FILE", "USERNAME", "PASSWORD", "REPLICAS")
+}
 HOPELESS = (2, 65)  # bad configuration, too many bad events: a restart would not help
 
 
@@ -99,20 +103,24 @@ def run_up(bootstrap: str | None, home: Path | None) -> int:
 
     Raises BrokerError, also where serve's port is taken: another program would answer in its place; WrongTopic.
     """
-    if port := load_settings().serve.port:
-        require_free(port)
-    stop, own, ready = stop_on_signal(), None, False
+    given = load_settings()
+    if given.serve.port:
+        require_free(given.serve.port)
+    stop, own, ready, variables = stop_on_signal(), None, False, dict[str, str]()
     with ExitStack() as stack:
         if bootstrap is None:
             own = stack.enter_context(LocalBroker(KAFKA, home=home))
-            bootstrap = own.bootstrap
-        os.environ["UPWELL_KAFKA__BOOTSTRAP"] = bootstrap
+            bootstrap, variables = own.bootstrap, of_local_kafka(given.kafka)
+            if "bootstrap" in given.kafka.model_fields_set and given.kafka.bootstrap != bootstrap:
+                print(f"{given.kafka.bootstrap} is not used: --broker {given.kafka.bootstrap} would", file=sys.stderr)
+        os.environ |= (variables := {"UPWELL_KAFKA__BOOTSTRAP": bootstrap} | variables)
         os.environ |= missing_ports(load_settings())
         settings = load_settings()
         ensure(settings.topics, settings.connection)
         LOGS.mkdir(parents=True, exist_ok=True)
         roles = stack.enter_context(Roles({}, LOGS))
-        print(f"export UPWELL_KAFKA__BOOTSTRAP={bootstrap}  # in another terminal, for upwell's commands", flush=True)
+        export = " ".join(f"{name}={value}" for name, value in variables.items())
+        print(f"export {export}  # in another terminal, for upwell's commands", flush=True)
         print(f"starting; what the roles say is in {LOGS}", flush=True)
         while not stop.wait(LOOK_S):
             if own and not own.running:
@@ -125,6 +133,13 @@ def run_up(bootstrap: str | None, home: Path | None) -> int:
                 scheme = "https" if settings.serve.cert_file else "http"
                 print(f"ready: {scheme}://{settings.serve.host}:{settings.serve.port}/", flush=True)
     return 0
+
+
+def of_local_kafka(given: Kafka) -> dict[str, str]:
+    """Variables that take back what the settings say of another Kafka."""
+    plain = Kafka()
+    fields = {name: name.removeprefix("UPWELL_KAFKA__").lower() for name in NO_LOGIN}
+    return {name: NO_LOGIN[name] for name, field in fields.items() if getattr(given, field) != getattr(plain, field)}
 
 
 def missing_ports(settings: Settings) -> dict[str, str]:

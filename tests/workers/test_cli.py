@@ -20,6 +20,7 @@ import pytest
 from kafka.structs import OffsetAndMetadata
 from typer.testing import Result
 
+from stream.connection import Connection
 from stream.consumer import MissingTopic, read_window
 from stream.datasets import Dataset
 from stream.events import DeadLetter, Erasure, decode, encode
@@ -301,10 +302,27 @@ def test_a_demo_stands_beside_the_installation_that_the_environment_means(monkey
         "UPWELL_WORKER__METRICS_PORT": "9100",
         "UPWELL_TRAINER__METRICS_PORT": "9100",
         "UPWELL_INDEXER__METRICS_PORT": "9100",
+        "UPWELL_METRICS_HOST": "192.0.2.1",
+        "UPWELL_SERVE__HOST": "192.0.2.1",
+        "UPWELL_SERVE__KEYS_FILE": "/keys",
+        "UPWELL_SERVE__CERT_FILE": "/dev/null",
+        "UPWELL_SERVE__KEY_FILE": "/dev/null",
     }
-    for name, value in (real | {"UPWELL_WORKER__K": "30"}).items():
+    login = {
+        "UPWELL_KAFKA__TLS": "true",
+        "UPWELL_KAFKA__CA_FILE": "/ca",
+        "UPWELL_KAFKA__USERNAME": "me",
+        "UPWELL_KAFKA__PASSWORD": "p",
+        "UPWELL_KAFKA__REPLICAS": "3",
+    }
+    for name, value in (real | login | {"UPWELL_WORKER__K": "30"}).items():
         monkeypatch.setenv(name, value)
-    made = demo._settings("own:9092", 8081)
+    made = demo._settings("own:9092", 8081, local=False)
+    assert made.kafka.username == "me" and made.kafka.tls and made.kafka.replicas == 3  # --broker: as the settings say
+    made = demo._settings("own:9092", 8081, local=True)
+    assert made.connection == Connection("own:9092") and made.kafka.replicas is None
+    assert (made.serve.host, made.metrics_host) == ("127.0.0.1", "127.0.0.1")
+    assert (made.serve.keys_file, made.serve.cert_file, made.serve.key_file) == (None, None, None)
     assert (made.kafka.bootstrap, made.serve.port, made.worker.k) == ("own:9092", 8081, 30)
     assert {name: os.environ[name] for name in real}.items().isdisjoint(real.items())
     assert "real" not in (made.artifacts, made.kafka.prefix, made.worker.group)
@@ -329,6 +347,11 @@ def test_a_demo_beside_another_service_refuses_and_deletes_nothing(
         lock.flush()
         with pytest.raises(BrokerError, match="in use"):
             demo.run_demo(demo.DemoOptions(True, "x", 10, 1.0, 0, None, None))
+    assert (kept / "broker.lock").exists()
+    with open(f"{tmp_path}.lock", "w") as other:  # of a demo on a Kafka that is not local
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(BrokerError, match="in use by another demo"):
+            demo.run_demo(demo.DemoOptions(True, "x", 10, 1.0, 0, "127.0.0.1:1", None))
     assert (kept / "broker.lock").exists()
 
 

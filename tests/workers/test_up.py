@@ -6,15 +6,19 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import kafka
 import pytest
 
 from stream.broker import LocalBroker
+from stream.connection import Connection
 from stream.jars import BrokerError
 from tests.workers.service import until
 from workers import up
@@ -95,6 +99,8 @@ def test_a_check_that_does_not_hold_fails_and_still_prints_its_summary(broker: L
         out, _ = demo.communicate(timeout=150)
         assert demo.returncode == 1
         assert wait_until_gone(tmp_path) == {}
+    with kafka.KafkaAdminClient(bootstrap_servers=broker.bootstrap) as admin:
+        assert not [name for name in admin.list_topics() if name.startswith("demo-")]
     summary = json.loads(out.splitlines()[-1])
     assert (summary["events"], summary["applied"], summary["state_identical"]) == (40, 40, True)
     assert summary["broker"] == broker.bootstrap
@@ -176,6 +182,34 @@ def test_a_port_that_is_taken_is_told_before_anything_starts(tmp_path: Path, mon
         with pytest.raises(BrokerError, match=f"port {port} is taken"):
             up.run_up(None, None)
     assert not list(tmp_path.iterdir())
+
+
+def test_up_on_a_kafka_of_its_own_leaves_out_what_the_settings_say_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It spoke TLS to a broker that has none, and asked one broker for three replicas."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if "UPWELL_" not in name})
+    other = {"BOOTSTRAP": "real:9093", "TLS": "true", "USERNAME": "me", "PASSWORD": "p", "REPLICAS": "3"}
+    os.environ |= {f"UPWELL_KAFKA__{name}": value for name, value in other.items()}
+    own, asked = SimpleNamespace(bootstrap="127.0.0.1:1", running=False), list[tuple[Connection, int | None]]()
+    monkeypatch.setattr(up, "LocalBroker", lambda *_, **__: nullcontext(own))
+    monkeypatch.setattr(up, "Roles", lambda *_: nullcontext(SimpleNamespace(failed=None)))
+    monkeypatch.setattr(up, "ensure", lambda topics, connection: asked.append((connection, topics.clicks.replicas)))
+    monkeypatch.setattr(up, "stop_on_signal", threading.Event)
+    assert up.run_up(None, None) == 1
+    assert asked == [(Connection("127.0.0.1:1"), None)]
+    told = capsys.readouterr()
+    assert "real:9093 is not used" in told.err
+    export, _, _ = told.out.partition("  #")
+    assert export.split() == [
+        "export",
+        "UPWELL_KAFKA__BOOTSTRAP=127.0.0.1:1",
+        "UPWELL_KAFKA__TLS=false",
+        "UPWELL_KAFKA__USERNAME=null",
+        "UPWELL_KAFKA__PASSWORD=null",
+        "UPWELL_KAFKA__REPLICAS=null",
+    ]
 
 
 def test_only_a_port_that_is_left_open_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
