@@ -69,7 +69,6 @@ def run_demo(options: DemoOptions) -> int:
     with ExitStack() as stack:
         stack.enter_context(_own_folder())
         shutil.rmtree(FOLDER, ignore_errors=True)
-        (FOLDER / "logs").mkdir(parents=True)
         console.print(f"starting Kafka and the roles; their logs: {FOLDER / 'logs'}")
         broker = LocalBroker(FOLDER / "kafka", home=options.kafka_home)
         bootstrap = options.broker or stack.enter_context(broker).bootstrap

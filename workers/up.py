@@ -73,6 +73,8 @@ class Roles:
         command = [sys.executable, "-m", "workers.cli", role]
         if role in BACKGROUND:
             command = ["nice", "-n", "5", *command]
+        if self._logs:
+            self._logs.mkdir(parents=True, exist_ok=True)
         with (self._logs / f"{role}.log").open("ab") if self._logs else nullcontext() as out:
             self._running[role], pid = guarded(command, out, os.environ | self._environment)
         if pid:  # none: the guard could not start it, and is found ended at the next look
@@ -80,14 +82,17 @@ class Roles:
 
     def _restart_fallen(self) -> None:
         while not self._stopping.wait(BACKOFF_S):
-            self._cap_logs()
-            for role, process in list(self._running.items()):
-                code = process.poll()
-                if code is None or code in HOPELESS:
-                    continue
-                self.restarts += 1
-                log.error("role restarted", role=role, code=code)
-                self._start(role)
+            try:
+                for role, process in list(self._running.items()):
+                    code = process.poll()
+                    if code is None or code in HOPELESS:
+                        continue
+                    self._start(role)
+                    self.restarts += 1
+                    log.error("role restarted", role=role, code=code)
+                self._cap_logs()
+            except OSError as error:  # no process or disk to be had now: the next look tries again
+                log.error("roles not looked after", reason=str(error))
 
     def _cap_logs(self) -> None:
         """The roles append, so they write on at the new end; what they write between copy and cut is lost."""
@@ -117,7 +122,6 @@ def run_up(bootstrap: str | None, home: Path | None) -> int:
         os.environ |= missing_ports(load_settings())
         settings = load_settings()
         ensure(settings.topics, settings.connection)
-        LOGS.mkdir(parents=True, exist_ok=True)
         roles = stack.enter_context(Roles({}, LOGS))
         export = " ".join(f"{name}={value}" for name, value in variables.items())
         print(f"export {export}  # in another terminal, for upwell's commands", flush=True)

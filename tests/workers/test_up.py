@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 
 from stream.broker import LocalBroker
 from stream.connection import Connection
+from stream.guard import guarded
 from stream.jars import BrokerError
 from tests.workers.service import until
 from workers import up
@@ -152,6 +154,32 @@ def test_a_role_whose_guard_cannot_fork_is_started_again(tmp_path: Path, monkeyp
     with up.Roles({}) as roles:
         until(lambda: roles.pids.keys() == set(up.ROLES), "each has been started again")
     assert roles.restarts == len(up.ROLES)
+
+
+def test_roles_are_restarted_after_a_look_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more processes, a full disk, or somebody tidied the logs away: the thread ended, and nothing was restarted."""
+    script, failing = tmp_path / "guard.py", threading.Event()
+    script.write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(60)\n")
+    monkeypatch.setattr("stream.guard.__file__", str(script))
+    monkeypatch.setattr(up, "BACKOFF_S", 0.05)
+    tried = list[str]()
+
+    def scarce(command: list[str], *rest: Any) -> Any:
+        tried.append(command[-1])
+        if failing.is_set():
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return guarded(command, *rest)
+
+    monkeypatch.setattr(up, "guarded", scarce)
+    with up.Roles({}, tmp_path / "logs") as roles:
+        failing.set()
+        shutil.rmtree(tmp_path / "logs")
+        fallen = roles.pids["worker"]
+        roles._running["worker"].kill()
+        until(lambda: tried.count("worker") > 3, "it is tried again and again")
+        failing.clear()
+        until(lambda: roles.pids["worker"] != fallen, "the worker is started again")
+    assert (tmp_path / "logs" / "worker.log").exists()
 
 
 def test_logs_do_not_grow_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
