@@ -16,7 +16,7 @@ import fsspec
 import msgspec
 
 from model.user_state import UserState, decode_state, encode_state
-from stream.consumer import end_offsets, read_window
+from stream.consumer import committed_offsets, end_offsets, read_window
 from stream.events import Artifact, BadEvent, Item, decode_item, encode
 from stream.producer import ClickProducer
 from workers.announcements import newest_model, read_announcements
@@ -24,6 +24,7 @@ from workers.settings import Settings
 from workers.states import raw_states
 
 NOWHERE = -1  # offset of a state before any click of this topic
+BLOCK_S = 60.0  # an import waits for a broker that starts again
 
 
 class BadBackup(ValueError):
@@ -69,11 +70,11 @@ def write_backup(settings: Settings, path: Path) -> Counts:
 def _write(settings: Settings, out: IO[bytes] | gzip.GzipFile) -> Counts:
     items: dict[bytes, Item] = {}
     for record in read_window(settings.connection, settings.topics.items.name):
-        items.pop(record.key or b"", None)
         try:
             _, item = decode_item(record.value, record.key, Item)
         except BadEvent:
-            continue  # no reader could use it
+            continue  # readers pass it over, and go on with what they had
+        items.pop(record.key or b"", None)
         if item is not None:
             items[record.key or b""] = item
     states, serving = raw_states(settings), read_announcements(settings).wanted()
@@ -133,15 +134,15 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def restore(settings: Settings, backup: Backup) -> list[str]:
-    """Items and states into an installation that has no states yet, and of model and generation those whose files are
-    in its artifact store: their names. Raises BadBackup, DeliveryError.
+    """Items and states into an installation that has no states yet (or those of an import that broke off), and of model
+    and generation those whose files are in its artifact store: their names. Raises BadBackup, DeliveryError.
 
     Offsets are of another clicks topic and start anew; what is clicked from now on comes on top.
     """
     users = settings.topics.users.name
-    if backup.users and any(end_offsets(settings.connection, users).values()):
+    if backup.users and any(end_offsets(settings.connection, users).values()) and not _only_imported(settings):
         raise BadBackup(f"{users} holds states already: a worker may be writing them; import into a new kafka.prefix")
-    with ClickProducer(settings.connection, settings.topics) as producer:
+    with ClickProducer(settings.connection, settings.topics, block_s=BLOCK_S) as producer:
         for item in backup.items:
             producer.send_item(item)
         for user_id, state in backup.users.items():
@@ -161,6 +162,12 @@ def restore(settings: Settings, backup: Backup) -> list[str]:
                 moved = msgspec.structs.replace(moved, created_ms=newest_ms)
                 producer.send_raw(settings.topics.generations.name, artifact.name.encode(), encode(moved))
     return found
+
+
+def _only_imported(settings: Settings) -> bool:
+    """Whether the states are what an import has left that broke off: no worker has committed or folded anything yet."""
+    committed = committed_offsets(settings.connection, settings.worker.group, settings.topics.clicks.name)
+    return not committed and all(decode_state(raw).offset == NOWHERE for raw in raw_states(settings).values())
 
 
 def _place(settings: Settings, artifact: Artifact) -> str | None:

@@ -3,6 +3,7 @@
 import gzip
 import resource
 import secrets
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -207,6 +208,7 @@ def fill(settings: Settings) -> None:
             producer.send_item(item)
         producer.remove_item("i5")
     with Producer(settings.connection) as producer:
+        producer.send_raw(settings.topics.items.name, b"i7", b"of a later release")  # i7 is served as it was before
         for user_id, state in STATES.items():
             producer.send_raw(settings.topics.users.name, user_id.encode(), encode_state(state))
         producer.send_raw(settings.topics.users.name, b"u3", None)
@@ -219,6 +221,9 @@ def test_what_is_exported_can_be_imported_elsewhere(connection: Connection, tmp_
     assert write_backup(old, tmp_path / name) == Counts(119, 6)
     assert (tmp_path / name).stat().st_mode & 0o077 == 0
     ensure(new.topics, new.connection)
+    with Producer(connection) as producer:  # an import that broke off: what it sent is sent again
+        begun = encode_state(msgspec.structs.replace(STATES["u1"], offset=NOWHERE))
+        producer.send_raw(new.topics.users.name, b"u1", begun)
     restore(new, read_backup(tmp_path / name))
     found = {user_id: decode_state(raw) for user_id, raw in raw_states(new).items()}
     wanted = {user: state for user, state in STATES.items() if user != "u3"}
@@ -228,8 +233,24 @@ def test_what_is_exported_can_be_imported_elsewhere(connection: Connection, tmp_
     assert fold.state().applied == wanted["u1"].applied + 1
     assert write_backup(new, again) == Counts(119, 6)
     assert {item.item_id for item in read_backup(again).items} == {item.item_id for item in ITEMS} - {"i5"}
+    with Producer(connection) as producer:  # and then a worker has folded
+        producer.send_raw(new.topics.users.name, b"u1", encode_state(fold.state()))
     with pytest.raises(BadBackup, match="holds states already"):
         restore(new, read_backup(again))
+
+
+def test_a_file_is_not_imported_where_a_worker_has_begun(connection: Connection, tmp_path: Path) -> None:
+    """It may have given a user a state that is not in the topic yet, or none at all."""
+    old, new = settings_of(connection), settings_of(connection)
+    fill(old)
+    write_backup(old, tmp_path / "all")
+    ensure(new.topics, new.connection)
+    restore(new, backup := read_backup(tmp_path / "all"))
+    with closing(kafka.KafkaConsumer(**connection.kafka_python(), group_id=new.worker.group)) as consumer:
+        consumer.assign([part := kafka.TopicPartition(new.topics.clicks.name, 1)])
+        consumer.commit({part: OffsetAndMetadata(0, "", -1)})
+    with pytest.raises(BadBackup, match="holds states already"):
+        restore(new, backup)
 
 
 def test_what_was_rolled_back_stays_back_in_a_restored_installation(connection: Connection, tmp_path: Path) -> None:
