@@ -37,12 +37,12 @@ def load_csv(path: Path, columns: Mapping[str, str]) -> Dataset:
 
 
 def _lines(path: Path, columns: Mapping[str, str], titles: dict[str, str]) -> Iterator[EventLine]:
-    with path.open(encoding="utf-8-sig", newline="") as file:  # Excel begins with a byte order mark
-        reader = csv.DictReader(file)
+    reader = csv.DictReader(_text(path))
+    try:
         absent = [column for column in columns.values() if column not in (reader.fieldnames or ())]
         if absent:
             raise ValueError(f"{path}: no column {', '.join(absent)}; there are {', '.join(reader.fieldnames or ())}")
-        for number, row in enumerate(reader, 2):
+        for row in reader:
             said = {name: (row[column] or "").strip() for name, column in columns.items()}
             try:
                 if not (said["user"] and said["item"]):
@@ -50,8 +50,20 @@ def _lines(path: Path, columns: Mapping[str, str], titles: dict[str, str]) -> It
                 value = float(said["value"]) if said.get("value") else None
                 yield EventLine(said["user"], said["item"], said.get("type") or "click", _seconds(said["ts"]), value)
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
+                raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
             titles[said["item"]] = titles.get(said["item"]) or said.get("title", "")
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.reader.line_num}: {error}") from error
+
+
+def _text(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:  # Excel begins with a mark
+        for number, line in enumerate(file, 1):
+            try:
+                line.encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"{path}, line {number}: not UTF-8") from None
+            yield line
 
 
 def _seconds(text: str) -> float:

@@ -65,11 +65,14 @@ def test_an_item_of_a_csv_has_the_first_title_that_a_row_gives_it(tmp_path: Path
         ("user=who,item=what,ts=when", "a,x,yesterday,order,2", "line 2: .*yesterday"),
         ("user=who,item=what,ts=when", "a,x,nan,order,2", "line 2: .*nan"),
         ("user=who,item=what,ts=when", " ,x,1,order,2", "line 2: user is empty"),  # all of them would be one user
+        ("user=who,item=what,ts=when", 'a,x,1,"two\nlines",2\na,,1,order,2', "line 4: item is empty"),
+        ("user=who,item=what,ts=when", f"a,x,1,order,2\na,x,1,{'y' * 140_000},2", r"shop\.csv, line 3: field larger"),
+        ("user=who,item=what,ts=when", "a,x,1,order,2\na,caf\xe9,1,order,2", r"shop\.csv, line 3: not UTF-8"),
     ],
 )
 def test_a_bad_csv_is_refused_by_what_is_wrong(tmp_path: Path, columns: str, line: str, said: str) -> None:
     path = tmp_path / "shop.csv"
-    path.write_text(f"who,what,when,kind,stars\n{line}\n", encoding="utf-8")
+    path.write_text(f"who,what,when,kind,stars\n{line}\n", encoding="latin-1")
     with pytest.raises(ValueError, match=said):
         load_csv(path, parse_columns(columns))
 
