@@ -24,7 +24,7 @@ from workers.states import States
 
 log = structlog.get_logger()
 
-SHOWN_BYTES = 80
+SHOWN_BYTES, SHOWN_CAUSE = 80, 200
 MAX_LETTER_BYTES = 2 * 1024 * 1024
 MAX_DEAD_PAYLOAD = 512 * 1024  # base64 and the other fields must fit one record
 MAX_DEAD_KEY = 4 * MAX_ID  # bytes of the longest valid one in UTF-8
@@ -82,9 +82,10 @@ def _kept(settings: Settings) -> Iterator[tuple[bytes, int, DeadLetter | None]]:
 
 
 def describe(number: int, letter: DeadLetter) -> str:
-    """One line: number, place, cause, the beginning of the message."""
+    """One line: number, place, the beginnings of cause and message. Strangers' characters do nothing to a terminal."""
     payload = (letter.payload or b"")[:SHOWN_BYTES]
-    return f"{number}  {letter.topic}[{letter.partition}]@{letter.offset}  {letter.cause}  {payload!r}"
+    line = f"{number}  {letter.topic}[{letter.partition}]@{letter.offset}  {letter.cause[:SHOWN_CAUSE]}  {payload!r}"
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in line)
 
 
 def resend(settings: Settings, letters: Sequence[DeadLetter]) -> tuple[int, int]:

@@ -32,7 +32,7 @@ from tests.workers.test_limits import Still
 from workers import metrics
 from workers.arms import arm_of
 from workers.bench.stage import write
-from workers.dead_letters import names_one
+from workers.dead_letters import describe, names_one
 from workers.erasure import SLACK_MS, UnknownReceipt, ask, longest_ms, status
 from workers.keys import OPEN
 from workers.logs import configure
@@ -87,6 +87,14 @@ def test_a_trace_in_the_log_holds_no_locals(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 LETTER = DeadLetter(topic="clicks", partition=0, offset=1, cause="c", key=None, payload=None, ts_ms=0)
+
+
+def test_a_list_of_dead_letters_says_nothing_to_the_terminal() -> None:
+    """Whoever may write to Kafka could colour, rename or clear an operator's, or make a line look like another's."""
+    shown = describe(
+        3, msgspec.structs.replace(LETTER, cause="ü: \x1b[2J\r\n\u202e\x9b" + "y" * 10_000, payload=b"\x1b")
+    )
+    assert shown.isprintable() and shown.startswith("3  clicks[0]@1  ü: \\x1b[2J\\r\\n") and len(shown) < 300
 
 
 @pytest.mark.parametrize(
