@@ -6,7 +6,7 @@ import pytest
 
 from stream.datasets import load_dataset
 from stream.events import decode, decode_click, encode
-from workers.settings import load_settings, strength
+from workers.settings import Settings, load_settings
 
 EXAMPLES = sorted(path.parent for path in (Path(__file__).parents[1] / "deploy" / "examples").glob("*/upwell.toml"))
 
@@ -17,6 +17,7 @@ def test_the_five_domains_are_there() -> None:
 
 @pytest.mark.parametrize("folder", EXAMPLES, ids=lambda folder: folder.name)
 def test_an_example_holds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    defaults = Settings()
     monkeypatch.setenv("UPWELL_CONFIG", str(folder / "upwell.toml"))
     settings, dataset = load_settings(), load_dataset(folder)
     assert settings.kafka.prefix == folder.name
@@ -27,7 +28,7 @@ def test_an_example_holds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert decode_click(encode(click), click.ts_ms) == click
         assert click.item_id in known
         assert not click.context  # a type that the service does not know is a click that keeps its name there
-    assert any(settings.weight(click) != strength(click) for click in dataset.events)
+    assert any(settings.weight(click) != defaults.weight(click) for click in dataset.events)
     assert any(settings.weight(click) < 0 for click in dataset.events)  # says no, too
     read_me = (folder / "README.md").read_text()
     asked = read_me.split("upwell watch ")[1].split()[0]

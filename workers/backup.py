@@ -171,8 +171,7 @@ def _only_imported(settings: Settings) -> bool:
 
 
 def _place(settings: Settings, artifact: Artifact) -> str | None:
-    """Where an artifact lies in the store, as it lay in the one that was exported: PREFIX/KIND/NAME, once KIND/NAME."""
+    """Where an artifact lies in the store, as it lay in the one that was exported: PREFIX/KIND/NAME."""
     store, root = fsspec.core.url_to_fs(settings.artifacts)
-    parts = artifact.url.split("/")
-    places = ("/".join(parts[-3:]), "/".join(parts[-2:]))
-    return next((place for place in places if store.exists(f"{root}/{place}")), None)
+    place = "/".join(artifact.url.split("/")[-3:])
+    return place if store.exists(f"{root}/{place}") else None

@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.user_state import Entry, digest
-from stream.answers import Guest, Visit
-from stream.events import Click
+from stream.answers import Guest
 from workers.live import NotReady
 from workers.settings import Settings
 from workers.snapshot import Query, Rules
@@ -67,16 +66,10 @@ def session(guest: Guest, settings: Settings, rules: Rules) -> Query:
     now_ms = time.time_ns() // 1_000_000
     first = now_ms - len(guest.history) - len(guest.items)
     entries = [
-        Entry(visit.item_id, settings.weight(_click(visit)), first + at if visit.ts_ms is None else visit.ts_ms)
+        Entry(visit.item_id, settings.weight(visit), first + at if visit.ts_ms is None else visit.ts_ms)
         for at, visit in enumerate(guest.history)
     ]
     entries.sort(key=lambda entry: entry.ts_ms)
     entries += [Entry(item_id, 1.0, now_ms) for item_id in guest.items]
     seen = b"".join(dict.fromkeys(digest(entry.item_id) for entry in entries))
     return Query(entries, seen, now_ms, rules)
-
-
-def _click(visit: Visit) -> Click:
-    return Click(
-        event_id="", user_id="", item_id=visit.item_id, event_type=visit.event_type, ts_ms=0, value=visit.value
-    )

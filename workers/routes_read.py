@@ -29,14 +29,6 @@ def items(
     return ItemsOut(service.items(limit, q))
 
 
-@get("/v1/users", sync_to_thread=False, summary="The users whose state moved last", tags=["users"], **route("admin"))
-def recent_users(
-    service: Served, limit: Annotated[int, Parameter(ge=1, le=50, description="users at most")] = 50
-) -> list[UserOut]:
-    newest = list(reversed(list(service.users.recent)))[:limit]
-    return [user for user_id in newest if (user := service.user(user_id))]
-
-
 @get(
     "/v1/users/{user_id:str}",
     sync_to_thread=False,

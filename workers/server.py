@@ -41,7 +41,6 @@ ROUTES: list[Any] = [
     routes_stream.stream,
     routes_stream.ticket,
     routes_read.items,
-    routes_read.recent_users,
     routes_read.user,
     routes_erasure.erase_user,
     routes_erasure.erasure,

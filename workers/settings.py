@@ -15,6 +15,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from stream.answers import Visit
 from stream.connection import Connection, Mechanism
 from stream.events import DEFAULT_ARM, EVENT_TYPES, Click, EventType
 from stream.pseudonyms import Pseudonyms
@@ -42,21 +43,6 @@ Scale = tuple[Annotated[float, Field(allow_inf_nan=False)], Annotated[float, Fie
 Scales = dict[EventType, Scale]
 DEFAULT_VALUES: Scales = {"play": (0.0, 1.0)}
 VALUE_BOUNDS = -1.0, 2.0
-
-
-def strength(click: Click, weights: Weights = DEFAULT_WEIGHTS, values: Scales = DEFAULT_VALUES) -> float:
-    """How much a click says about taste: the weight of its type, times what its value says.
-
-    >>> one_star = Click(event_id="e", user_id="u", item_id="i", event_type="rate", ts_ms=0, value=1)
-    >>> strength(one_star), strength(one_star, values={"rate": (3, 5)})
-    (1.0, -1.0)
-    """
-    weight = weights.get(click.event_type, DEFAULT_WEIGHTS[click.event_type])
-    scale = values.get(click.event_type, DEFAULT_VALUES.get(click.event_type))
-    if click.value is None or scale is None:
-        return weight
-    low, high = VALUE_BOUNDS
-    return weight * min(max((click.value - scale[0]) / (scale[1] - scale[0]), low), high)
 
 
 class ConfigError(ValueError):
@@ -316,9 +302,15 @@ class Settings(BaseSettings):
             )
         return self
 
-    def weight(self, click: Click) -> float:
-        """Strength of this click; a type left out of the tables weighs as by default."""
-        return strength(click, self.event_weights, self.event_values)
+    def weight(self, click: Click | Visit) -> float:
+        """How much it says about taste: the weight of its type, times what its value says. A type that is left out of
+        the tables weighs as by default."""
+        weight = self.event_weights.get(click.event_type, DEFAULT_WEIGHTS[click.event_type])
+        scale = self.event_values.get(click.event_type, DEFAULT_VALUES.get(click.event_type))
+        if click.value is None or scale is None:
+            return weight
+        low, high = VALUE_BOUNDS
+        return weight * min(max((click.value - scale[0]) / (scale[1] - scale[0]), low), high)
 
 
 def load_settings() -> Settings:

@@ -19,7 +19,6 @@ from workers.states import PackedStates, keep_newest
 
 log = structlog.get_logger()
 
-RECENT_USERS = 50
 MARKED_S = 600.0  # a worker that has been overtaken is fenced long before
 
 
@@ -41,7 +40,6 @@ class UserStates:
         self.places: dict[str, At] = {}
         self.progress: dict[int, int] = {}  # partition -> offset of the clicks up to which all states are read
         self.applied = 0
-        self.recent: OrderedDict[str, None] = OrderedDict()  # newest last
         self.caught_up = threading.Event()
         self._erasing: set[str] = set()  # asked for, not yet seen in the topic
         self._erased: OrderedDict[str, float] = OrderedDict()  # user -> when, newest last
@@ -96,8 +94,6 @@ class UserStates:
                 self._drop_marks()
                 metrics.pending_erasures.set(len(self._erasing))
             self.progress |= progress  # once all states of the read are there
-            while len(self.recent) > RECENT_USERS:
-                self.recent.popitem(last=False)
 
     def _caught_up(self) -> None:
         """With the wishes that no worker has got to: their nulls went by before this server listened."""
@@ -118,13 +114,10 @@ class UserStates:
             self._forget(user_id)
         else:
             self.places[user_id] = At(record.partition, record.timestamp)
-            self.recent[user_id] = None
-            self.recent.move_to_end(user_id)
         return offset
 
     def _forget(self, user_id: str) -> None:
         self.places.pop(user_id, None)
-        self.recent.pop(user_id, None)
         self._erased[user_id] = time.monotonic()
         self._erased.move_to_end(user_id)
 

@@ -194,7 +194,6 @@ def test_looking(service: Service) -> None:
     assert (state["clicks"], state["seen"], state["history"][0]["weight"]) == (1, 1, -1.5)
     assert state["history"][0]["title"] == ITEMS[4].title
     assert service.call("/v1/users/unheard-of")[0] == 404
-    assert service.call("/v1/users?limit=1")[1][0]["user_id"] == "looked at"
     figures = get(service, "/v1/figures")
     assert figures["generation"]["items"] >= len(ITEMS) and figures["generation"]["swaps"] >= 1
     assert figures["click_to_recommendation_ms"]["p50"] <= figures["click_to_recommendation_ms"]["p99"]
