@@ -28,6 +28,7 @@ QUIET = {
     "upwell_group_lag_clicks",  # test_cli_ops.py
     "upwell_topic_end_offset",  # of a partition that nobody has written to
     "upwell_drift",  # needs 5,000 clicks before
+    "upwell_generation_items fresh",  # none, where the newest generation has just taken them in
     "upwell_hits_total popularity",  # a few clicks on 120 items may hold none of its ten
     "upwell_live_hit_rate_at_10",
     "upwell_live_ndcg_at_10",
