@@ -25,11 +25,16 @@ def clean(text: str) -> str:
     return " ".join(text.split())[:MAX_CHARS]
 
 
+def _said(words: str) -> re.Pattern[str]:
+    """Not as a part of longer words: Star Wars is no "War"."""
+    return re.compile(rf"(?<!\w){re.escape(words)}(?!\w)")
+
+
 def item_text(item: Item) -> str:
     """Title, categories and text, each said once: what the encoder makes an item's vector from."""
     title, text = clean(item.title), clean(item.text)
-    if text.startswith(title):
+    if _said(title).match(text):
         title = ""
     said = f"{title} {text}".casefold()
-    categories = ", ".join(c for c in map(clean, item.categories) if c.casefold() not in said)
+    categories = ", ".join(c for c in map(clean, item.categories) if c and not _said(c.casefold()).search(said))
     return ". ".join(part.rstrip(".") for part in (title, categories, text) if part)[:MAX_CHARS]

@@ -40,3 +40,9 @@ def test_item_text_says_each_thing_once() -> None:
     )
     assert item_text(item) == "Science fiction. Alien (1979). Horror in space"
     assert item_text(Item(item_id="1", title="", text="")) == ""
+
+
+def test_a_part_of_a_word_does_not_say_it() -> None:
+    assert item_text(Item(item_id="1", title="Star Wars", categories=["War", " "])) == "Star Wars. War"
+    assert item_text(Item(item_id="1", title="Tea", text="Teapot, blue")) == "Tea. Teapot, blue"
+    assert item_text(Item(item_id="1", title="C++", text="C++ in a nutshell")) == "C++ in a nutshell"
