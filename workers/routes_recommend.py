@@ -101,8 +101,8 @@ async def _reach(service: Service, user_id: str, offset: int) -> bool:
     "/v1/recommendations",
     status_code=200,
     summary="A guest's list",
-    description="From a history, items to start from, or words; nothing is kept. The first request with words waits "
-    "for the encoder to load.",
+    description="From a history, items to start from, or words; nothing is kept. The first words load the encoder: 503 "
+    "until it is there.",
     tags=["recommendations"],
     **route("read"),
 )
