@@ -1,7 +1,5 @@
 """Items with equal vectors: a graph holds each vector once, an answer names them all."""
 
-from __future__ import annotations
-
 from hashlib import blake2b
 
 import numpy as np

@@ -3,8 +3,6 @@
 Legend: N items, R rank. Counts are symmetric; a pair is kept once, as (smaller row, larger row).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -3,8 +3,6 @@
 B texts, T tokens, E width of the vectors.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import threading

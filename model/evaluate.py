@@ -3,8 +3,6 @@
 Legend: n events, B events scored at once, N items.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields

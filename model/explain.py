@@ -4,8 +4,6 @@ B users, T history, M items. Co-visitation and text are such sums, divided by on
 not, and popularity knows no clicks: they are the rest.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

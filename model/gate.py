@@ -3,8 +3,6 @@
 Legend: n events, N items, E text, D vector, B events ranked at once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 

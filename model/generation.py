@@ -1,7 +1,5 @@
 """Build, publish and fetch generations (model/manifest.py says what one holds)."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import tempfile

@@ -3,8 +3,6 @@
 Legend: n events, N items, W windows, L window length, C candidates, d tower, E text width.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass

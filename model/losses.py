@@ -1,7 +1,5 @@
 """The tower's loss. Legend: P predictions, C candidates."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812

@@ -10,8 +10,6 @@
 The search process imports this file and must start in well under a second: no torch, no fsspec.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 Legend: B events, C candidates, K candidates kept, F parts (config.PARTS), G situations, R = 8 rows of weights.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

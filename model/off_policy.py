@@ -4,8 +4,6 @@ n scored clicks, each with the list that its user had before it. A hit is a clic
 here takes a click to depend on the item being shown, not on what stood beside it.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Exponentially decayed event counts."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

@@ -1,7 +1,5 @@
 """Does a graph find what users of this model look for? Made-up users ask it and the exact scan."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import cycle, product
 from pathlib import Path

@@ -3,8 +3,6 @@
 M candidates, best first, known by their number 0..M-1; k places; d dimensions.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import numpy as np

@@ -6,8 +6,6 @@ loop a query of 0.8 ms took 3.5. tests/model/test_serving.py holds the two toget
 Legend: B users, T history (padded on the left), S = T + 1 keys (start token first), H heads, d width, K of a part.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -4,8 +4,6 @@ Step and result are those of one process over all windows, as in synchronous dat
 arXiv 1706.02677): the shares of the gradient are added up before clipping and Adam. Everything else is repeated.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 

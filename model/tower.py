@@ -4,8 +4,6 @@ Legend: W windows, T history, P predictions a window, S = T + 1 keys (start toke
 N items, E text width.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Text vectors by content hash, so that no text is encoded twice."""
 
-from __future__ import annotations
-
 import logging
 import sqlite3
 import threading

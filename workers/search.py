@@ -8,8 +8,6 @@ Both sides know every length, so arrays travel as raw bytes over one socket pair
 The child is forked from a server that imports numpy and hnswlib alone.
 """
 
-from __future__ import annotations
-
 import signal
 import socket
 import struct

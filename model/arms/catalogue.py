@@ -1,7 +1,5 @@
 """Every arm by name, made for a stream."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

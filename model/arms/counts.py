@@ -1,7 +1,5 @@
 """Arms that count: popularity, transitions, co-visitation. Legend: B users, N items, T history."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 

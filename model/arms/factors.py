@@ -1,7 +1,5 @@
 """Matrix factorisation, one step an event. Legend: B users, N items, K factors."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,8 +1,6 @@
 """User-kNN in the manner of VSKNN (Ludewig & Jannach 2018) with STAN's nearness in the neighbour's own sequence
 (Garg et al. 2019, arXiv 1907.11093). Legend: N items, U users, K neighbours, T history, W width of a ring."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -3,8 +3,6 @@
 Legend: W windows, L tokens (start token first, padded on the left), d width, N items.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

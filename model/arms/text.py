@@ -1,7 +1,5 @@
 """Text alone. Legend: B users, N items, E text width."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The learner with a part removed, or told things late: what each is worth."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Sequence
 from itertools import pairwise
