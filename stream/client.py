@@ -86,7 +86,8 @@ class Client(Closing):
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         base_url = httpx.URL(url.rstrip("/"))
         near = LOOPBACK.fullmatch(base_url.host) is not None  # no proxy of the environment's leads there
-        self._open = partial(httpx.Client, base_url=base_url, headers=headers, timeout=timeout_s, trust_env=not near)
+        mounts = dict.fromkeys(("http://", "https://", "all://")) if near else None
+        self._open = partial(httpx.Client, base_url=base_url, headers=headers, timeout=timeout_s, mounts=mounts)
         self._opened, self._pid = self._open(), os.getpid()
         self._timeout_s, self._patience_s = timeout_s, patience_s
 

@@ -65,6 +65,7 @@ class Subscriber(Closing):
                 if record.value is not None:
                     answer = decode(record.value, Recommendations)
                     if answer.offset > self._erased.get(answer.user_id, -1):
+                        self._erased.pop(answer.user_id, None)  # the worker has got there
                         found.append(answer)
                 elif record.key is not None:
                     self._forget(record.key.decode(), int(dict(record.headers).get(OFFSET_HEADER, -1)))

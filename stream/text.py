@@ -11,6 +11,8 @@ MAX_CHARS = 8000  # an encoder reads 256-512 tokens; bounds the work on a hostil
 _TAG = re.compile(r"<[/!a-zA-Z][^<>]{0,1000}>")  # "a < b" is no tag
 _URL = re.compile(r"\b(?:https?://|www\.)\S+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u00ad\u200b\ufeff]+")
+# Of scripts that set spaces between words: not Thai, Lao, Burmese, Khmer, kana, Han.
+_LETTER = r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]"
 
 
 def clean(text: str) -> str:
@@ -27,7 +29,7 @@ def clean(text: str) -> str:
 
 def _said(words: str) -> re.Pattern[str]:
     """Not as a part of longer words: Star Wars is no "War"."""
-    return re.compile(rf"(?<!\w){re.escape(words)}(?!\w)")
+    return re.compile(rf"(?<!{_LETTER}){re.escape(words)}(?!{_LETTER})")
 
 
 def item_text(item: Item) -> str:

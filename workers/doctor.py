@@ -100,6 +100,8 @@ def _artifacts(url: str, announced: list[Artifact] | None) -> Finding:
     """Its folder is made only where nothing has been announced: else the store is not mounted, or another one."""
     try:
         store, root = fsspec.core.url_to_fs(url)
+        if announced is None and not store.exists(root):
+            return True, f"artifacts: {url} is not there; Kafka does not say whether it should be"
         if announced == []:
             store.makedirs(root, exist_ok=True)
         probe = f"{root}/.doctor"

@@ -157,7 +157,7 @@ def run_server(settings: Settings) -> int:
         timeout_graceful_shutdown=5,
     )
     # A stream is cut off by returning; Gate has said so.
-    logging.getLogger("uvicorn.error").addFilter(lambda record: "without completing response" not in record.msg)
+    logging.getLogger("uvicorn.error").addFilter(lambda line: "without completing response" not in line.getMessage())
     settle()
     Server(config, service).run()
     return 0

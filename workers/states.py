@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import structlog
+from kafka.errors import KafkaError
 from msgspec import Struct
 
 from model.user_state import EMPTY, Limits, UserState, decode_state, encode_state
@@ -23,6 +24,7 @@ from workers.state_writer import StateWriter, Tombstone
 
 log = structlog.get_logger()
 
+RETRY_S = 1.0  # where Kafka broke a read off
 READERS = 4  # partitions read at a time, by threads; most of a small one's time is waiting for Kafka
 
 States = MutableMapping[str, UserState]
@@ -166,15 +168,23 @@ class OwnedStates:
         await self.forget(list(self._tasks))
         self._readers.shutdown(wait=False)
 
+    async def _read(self, partition: int) -> PackedStates:
+        """Kafka may go away meanwhile, or one of its brokers: a worker that ended would be started into the same."""
+        while True:
+            try:
+                reading = self._readers.submit(read_states, self._connection, self._topic, partition)
+                return await asyncio.wrap_future(reading)
+            except (KafkaError, TimeoutError) as error:
+                log.warning("states not read, tried again", partition=partition, reason=repr(error))
+                await asyncio.sleep(RETRY_S)
+
     async def _restore(self, partition: int) -> None:
         began = time.monotonic()
         writer = StateWriter(self._connection, self._topic, partition, self._failed)
         fence = asyncio.create_task(writer.start())
         try:
             await asyncio.shield(fence)
-            # After the fence: nothing follows what is read.
-            reading = self._readers.submit(read_states, self._connection, self._topic, partition)
-            states = await asyncio.wrap_future(reading)
+            states = await self._read(partition)  # after the fence: nothing follows what is read
         except BaseException:
             await asyncio.gather(fence, return_exceptions=True)  # were it given up, it could fence the next owner
             await writer.stop()

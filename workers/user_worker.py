@@ -217,17 +217,22 @@ class UserWorker:
     async def _go_back(self) -> None:
         """Announce the generation before again where the new one has lost its trial: it is the newest then.
 
-        Not over one that was announced meanwhile, which would never get its turn.
+        Not over one that was announced meanwhile, which would never get its turn; should that turn out to be none that
+        can serve, then.
         """
-        if self._recommender.lost is not None:
-            (back, trial), self._recommender.lost = self._recommender.lost, None
-            if self._live.wanted != trial.serving:
-                return
-            metrics.rollbacks.inc()
-            apart = {"only_lost": trial.only_serving, "only_back": trial.only_previous}
-            log.warning("rolled back", lost=trial.serving, to=back.name, clicks=trial.clicks, **apart)
-            record = (back.name.encode(), encode(back))
-            await self._sender.send(self._topics.generations.name, 0, [record])
+        if (lost := self._recommender.lost) is None:
+            return
+        (back, trial), serving = lost, self._live.snapshot
+        replaced = serving is None or serving.name != trial.serving
+        if not replaced and self._live.wanted != trial.serving:
+            return
+        self._recommender.lost = None
+        if replaced:
+            return
+        metrics.rollbacks.inc()
+        apart = {"only_lost": trial.only_serving, "only_back": trial.only_previous}
+        log.warning("rolled back", lost=trial.serving, to=back.name, clicks=trial.clicks, **apart)
+        await self._sender.send(self._topics.generations.name, 0, [(back.name.encode(), encode(back))])
 
     def _check_ratio(self, records: Sequence[Any], dead: Sequence[DeadLetter]) -> None:
         metrics.clicks.labels("bad").inc(len(dead))

@@ -1,6 +1,8 @@
 """The worker as a process: Faust's partition batches into `UserWorker`, acked when all of theirs is in Kafka."""
 
 import asyncio
+import threading
+import time
 from functools import partial
 from typing import Any
 
@@ -9,7 +11,16 @@ from workers.faust_batches import batch_app, execute
 from workers.handed import Handed, Stuck
 from workers.live import Live
 from workers.partitions import Batch, Partitions
-from workers.processes import EX_DATA, EX_SOFTWARE, compute_in_one_thread, die, end_with_threads, settle, share_heaps
+from workers.processes import (
+    EX_DATA,
+    EX_SOFTWARE,
+    compute_in_one_thread,
+    die,
+    end_with_threads,
+    settle,
+    share_heaps,
+    stop_on_signal,
+)
 from workers.sender import BatchSender
 from workers.settings import Settings
 from workers.states import OwnedStates
@@ -91,8 +102,18 @@ def run_worker(settings: Settings) -> int:
         for tp in revoked:
             metrics.lag_clicks.remove(str(tp.partition))  # else the lag of then stands beside its new owner's
 
-    metrics.serve(settings.worker.metrics_port, settings.metrics_host)
+    stop = stop_on_signal()  # Faust's own come with `execute`, and to a container's first process no others do
     live.start()
-    live.looked.wait(FIRST_LOOK_S)
+    if not looked(live, stop):
+        return 0  # its thread is not waited for: it may be in the middle of a download
+    metrics.serve(settings.worker.metrics_port, settings.metrics_host)  # told to be ready, another may be ended for it
     settle()
     return execute(app)
+
+
+def looked(live: Live, stop: threading.Event) -> bool:
+    """Waits for the first generation, where there is one, FIRST_LOOK_S at most; False where the process is to end."""
+    deadline = time.monotonic() + FIRST_LOOK_S
+    while not (stop.is_set() or live.looked.wait(0.1) or time.monotonic() > deadline):
+        pass
+    return not stop.is_set()

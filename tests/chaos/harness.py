@@ -275,6 +275,10 @@ class Fleet:
             self._duplicates += self.metric_of(name, "upwell_clicks_total{duplicate}")
         return end(process)
 
+    def port(self, name: str) -> int:
+        """Of its metrics."""
+        return self._ports[name]
+
     def pid(self, name: str) -> int:
         return int(self._processes[name].pid)
 

@@ -1,6 +1,7 @@
 """Scenario 12: a worker and a server asked to end under load, event streams open."""
 
 import random
+import socket
 import threading
 import time
 from collections import Counter
@@ -16,7 +17,7 @@ from stream.events import Artifact
 from stream.producer import partition_of
 from tests.chaos.clients import Clients
 from tests.chaos.harness import NOTHING_LOST, SEED, Fleet, Load, holds, judge, make_clicks, report
-from tests.chaos.worker import end, start
+from tests.chaos.worker import end, load_for_ever, start
 from tests.workers.service import Service, until
 from workers.server import run_server
 from workers.settings import Settings
@@ -131,3 +132,17 @@ def test_ends_in_order(connection: Connection, generation: Artifact, tmp_path: P
     assert under_way >= times and len(streams.lists) == STREAMS
     if long:
         assert max(seconds) < 10
+
+
+def test_ends_while_it_waits_for_its_first_generation(
+    connection: Connection, generation: Artifact, tmp_path: Path
+) -> None:
+    """In no group yet, and told to be ready by nothing: Kubernetes would end an old worker for it."""
+    with Fleet(connection, tmp_path, generation, fault=load_for_ever) as fleet:
+        fleet.start("a")
+        until(lambda: "fault: loads" in fleet.log("a"), "it loads")
+        assert not fleet.committed() and fleet.metric_of("a", "upwell_swaps_total{served}") == 0
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", fleet.port("a"))) != 0
+        took_s, code = fleet.stop("a")
+    assert code == 0 and took_s < 10

@@ -22,6 +22,7 @@ from tests.chaos.bugs import plant
 from workers import faust_batches, partitions, worker_process
 from workers import states as states_module
 from workers.faust_batches import BatchApp, PartitionBatchConsumer
+from workers.live import Live
 from workers.logs import configure
 from workers.recommender import Recommender
 from workers.sender import BatchSender
@@ -131,6 +132,16 @@ def restore_slowly() -> None:
         return read(*arguments)
 
     module.read_states = slow
+
+
+def load_for_ever() -> None:
+    """The first generation is being loaded and loaded."""
+
+    def loads(self: Live) -> None:
+        os.write(2, b"fault: loads\n")
+        threading.Event().wait()
+
+    Live._serve_wanted = loads  # type: ignore[method-assign]
 
 
 def stand_still() -> None:

@@ -155,9 +155,12 @@ def test_an_id_of_dots_is_an_id_and_an_empty_one_is_none() -> None:
 def test_no_proxy_stands_before_loopback(host: str, asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
-    monkeypatch.setenv("HTTP_PROXY", "http://proxy.example:3128")
-    with Client(f"http://{host}:8080") as client:
-        assert bool(client._http._mounts) == asked
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://proxy.example:3128")
+    for scheme in ("http", "https"):
+        with Client(url := f"{scheme}://{host}:8080") as client:
+            way = client._http._transport_for_url(httpx.URL(url))
+            assert (way is not client._http._transport) == asked
 
 
 class Ports(BaseHTTPRequestHandler):

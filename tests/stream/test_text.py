@@ -46,3 +46,5 @@ def test_a_part_of_a_word_does_not_say_it() -> None:
     assert item_text(Item(item_id="1", title="Star Wars", categories=["War", " "])) == "Star Wars. War"
     assert item_text(Item(item_id="1", title="Tea", text="Teapot, blue")) == "Tea. Teapot, blue"
     assert item_text(Item(item_id="1", title="C++", text="C++ in a nutshell")) == "C++ in a nutshell"
+    told = Item(item_id="1", title="三体", text="三体是刘慈欣创作的科幻小说", categories=["科幻"])
+    assert item_text(told) == told.text  # no spaces say where its words end

@@ -29,7 +29,7 @@ from workers.backup import NOWHERE, BadBackup, Counts, read_backup, restore, wri
 from workers.bench.stage import environment
 from workers.cli import app
 from workers.dead_letters import DeadLetters, place, read, resend
-from workers.doctor import examine
+from workers.doctor import _artifacts, _disks, examine
 from workers.generations import NothingMoves, UnknownGeneration, pin, roll_back
 from workers.lag import LagFollower, read_offsets
 from workers.preflight import check_keyed
@@ -259,11 +259,11 @@ def test_what_was_rolled_back_stays_back_in_a_restored_installation(connection: 
     for settings in (old, new):
         ensure(settings.topics, settings.connection)
     model, generation = (
-        Artifact(name=name, url=f"{tmp_path}/{name}/x", manifest_sha256="", created_ms=at, encoder="e", parent=parent)
+        Artifact(name=name, url=f"{tmp_path}/p/{name}/x", manifest_sha256="", created_ms=at, encoder="e", parent=parent)
         for name, at, parent in (("m2", 20, None), ("g1", 10, "m1"))
     )
     for artifact in (model, generation):
-        (tmp_path / artifact.name / "x").mkdir(parents=True)
+        (tmp_path / "p" / artifact.name / "x").mkdir(parents=True)
     with Producer(connection) as producer:
         producer.send_raw(old.topics.models.name, b"model", encode(model))
         producer.send_raw(old.topics.generations.name, b"g1", encode(generation))
@@ -331,16 +331,21 @@ def test_the_doctor_looks_for_what_is_announced_and_makes_no_store_beside_it(
 
 def test_the_doctor_sees_a_full_disk(tmp_path: Path) -> None:
     """It takes an empty file."""
-    settings = Settings(kafka=Kafka(bootstrap=f"127.0.0.1:{free_port()}"), artifacts=str(tmp_path))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        found = list(examine(settings))
+        good, _ = _artifacts(str(tmp_path), [])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [good for good, told in found if told.startswith("artifacts: ")] == [False]
-    assert [told for _, told in found if "GB free for the artifact store" in told]
-    assert not list(tmp_path.iterdir())
+    assert not good and not list(tmp_path.iterdir())
+    assert [told for _, told in _disks(Settings(artifacts=str(tmp_path))) if "GB free for the artifact store" in told]
+
+
+def test_the_doctor_without_a_kafka_blames_no_store(tmp_path: Path) -> None:
+    """Nothing says whether it should be there."""
+    settings = Settings(kafka=Kafka(bootstrap=f"127.0.0.1:{free_port()}"), artifacts=str(tmp_path / "new"))
+    ((good, told),) = (finding for finding in examine(settings) if finding[1].startswith("artifacts: "))
+    assert good and "is not there" in told and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,10 @@ import asyncio
 import gc
 import threading
 from collections.abc import AsyncIterator, Callable
+from unittest.mock import Mock
 
 import pytest
+from kafka.errors import KafkaConnectionError
 
 from model.user_state import UserState, encode_state
 from stream.connection import Connection
@@ -48,6 +50,16 @@ async def test_assigned_partitions_are_read_beside_one_another(
     worker = owned()
     worker.restore(PARTITIONS)
     assert [(await worker.of(partition)).states for partition in PARTITIONS] == [{}, {}, {}]
+
+
+async def test_a_broker_that_goes_away_while_states_are_read_ends_no_worker(
+    owned: Callable[[], OwnedStates], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be one of three, and the worker would be restarted into the same."""
+    monkeypatch.setattr(states_module, "RETRY_S", 0.0)
+    results = [KafkaConnectionError("reset by peer"), TimeoutError("no progress"), dict[str, UserState]()]
+    monkeypatch.setattr(states_module, "read_states", Mock(side_effect=results))
+    assert (await owned().of(1)).states == {}
 
 
 async def test_what_the_owner_before_wrote_last_is_read(

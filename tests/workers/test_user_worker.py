@@ -103,15 +103,25 @@ async def test_a_click_is_answered_when_its_list_is_sent_and_never_without_one(
     assert [math.isfinite(call.args[0]) for call in observed.observe.call_args_list] == [bool(generation)] * 3
 
 
-@pytest.mark.parametrize("newest", ["g2", "g3"])
-async def test_a_generation_that_loses_its_trial_is_rolled_back_unless_it_is_replaced_already(newest: str) -> None:
-    """What was announced meanwhile would never serve: the one gone back to would be the newest."""
+@pytest.mark.parametrize(
+    ("seen", "rolled_back"),
+    [
+        (["g2 g2"], [True]),
+        (["g2 g3", "g3 g3", "g2 g2"], [False, False, False]),  # by hand, in the end: not taken back for the old trial
+        (["g2 g3", "g2 g2"], [False, True]),  # g3 could not serve
+    ],
+)
+async def test_a_generation_that_loses_its_trial_is_rolled_back_unless_it_is_replaced_already(
+    seen: list[str], rolled_back: list[bool]
+) -> None:
+    """What was announced meanwhile would never serve: the one gone back to would be newer. Seen: serves, wanted."""
     kafka = Beside()
-    kafka.worker._live = cast(Any, SimpleNamespace(wanted=newest))
     back = Artifact(name="g1", url="u", manifest_sha256="s", created_ms=1, encoder="e")
     kafka.worker._recommender.lost = back, Trial("g2", "g1")
-    await kafka.worker._go_back()
-    assert kafka.written == ([("generations", "g1")] if newest == "g2" else [])
+    for (serves, wanted), went in zip(map(str.split, seen), rolled_back, strict=True):
+        kafka.worker._live = cast(Any, SimpleNamespace(wanted=wanted, snapshot=SimpleNamespace(name=serves)))
+        await kafka.worker._go_back()
+        assert kafka.written == ([("generations", "g1")] if went else [])
     assert kafka.worker._recommender.lost is None
 
 

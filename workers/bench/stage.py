@@ -7,9 +7,10 @@ import secrets
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from model.user_state import decode_state
 from stream.broker import LocalBroker
@@ -80,8 +81,15 @@ def stage() -> Iterator[Stage]:
 
 def environment(settings: Settings) -> dict[str, str]:
     """The variables that make a process load these settings, as far as they were given."""
-    given = settings.model_dump(mode="json", exclude_unset=True, exclude_none=True)
-    return {PREFIX + name.upper(): one if isinstance(one, str) else json.dumps(one) for name, one in given.items()}
+    return dict(_variables(PREFIX, settings.model_dump(mode="json", exclude_unset=True, exclude_none=True)))
+
+
+def _variables(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _variables(f"{prefix}{name.upper()}__", value)
+        else:
+            yield prefix + name.upper(), value if isinstance(value, str) else json.dumps(value)
 
 
 def write_clicks(settings: Settings, clicks: Keyed) -> None:
