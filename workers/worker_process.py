@@ -1,6 +1,8 @@
 """The worker as a process: Faust's partition batches into `UserWorker`, acked when all of theirs is in Kafka."""
 
 import asyncio
+import os
+import signal
 import threading
 import time
 from functools import partial
@@ -39,6 +41,12 @@ def run_worker(settings: Settings) -> int:
     share_heaps()
     live = Live(settings, keep_previous=True, device=settings.worker.device)
     sender = BatchSender(settings.connection)
+    stop = stop_on_signal()  # to a container's first process a signal without a handler does not come
+
+    async def begin() -> None:
+        if stop.is_set():  # asked to end before Faust listened
+            os.kill(os.getpid(), signal.SIGTERM)
+        await sender.start()
 
     async def finish() -> None:
         await partitions.stop()
@@ -46,7 +54,7 @@ def run_worker(settings: Settings) -> int:
         await sender.stop()
         await asyncio.to_thread(live.stop)
 
-    app = batch_app(settings.worker.group, settings.connection, sender.start, finish)
+    app = batch_app(settings.worker.group, settings.connection, begin, finish)
     clicks = app.topic(settings.topics.clicks.name, value_type=bytes, value_serializer="raw")
 
     def fenced(error: BaseException) -> None:
@@ -102,16 +110,15 @@ def run_worker(settings: Settings) -> int:
         for tp in revoked:
             metrics.lag_clicks.remove(str(tp.partition))  # else the lag of then stands beside its new owner's
 
-    stop = stop_on_signal()  # Faust's own come with `execute`, and to a container's first process no others do
     live.start()
-    if not looked(live, stop):
+    if not first_look(live, stop):
         return 0  # its thread is not waited for: it may be in the middle of a download
     metrics.serve(settings.worker.metrics_port, settings.metrics_host)  # told to be ready, another may be ended for it
     settle()
     return execute(app)
 
 
-def looked(live: Live, stop: threading.Event) -> bool:
+def first_look(live: Live, stop: threading.Event) -> bool:
     """Waits for the first generation, where there is one, FIRST_LOOK_S at most; False where the process is to end."""
     deadline = time.monotonic() + FIRST_LOOK_S
     while not (stop.is_set() or live.looked.wait(0.1) or time.monotonic() > deadline):

@@ -17,7 +17,7 @@ from stream.events import Artifact
 from stream.producer import partition_of
 from tests.chaos.clients import Clients
 from tests.chaos.harness import NOTHING_LOST, SEED, Fleet, Load, holds, judge, make_clicks, report
-from tests.chaos.worker import end, load_for_ever, start
+from tests.chaos.worker import asked_early, end, load_for_ever, start
 from tests.workers.service import Service, until
 from workers.server import run_server
 from workers.settings import Settings
@@ -146,3 +146,9 @@ def test_ends_while_it_waits_for_its_first_generation(
             assert probe.connect_ex(("127.0.0.1", fleet.port("a"))) != 0
         took_s, code = fleet.stop("a")
     assert code == 0 and took_s < 10
+
+
+def test_ends_when_asked_before_faust_listens(connection: Connection, generation: Artifact, tmp_path: Path) -> None:
+    with Fleet(connection, tmp_path, generation, fault=asked_early) as fleet:
+        fleet.start("a")
+        until(lambda: ("a", 0) in fleet.exits, "it ends in order", 30)

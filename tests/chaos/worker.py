@@ -144,6 +144,18 @@ def load_for_ever() -> None:
     Live._serve_wanted = loads  # type: ignore[method-assign]
 
 
+def asked_early() -> None:
+    """SIGTERM comes when the first generation serves, and Faust does not listen yet."""
+    module = cast(Any, worker_process)
+    settle = module.settle
+
+    def asked() -> None:
+        settle()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    module.settle = asked
+
+
 def stand_still() -> None:
     """Nothing is worked off; how many clicks have been taken from Kafka is logged. Bounds a tenth of the real ones."""
     fetch, held = PartitionBatchConsumer._wait_next_records, 0
