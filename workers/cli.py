@@ -48,7 +48,7 @@ def worker() -> None:
     settings = command.settings_for("worker")
     from workers.worker_process import run_worker
 
-    raise typer.Exit(run_worker(settings))
+    run_worker(settings)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from stream.consumer import read_window
 from stream.events import MAX_ID, BadEvent, Click, DeadLetter, decode
 from stream.producer import Producer
 from workers import metrics
+from workers.outage import in_thread
 from workers.sender import BatchSender
 from workers.settings import Settings
 from workers.state_writer import Acknowledge
@@ -153,7 +154,7 @@ class DeadLetters:
             async with self._reading:  # who finds nothing waiting has waited for the reading that took its users along
                 users, self._waiting = self._waiting, set()
                 if users:
-                    found = await asyncio.to_thread(self._of, users)
+                    found = await in_thread(self._of, users)
                     await self._sender.send(self._settings.topics.dead_letters.name, 0, [(key, None) for key in found])
             metrics.pending_erasures.dec(len(user_ids))
             metrics.erasures.labels("cleared").inc(len(user_ids))

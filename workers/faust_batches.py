@@ -12,6 +12,7 @@ process where it cannot go on (`die`). The overridden names are private; pyproje
 tests/workers/test_faust_batches.py fails when they move.
 """
 
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -25,7 +26,11 @@ from stream.connection import REQUEST_S, Connection
 # Faust's default, 4,096 events, is of single records: of batches, memory followed the lag (docs/reliability.md).
 POLL = 2000  # records a fetch, of all partitions together
 BUFFER = 4  # batches that wait for the agent
-RESTORE_S = 1800.0  # 80 million states at 2.2 s for 100,000 (docs/reliability.md); Faust's default is a minute
+# What may pass until what is folded is acknowledged, an outage of Kafka and a long look through the dead letters
+# included: a rebalance waits for it. Faust's default is a minute.
+REBALANCE_S = 1800.0
+LOOK_S = 0.2  # while a partition cannot be read yet, so often whether it can
+NOWHERE = {None}  # fetched from where there is nothing to fetch from: aiokafka takes an empty set for all
 
 
 class Fetched(NamedTuple):
@@ -49,11 +54,18 @@ class PartitionBatchThread(AIOKafkaConsumerThread):  # type: ignore[misc]
         end: int | None = self._ensure_consumer().last_stable_offset(tp)
         return end
 
-    async def _fetch_records(self, consumer: Any, *args: Any, **kwargs: Any) -> dict[Any, list[Any]]:
+    async def _fetch_records(
+        self, consumer: Any, active_partitions: set[Any], timeout: float, max_records: int
+    ) -> dict[Any, list[Any]]:
+        """Of the partitions that can be worked off: else their clicks would take the room of the others' for as long
+        as it takes, and a rebalance would wait for them."""
+        active = set(active_partitions)  # Faust's own, which a rebalance changes meanwhile
+        readable = {tp for tp in active if self.consumer.app.readable(tp)}
+        timeout_s = timeout if readable == active else LOOK_S
         before = _positions(consumer)
-        fetched = await super()._fetch_records(consumer, *args, **kwargs)
+        fetched = await super()._fetch_records(consumer, readable or NOWHERE, timeout_s, max_records)
         after = _positions(consumer)
-        passed = [tp for tp, at in after.items() if at > before.get(tp, at)]  # maybe markers alone
+        passed = [tp for tp in readable if after.get(tp, 0) > before.get(tp, math.inf)]  # maybe markers alone
         return {tp: [_batch(tp, before.get(tp), after.get(tp), fetched.get(tp, []))] for tp in {*fetched, *passed}}
 
 
@@ -108,6 +120,7 @@ class PartitionBatchTransport(Transport):  # type: ignore[misc]
 class BatchApp(faust.App):  # type: ignore[misc]
     before: Callable[[], Awaitable[None]]  # runs before the first event is read
     after: Callable[[], Awaitable[None]]  # runs when the agents have ended
+    readable: Callable[[Any], bool]  # asked of an assigned partition, by another thread, before each fetch
 
     def _new_transport(self) -> PartitionBatchTransport:
         return PartitionBatchTransport(self.conf.broker_consumer, self)
@@ -125,7 +138,11 @@ class BatchApp(faust.App):  # type: ignore[misc]
 
 
 def batch_app(
-    group: str, connection: Connection, before: Callable[[], Awaitable[None]], after: Callable[[], Awaitable[None]]
+    group: str,
+    connection: Connection,
+    before: Callable[[], Awaitable[None]],
+    after: Callable[[], Awaitable[None]],
+    readable: Callable[[Any], bool],
 ) -> BatchApp:
     """A Faust app without web server, tables, leader topic or topic creation."""
     brokers = [f"kafka://{address}" for address in connection.bootstrap.split(",")]
@@ -143,15 +160,15 @@ def batch_app(
         broker_request_timeout=REQUEST_S,
         broker_session_timeout=10.0,  # a killed worker's partitions move after it; Faust's default is a minute
         broker_heartbeat_interval=3.0,
-        # As long as a restore may take: Faust answers a rebalance when what it has handed on is done, and reads on when
-        # there is room. What has died is found by the session, what stands still by UpwellPartitionStalled.
-        broker_rebalance_timeout=RESTORE_S,
-        broker_max_poll_interval=RESTORE_S,
+        # Faust answers a rebalance when what it has handed on is done, and reads on when there is room. What has died
+        # is found by the session, what stands still by UpwellPartitionStalled.
+        broker_rebalance_timeout=REBALANCE_S,
+        broker_max_poll_interval=REBALANCE_S,
         consumer_auto_offset_reset="earliest",
         store="memory://",
         table_standby_replicas=0,  # so partitions are dealt round robin; Faust's own way left workers without any
     )
-    app.before, app.after = before, after
+    app.before, app.after, app.readable = before, after, readable
     return app
 
 

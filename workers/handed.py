@@ -6,7 +6,6 @@ A dropped batch that nothing follows is found by a second look at partitions tha
 to hand a click on twice is harmless, and to hand it on never is not.
 """
 
-import asyncio
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ import structlog
 
 from stream.consumer import Record, committed_offsets, read_window
 from workers.faust_batches import Fetched
+from workers.outage import in_thread
 from workers.settings import Settings
 
 log = structlog.get_logger()
@@ -43,9 +43,9 @@ class Handed:
         """
         records, next_ = fetched.records, self._next.get(partition)
         if next_ is None:
-            next_ = (await asyncio.to_thread(self._committed)).get(partition, 0)
+            next_ = (await in_thread(self._committed)).get(partition, 0)
         if next_ < fetched.first:
-            missing = await asyncio.to_thread(self._between, partition, next_, fetched.first)
+            missing = await in_thread(self._between, partition, next_, fetched.first)
             if missing:
                 log.warning("dropped batch read again", partition=partition, first=next_, clicks=len(missing))
             records = [*missing, *records]
@@ -62,7 +62,7 @@ class Handed:
         """
         if any(partition not in self._next and end for partition, end in ends.items()):
             rebalances = self._rebalances
-            committed = await asyncio.to_thread(self._committed)
+            committed = await in_thread(self._committed)
             if rebalances != self._rebalances:
                 return {}  # these partitions were forgotten meanwhile
             self._next = {partition: committed.get(partition, 0) for partition in ends} | self._next
@@ -76,7 +76,7 @@ class Handed:
             if fetched != at:
                 log.warning("nothing came of what was fetched: fetched again", partition=partition, first=at, end=end)
                 behind[partition], self._again[partition] = at, (at, time.monotonic())
-            elif time.monotonic() - when > STUCK_S and len(await asyncio.to_thread(self._between, partition, at, end)):
+            elif time.monotonic() - when > STUCK_S and len(await in_thread(self._between, partition, at, end)):
                 raise Stuck(f"partition {partition} stands at {at} of {end}")
         return behind
 

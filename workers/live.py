@@ -31,6 +31,7 @@ T = TypeVar("T")
 FRESH_INTERVAL_S = 0.5  # new items join in groups: each joining copies the item arrays
 RETRY_S = 5.0
 PAUSE = 9  # times what a try in vain took: no more than a tenth of the time is lost to it, in which fresh items wait
+STOP_S = 2.0  # its thread looks up every 0.2 s, but for a download, which ends with the process
 RESTART_S = 15.0  # a search process starts within a second or two; a large index takes longer
 
 
@@ -64,7 +65,7 @@ class Live:
 
     def stop(self) -> None:
         self._stop.set()
-        self._thread.join()
+        self._thread.join(STOP_S)
         for snapshot in (self.snapshot, self.previous):
             if snapshot is not None:
                 snapshot.search.close()

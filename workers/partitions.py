@@ -8,6 +8,7 @@ import asyncio
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 from workers.state_writer import Acknowledge
 
@@ -38,6 +39,7 @@ class Partitions:
         self._released = asyncio.Event()
         self._waiting: defaultdict[Any, deque[Batch]] = defaultdict(deque)
         self._tasks: dict[Any, asyncio.Task[None]] = {}
+        self._newest = WeakValueDictionary[Any, Any]()  # message of each; once it is acked, those before it are, too
 
     @property
     def full(self) -> bool:
@@ -45,8 +47,9 @@ class Partitions:
         return self._taken >= ROOM
 
     def idle(self, tp: Any) -> bool:
-        """Nothing of this partition waits or is worked on."""
-        return tp not in self._tasks
+        """Nothing of this partition waits, is worked on or still to be acknowledged."""
+        newest = self._newest.get(tp)
+        return tp not in self._tasks and (newest is None or newest.acked)
 
     async def put(self, batch: Batch, assigned: Callable[[], Iterable[Any]]) -> None:
         """Waits for room; a batch whose partition has been taken away until then is its new owner's to read."""
@@ -59,6 +62,7 @@ class Partitions:
             self._drop(batch)
             return
         self._waiting[tp].append(batch)
+        self._newest[tp] = batch.event.message
         if tp not in self._tasks:
             self._tasks[tp] = asyncio.create_task(self._run(tp))
 

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from typing import NoReturn
 
 import structlog
 
@@ -23,9 +24,15 @@ def stop_on_signal() -> threading.Event:
     return stop
 
 
-def die(reason: str, code: int, error: BaseException | None = None) -> None:
+def die(reason: str, code: int, error: BaseException | None = None) -> NoReturn:
     """End the process now, before anything unfinished is acked: the broker gives the batch to the next one."""
     log.error("process ends at once", reason=reason, exc_info=error)
+    end(code)
+
+
+def end(code: int) -> NoReturn:
+    """Without waiting for threads that still read: of a Kafka or a store that does not answer, for minutes."""
+    sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 

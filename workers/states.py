@@ -5,13 +5,13 @@ a second assignment reads what the owner in between has written.
 """
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import structlog
-from kafka.errors import KafkaError
 from msgspec import Struct
 
 from model.user_state import EMPTY, Limits, UserState, decode_state, encode_state
@@ -19,12 +19,12 @@ from stream.connection import Connection
 from stream.consumer import Record, read_window
 from stream.events import OFFSET_HEADER
 from workers import metrics
+from workers.outage import outlasting
 from workers.settings import Settings
 from workers.state_writer import StateWriter, Tombstone
 
 log = structlog.get_logger()
 
-RETRY_S = 1.0  # where Kafka broke a read off
 READERS = 4  # partitions read at a time, by threads; most of a small one's time is waiting for Kafka
 
 States = MutableMapping[str, UserState]
@@ -67,10 +67,13 @@ def limits_of(settings: Settings) -> Limits:
     return Limits(settings.worker.history, settings.worker.event_ids, settings.worker.seen)
 
 
-def read_states(connection: Connection, topic: str, partition: int) -> PackedStates:
-    """All states of one partition of the users topic, newest of each user by offset of its last click."""
+def read_states(connection: Connection, topic: str, partition: int, given_up: threading.Event) -> PackedStates:
+    """All states of one partition of the users topic, newest of each user by offset of its last click; `given_up`
+    ends it early."""
     states = PackedStates()
     for record in read_window(connection, topic, only=[partition]):
+        if given_up.is_set():
+            break
         keep_newest(states, record)
     return states
 
@@ -134,7 +137,7 @@ class OwnedStates:
 
     def __init__(self, connection: Connection, topic: str, failed: Callable[[BaseException], None]) -> None:
         self._connection, self._topic, self._failed = connection, topic, failed
-        self._readers = ThreadPoolExecutor(READERS, "restore")
+        self._readers = asyncio.Semaphore(READERS)
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._owned: dict[int, Owned] = {}
 
@@ -143,6 +146,10 @@ class OwnedStates:
         for partition in partitions:
             if partition not in self._tasks:
                 self._tasks[partition] = asyncio.create_task(self._restore(partition))
+
+    def restored(self, partition: int) -> bool:
+        """Whether `of` would return at once. For any thread."""
+        return partition in self._owned
 
     async def of(self, partition: int) -> Owned:
         """Waits until the partition is restored."""
@@ -166,28 +173,28 @@ class OwnedStates:
 
     async def stop(self) -> None:
         await self.forget(list(self._tasks))
-        self._readers.shutdown(wait=False)
-
-    async def _read(self, partition: int) -> PackedStates:
-        """Kafka may go away meanwhile, or one of its brokers: a worker that ended would be started into the same."""
-        while True:
-            try:
-                reading = self._readers.submit(read_states, self._connection, self._topic, partition)
-                return await asyncio.wrap_future(reading)
-            except (KafkaError, TimeoutError) as error:
-                log.warning("states not read, tried again", partition=partition, reason=repr(error))
-                await asyncio.sleep(RETRY_S)
 
     async def _restore(self, partition: int) -> None:
         began = time.monotonic()
+        try:
+            owned = self._owned[partition] = await outlasting(partial(self._take_over, partition))
+        except Exception as error:  # its clicks are not even fetched: nobody would see
+            self._failed(error)
+            raise
+        self._count()
+        seconds = round(time.monotonic() - began, 2)
+        log.info("states restored", partition=partition, users=len(owned.states), seconds=seconds)
+
+    async def _take_over(self, partition: int) -> Owned:
         writer = StateWriter(self._connection, self._topic, partition, self._failed)
-        fence = asyncio.create_task(writer.start())
+        fence, given_up = asyncio.create_task(writer.start()), threading.Event()
         try:
             await asyncio.shield(fence)
-            states = await self._read(partition)  # after the fence: nothing follows what is read
+            async with self._readers:  # after the fence: nothing follows what is read
+                states = await asyncio.to_thread(read_states, self._connection, self._topic, partition, given_up)
         except BaseException:
+            given_up.set()
             await asyncio.gather(fence, return_exceptions=True)  # were it given up, it could fence the next owner
             await writer.stop()
             raise
-        self._owned[partition] = Owned(states, writer, {})
-        log.info("states restored", partition=partition, users=len(states), seconds=round(time.monotonic() - began, 2))
+        return Owned(states, writer, {})

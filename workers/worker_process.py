@@ -6,9 +6,9 @@ import signal
 import threading
 import time
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
-from workers import metrics
+from workers import metrics, tracing
 from workers.faust_batches import batch_app, execute
 from workers.handed import Handed, Stuck
 from workers.live import Live
@@ -18,6 +18,7 @@ from workers.processes import (
     EX_SOFTWARE,
     compute_in_one_thread,
     die,
+    end,
     end_with_threads,
     settle,
     share_heaps,
@@ -34,8 +35,8 @@ FIRST_LOOK_S = 60.0
 SECOND_LOOK_S = 5.0  # twice that is what a click waits if Faust drops the batch it ends
 
 
-def run_worker(settings: Settings) -> int:
-    """Run until SIGTERM or SIGINT; the exit code. Anything unexpected ends the process before the commit."""
+def run_worker(settings: Settings) -> NoReturn:
+    """Run until SIGTERM or SIGINT, and end the process. Anything unexpected ends it before the commit."""
     compute_in_one_thread()
     end_with_threads()
     share_heaps()
@@ -54,7 +55,10 @@ def run_worker(settings: Settings) -> int:
         await sender.stop()
         await asyncio.to_thread(live.stop)
 
-    app = batch_app(settings.worker.group, settings.connection, begin, finish)
+    def readable(tp: Any) -> bool:
+        return owned.restored(tp.partition)
+
+    app = batch_app(settings.worker.group, settings.connection, begin, finish, readable)
     clicks = app.topic(settings.topics.clicks.name, value_type=bytes, value_serializer="raw")
 
     def fenced(error: BaseException) -> None:
@@ -87,9 +91,10 @@ def run_worker(settings: Settings) -> int:
 
     @app.timer(SECOND_LOOK_S)  # type: ignore[untyped-decorator]
     async def second_look() -> None:
-        if partitions.full:
-            return
-        tps = {tp.partition: tp for tp in app.consumer.assignment() if partitions.idle(tp)}
+        held = [tp for tp in app.consumer.assignment() if readable(tp)]
+        tps = {tp.partition: tp for tp in held if partitions.idle(tp)}
+        if partitions.full or (len(tps) < len(held) and not app.consumer.flow_active):
+            return  # a rebalance waits for what is under way, and not for Faust
         try:
             behind = await handed.behind({partition: app.consumer.highwater(tp) or 0 for partition, tp in tps.items()})
         except Stuck as error:
@@ -111,11 +116,13 @@ def run_worker(settings: Settings) -> int:
             metrics.lag_clicks.remove(str(tp.partition))  # else the lag of then stands beside its new owner's
 
     live.start()
-    if not first_look(live, stop):
-        return 0  # its thread is not waited for: it may be in the middle of a download
-    metrics.serve(settings.worker.metrics_port, settings.metrics_host)  # told to be ready, another may be ended for it
-    settle()
-    return execute(app)
+    code = 0
+    if first_look(live, stop):
+        metrics.serve(settings.worker.metrics_port, settings.metrics_host)  # told to be ready, another may be ended
+        settle()
+        code = execute(app)
+    tracing.stop(settings)
+    end(code)
 
 
 def first_look(live: Live, stop: threading.Event) -> bool:

@@ -278,10 +278,9 @@ def joins_at_once() -> None:
     module.FIRST_LOOK_S = 0.0
 
 
-def impatient_group() -> None:
-    """A rebalance waits for a worker as long as Faust lets it by itself."""
-    module: Any = faust_batches
-    module.RESTORE_S = 60.0
+def clicks_wait_for_restore() -> None:
+    """Clicks of a partition that is being restored are taken from Kafka."""
+    OwnedStates.restored = lambda self, partition: True  # type: ignore[method-assign]
 
 
 def no_second_look() -> None:

@@ -3,15 +3,14 @@
 import random
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from stream.connection import Connection
 from stream.events import Artifact
 from tests.chaos.harness import SEED, SHORT_SESSION_S, Fleet, Load, holds, judge, make_clicks, report
-from tests.chaos.worker import SLOW_S, restore_slowly
+from tests.chaos.worker import restore_slowly
 from tests.workers.service import until
 
 RATE, PARTITIONS = 150, 6
@@ -88,19 +87,42 @@ def test_one_three_one(connection: Connection, generation: Artifact, tmp_path: P
         assert verdict["lag_grows_s_max"] < 60
 
 
-def test_a_long_restore_is_waited_for(connection: Connection, generation: Artifact, tmp_path: Path, long: bool) -> None:
-    """A worker joins while another restores, its first clicks waiting for that: none is thrown out of the group."""
-    if not long:
-        pytest.skip("long form only: minutes of waiting")
-    clicks, began = make_clicks(random.Random(SEED), 2000, users=60), time.monotonic()
-    with Fleet(connection, tmp_path, generation, fault=restore_slowly) as fleet:
+def test_a_long_restore_holds_up_nobody(
+    connection: Connection, generation: Artifact, tmp_path: Path, long: bool
+) -> None:
+    """Meanwhile the other partitions are worked off, a worker joins, and one that is asked to end does: all three with
+    clicks waiting for what is being restored, in which none of it stands.
+    """
+    slow_s, stuck_s, more_s = (75.0, 60.0, 90.0) if long else (15.0, 3.0, 0.0)
+    quick, slow = range(PARTITIONS // 2), range(PARTITIONS // 2, PARTITIONS)
+    clicks, began = make_clicks(random.Random(SEED), 300 * RATE, users=60), time.monotonic()
+    fault = partial(restore_slowly, slow, slow_s, stuck_s)
+    with Fleet(connection, tmp_path, generation, partitions=PARTITIONS, fault=fault) as fleet:
+
+        def restoring() -> bool:
+            return not any(fleet.committed().get(partition, 0) for partition in slow)
+
         fleet.start("a")
         fleet.await_ready()
-        with Load(fleet.settings, clicks, RATE):
-            time.sleep(10)
+        with Load(fleet.settings, clicks, RATE) as load:
+            until(lambda: all(fleet.committed().get(partition, 0) for partition in quick), "some are worked off")
+            assert restoring()
             fleet.start("b")
-        fleet.drain(4 * SLOW_S)
-        fenced = sum(fleet.log(name).count("states can be written no more") for name in "ab")
-        verdict = judge(fleet.settings, clicks) | {"exits": len(fleet.exits), "fenced": fenced}
+            until(lambda: fleet.metric_of("b", "upwell_restored_users") > 0, "b owns some")
+            assert restoring()
+            time.sleep(more_s)
+            fleet.start("c")
+            until(lambda: fleet.metric_of("c", "upwell_restored_users") > 0, "c owns some")
+            took_s, code = fleet.stop("c")
+            load.stop()
+        fleet.drain(4 * slow_s)
+        fenced = sum(fleet.log(name).count("states can be written no more") for name in "abc")
+        verdict = judge(fleet.settings, clicks[: load.sent]) | {
+            "exits": len(fleet.exits),
+            "exit_code": code,
+            "exit_s": round(took_s, 1),
+            "fenced": fenced,
+        }
     report("slow_restore", long, began, verdict)
-    assert holds(verdict) and holds(verdict, {"exits": 0, "fenced": 0})
+    assert holds(verdict) and holds(verdict, {"exits": 0, "exit_code": 0, "fenced": 0})
+    assert took_s < 10

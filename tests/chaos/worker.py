@@ -13,13 +13,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from stream.connection import Connection
 from tests.chaos.bugs import plant
-from workers import faust_batches, partitions, worker_process
+from workers import faust_batches, handed, partitions, worker_process
 from workers import states as states_module
 from workers.faust_batches import BatchApp, PartitionBatchConsumer
 from workers.live import Live
@@ -31,7 +32,6 @@ from workers.user_worker import UserWorker
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["__main__", "tests.chaos.worker"])
-SLOW_S = 75.0  # of `restore_slowly`
 
 
 class Trap(NamedTuple):
@@ -123,15 +123,16 @@ def drop_batches() -> None:
     PartitionBatchConsumer._wait_next_records = lossy
 
 
-def restore_slowly() -> None:
-    """As long as some millions of users would take: longer than Faust lets a rebalance wait by itself."""
-    read, module = states_module.read_states, cast(Any, states_module)
+def restore_slowly(slow: Collection[int], slow_s: float, stuck_s: float) -> None:
+    """These partitions, as long as some millions of users would take, in a read that cannot be broken off."""
+    read, states, looks = states_module.read_states, cast(Any, states_module), cast(Any, handed)
+    looks.STUCK_S = stuck_s
 
-    def slow(*arguments: Any) -> Any:
-        time.sleep(SLOW_S)
-        return read(*arguments)
+    def slowly(connection: Connection, topic: str, partition: int, given_up: threading.Event) -> Any:
+        time.sleep(slow_s if partition in slow else 0.0)
+        return read(connection, topic, partition, given_up)
 
-    module.read_states = slow
+    states.read_states = slowly
 
 
 def load_for_ever() -> None:

@@ -27,6 +27,8 @@ def test_faust_still_calls_what_we_override() -> None:
         ("_create_consumer", "_create_worker_consumer"),
     ):
         assert f"self.{name}" in inspect.getsource(getattr(AIOKafkaConsumerThread, caller))
+    fetch = inspect.signature(AIOKafkaConsumerThread._fetch_records).parameters
+    assert list(fetch) == ["self", "consumer", "active_partitions", "timeout", "max_records"]
     assert "isolation_level=self._isolation_level" in inspect.getsource(AIOKafkaConsumer.start)
     assert list(inspect.signature(Consumer._add_gap).parameters) == ["self", "tp", "offset_from", "offset_to"]
     assert "_add_gap" in inspect.getsource(Consumer._drain_messages)
@@ -68,7 +70,7 @@ def test_a_batch_says_what_the_fetch_has_passed(
 
 
 def test_the_app_opens_no_port_and_makes_no_topic() -> None:
-    app = batch_app("group", Connection("127.0.0.1:9092,127.0.0.1:9093"), nothing, nothing)
+    app = batch_app("group", Connection("127.0.0.1:9092,127.0.0.1:9093"), nothing, nothing, bool)
     assert isinstance(app.transport, PartitionBatchTransport)
     assert app.conf.web_enabled is False
     assert app.conf.topic_allow_declare is False
@@ -79,7 +81,7 @@ def test_the_app_opens_no_port_and_makes_no_topic() -> None:
 @pytest.mark.parametrize("num_workers", range(1, 12))
 async def test_no_worker_has_two_partitions_more_than_another(num_partitions: int, num_workers: int) -> None:
     """By what the consumer is made with: Faust takes its own assignor, or another, by the app's settings."""
-    app = batch_app("group", Connection("127.0.0.1:9092"), nothing, nothing)
+    app = batch_app("group", Connection("127.0.0.1:9092"), nothing, nothing, bool)
     thread = app.consumer._thread
     consumer = thread._create_worker_consumer(app.transport)
     (assignor,) = consumer._partition_assignment_strategy
@@ -94,7 +96,7 @@ async def test_no_worker_has_two_partitions_more_than_another(num_partitions: in
 
 async def test_the_app_makes_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    app = batch_app("group", Connection("127.0.0.1:9092"), nothing, nothing)
+    app = batch_app("group", Connection("127.0.0.1:9092"), nothing, nothing, bool)
     await app.on_first_start()
     assert not list(tmp_path.iterdir())
     await faust.App.on_first_start(app)
@@ -104,6 +106,6 @@ async def test_the_app_makes_no_folder(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_login_reaches_faust_with_tls() -> None:
     """FACTS.md: SASLCredentials without an SSL context would be plaintext in silence."""
     connection = Connection("127.0.0.1:9092", tls=True, username="me", password="hush")
-    credentials = batch_app("group", connection, nothing, nothing).conf.broker_credentials
+    credentials = batch_app("group", connection, nothing, nothing, bool).conf.broker_credentials
     assert credentials.ssl_context is not None
     assert (credentials.protocol.value, credentials.username) == ("SASL_SSL", "me")

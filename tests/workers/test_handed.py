@@ -2,9 +2,11 @@
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import msgspec
 import pytest
+from kafka.errors import KafkaTimeoutError, TopicAuthorizationFailedError
 
 from stream.consumer import read_window
 from stream.producer import ClickProducer, partition_of
@@ -98,6 +100,17 @@ async def test_a_gap_without_a_click_is_no_reason_to_give_up(handed: Any) -> Non
     handed.there = [SimpleNamespace(offset=5)]
     with pytest.raises(Stuck):
         await handed.behind({0: 6})
+
+
+async def test_kafka_away_for_a_while_is_waited_for(handed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.outage.RETRY_S", 0.0)
+    monkeypatch.setattr(handed, "_committed", Mock(side_effect=[KafkaTimeoutError("away"), {0: 5}]))
+    found = [TimeoutError("no progress"), [SimpleNamespace(offset=5)]]
+    monkeypatch.setattr(handed, "_between", Mock(side_effect=found))
+    assert await hand(handed, 0, 6) == [5, 6]
+    monkeypatch.setattr(handed, "_committed", Mock(side_effect=TopicAuthorizationFailedError("not yours")))
+    with pytest.raises(TopicAuthorizationFailedError):
+        await hand(handed, 1, 6)
 
 
 async def test_what_a_fetch_has_passed_over_is_no_gap(handed: Any) -> None:

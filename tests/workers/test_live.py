@@ -52,6 +52,19 @@ def live(monkeypatch: pytest.MonkeyPatch) -> Any:
     return live
 
 
+def test_an_end_does_not_wait_for_a_download(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a store that does not answer: whoever sent SIGTERM sends SIGKILL after 30 s."""
+    monkeypatch.setattr(live_module, "STOP_S", 0.1)
+    goes_on = threading.Event()
+    live._thread = threading.Thread(target=goes_on.wait, daemon=True)
+    live.start()
+    announce(live, 1)
+    live.stop()
+    assert live._thread.is_alive() and live.snapshot.search.closed
+    goes_on.set()
+    live._thread.join()
+
+
 def announce(live: Any, *numbers: int) -> None:
     for number in numbers:
         live._announcements.generations.pop(f"g{number}", None)

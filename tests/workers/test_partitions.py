@@ -14,6 +14,10 @@ from workers.faust_batches import Fetched
 from workers.partitions import Batch, Partitions
 
 
+class Message(SimpleNamespace):
+    """As Faust's: it can be referred to weakly."""
+
+
 class Work:
     """Notes what it gets; each partition goes on when its gate is open."""
 
@@ -26,9 +30,11 @@ class Work:
     async def __call__(self, tp: str, batches: list[Batch]) -> None:
         self.got.append((tp, [record for batch in batches for record in batch.event.value.records]))
         await self.gates[tp].wait()
+        for batch in batches:
+            await batch.acknowledge()
 
     async def put(self, tp: str, *records: int, num_bytes: int = 0) -> Any:
-        message = SimpleNamespace(tp=tp, acked=False, serialized_value_size=num_bytes)
+        message = Message(tp=tp, acked=False, serialized_value_size=num_bytes)
 
         async def acknowledge() -> None:
             message.acked = True
@@ -57,6 +63,16 @@ async def test_what_waits_is_worked_off_at_once_in_its_order_and_beside_the_othe
     work.gates["a"].set()
     await until_idle(work, "a")
     assert work.got[2:] == [("a", [2, 3, 4, 5, 6, 7])]
+
+
+async def test_a_partition_whose_batch_is_not_acknowledged_is_not_idle() -> None:
+    """It may look through the dead letters of an erased user for minutes: no reason to fetch again, or to give up."""
+    work = Work()
+    work.gates["a"].set()
+    message = await work.put("a", 0)
+    await until_idle(work, "a")
+    message.acked = False
+    assert not work.partitions.idle("a")
 
 
 async def test_room_for_a_part_of_what_is_too_much_lets_nobody_in(monkeypatch: pytest.MonkeyPatch) -> None:

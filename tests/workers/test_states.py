@@ -4,14 +4,17 @@ import asyncio
 import gc
 import threading
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 from unittest.mock import Mock
 
+import aiokafka.errors
 import pytest
 from kafka.errors import KafkaConnectionError
 
 from model.user_state import UserState, encode_state
 from stream.connection import Connection
 from stream.topics import Topics
+from workers import outage
 from workers import states as states_module
 from workers.state_writer import StateWriter, Tombstone
 from workers.states import OwnedStates, States, read_states
@@ -42,9 +45,9 @@ async def test_assigned_partitions_are_read_beside_one_another(
 ) -> None:
     all_read = threading.Barrier(len(PARTITIONS))
 
-    def read(connection: Connection, topic: str, partition: int) -> States:
+    def read(*arguments: Any) -> States:
         all_read.wait(20)  # BrokenBarrierError, were they read one after another
-        return read_states(connection, topic, partition)
+        return read_states(*arguments)
 
     monkeypatch.setattr(states_module, "read_states", read)
     worker = owned()
@@ -56,10 +59,34 @@ async def test_a_broker_that_goes_away_while_states_are_read_ends_no_worker(
     owned: Callable[[], OwnedStates], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may be one of three, and the worker would be restarted into the same."""
-    monkeypatch.setattr(states_module, "RETRY_S", 0.0)
+    monkeypatch.setattr(outage, "RETRY_S", 0.0)
     results = [KafkaConnectionError("reset by peer"), TimeoutError("no progress"), dict[str, UserState]()]
     monkeypatch.setattr(states_module, "read_states", Mock(side_effect=results))
+    start, fences = StateWriter.start, list[StateWriter]()
+
+    async def away_at_first(self: StateWriter) -> None:
+        fences.append(self)
+        if len(fences) == 1:
+            raise aiokafka.errors.KafkaConnectionError
+        await start(self)
+
+    monkeypatch.setattr(StateWriter, "start", away_at_first)
     assert (await owned().of(1)).states == {}
+    assert len(fences) == 4
+
+
+async def test_what_cannot_be_restored_ends_the_worker(
+    connection: Connection, topics: Topics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is fetched of it, so nobody would wait for it and see."""
+    monkeypatch.setattr(states_module, "read_states", Mock(side_effect=ValueError("damaged")))
+    told = list[BaseException]()
+    owned = OwnedStates(connection, topics.users.name, told.append)
+    owned.restore([1])
+    with pytest.raises(ValueError, match="damaged"):
+        await owned.of(1)
+    assert [str(error) for error in told] == ["damaged"] and not owned.restored(1)
+    await owned.stop()
 
 
 async def test_what_the_owner_before_wrote_last_is_read(
