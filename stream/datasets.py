@@ -136,7 +136,7 @@ def _fetched_wheel() -> Path:
     """The locked wheel. Raises NoDataset with the command where pip is missing or fails."""
     if not list(WHEELS.glob("recbole-*.whl")):
         fetch = ["pip", "download", "--quiet", "--no-deps", "--require-hashes", "-r", str(LOCK), "-d", str(WHEELS)]
-        if subprocess.run([sys.executable, "-m", *fetch]).returncode != 0:
+        if subprocess.run([sys.executable, "-P", "-m", *fetch]).returncode != 0:
             raise NoDataset(f"ml-100k is not in {WHEELS}, and could not be fetched: {' '.join(fetch)}")
     return max(WHEELS.glob("recbole-*.whl"))
 

@@ -58,7 +58,7 @@ class Forked:
 
 
 class ForkServer:
-    """`python -m MODULE HANDLE PARENT`, which is to call `serve`; started when needed, and again when it has died.
+    """`python -P -m MODULE HANDLE PARENT`, which is to call `serve`; started when needed, and again when it has died.
 
     Thread-safe.
     """
@@ -107,7 +107,8 @@ class ForkServer:
         paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         with theirs:
             self._server = subprocess.Popen(
-                [sys.executable, "-m", self._module, str(theirs.fileno()), str(os.getpid())],
+                # -P: nothing from the working directory, which may hold a model.py.
+                [sys.executable, "-P", "-m", self._module, str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},

@@ -70,7 +70,7 @@ class Roles:
         return next((role for role, process in self._running.items() if process.poll() in HOPELESS), None)
 
     def _start(self, role: str) -> None:
-        command = [sys.executable, "-m", "workers.cli", role]
+        command = [sys.executable, "-P", "-m", "workers.cli", role]  # -P: the working directory may hold a model.py
         if role in BACKGROUND:
             command = ["nice", "-n", "5", *command]
         if self._logs:

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from model.index import HnswIndex
 from model.manifest import Manifest, file_entry, load_index, manifest_sha256, model_sha256, verify
 from model.queries import Vectors
 from model.sampling import History
+from workers.fork_server import ForkServer
 from workers.search import GenerationRefused, SearchProcess, SearchProcessDied
 
 N, D, PAGE = 4500, 8, 4096
@@ -94,6 +96,17 @@ def test_it_answers_as_the_index_does(search: SearchProcess, index: HnswIndex) -
     assert search.search(queries(0), 5)[0].shape == (0, 5)
     everything = [np.arange(N)]
     assert (search.search(queries(1), 5, everything)[0] == -1).all()
+
+
+def test_what_lies_in_the_working_directory_is_not_imported(
+    tmp_path: Path, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.py").touch()
+    monkeypatch.chdir(tmp_path)
+    with closing(ForkServer("workers.search")) as forks:
+        monkeypatch.setattr("workers.search._FORKS", forks)
+        with SearchProcess(built, manifest_sha256(built)) as process:
+            assert process.size == N
 
 
 def test_a_bad_question_is_the_callers_error(search: SearchProcess) -> None:

@@ -156,6 +156,21 @@ def test_a_role_whose_guard_cannot_fork_is_started_again(tmp_path: Path, monkeyp
     assert roles.restarts == len(up.ROLES)
 
 
+def test_roles_import_nothing_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = list[list[str]]()
+
+    def taken(command: list[str], *_: object) -> tuple[SimpleNamespace, None]:
+        commands.append(command)
+        return SimpleNamespace(), None
+
+    monkeypatch.setattr(up, "guarded", taken)
+    up.Roles({})._start("worker")
+    (tmp_path / "workers.py").touch()
+    command = [*commands[0][:-1], "--version"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_roles_are_restarted_after_a_look_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No more processes, a full disk, or somebody tidied the logs away: the thread ended, and nothing was restarted."""
     script, failing = tmp_path / "guard.py", threading.Event()

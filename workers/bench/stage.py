@@ -50,11 +50,11 @@ class Stage:
 
     @contextmanager
     def running(self, settings: Settings, module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-        """`python -m MODULE ARGUMENTS` with these settings; its stdout is ours to read, its log lies in the folder."""
+        """`python -P -m MODULE ARGUMENTS` with these settings; its stdout is ours to read, its log in the folder."""
         log = self.folder / f"{module}-{secrets.token_hex(3)}.log"
         with log.open("wb") as errors:
             process = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments],
+                [sys.executable, "-P", "-m", module, *arguments],
                 env=os.environ | environment(settings),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
