@@ -1,8 +1,9 @@
 """Catalogue, user states and what serves in one file of JSON lines, and back; *.gz is compressed.
 
-{"model": Artifact}, {"generation": Artifact} (their files stay in the artifact store), {"item": Item} and {"user_id":
-..., "state": [history, seen, event_ids, applied, offset]}, bytes as base64; the last line counts items and users, so
-that a file cut short is refused. It holds what users did: only its owner may read the file.
+{"model": Artifact}, {"generation": Artifact} or, where one is pinned, {"pin": Artifact} (their files stay in the
+artifact store), {"item": Item} and {"user_id": ..., "state": [history, seen, event_ids, applied, offset]}, bytes as
+base64; the last line counts items and users, so that a file cut short is refused. It holds what users did: only its
+owner may read the file.
 """
 
 import gzip
@@ -15,11 +16,12 @@ from typing import IO, NamedTuple
 import fsspec
 import msgspec
 
+from model.store import reaching
 from model.user_state import UserState, decode_state, encode_state
 from stream.consumer import committed_offsets, end_offsets, read_window
 from stream.events import Artifact, BadEvent, Item, decode_item, encode
 from stream.producer import ClickProducer
-from workers.announcements import newest_model, read_announcements
+from workers.announcements import PIN, newest_model, read_announcements
 from workers.settings import Settings
 from workers.states import raw_states
 
@@ -39,6 +41,7 @@ class Counts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Line(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     model: Artifact | None = None
     generation: Artifact | None = None
+    pin: Artifact | None = None
     item: Item | None = None
     user_id: str | None = None
     state: UserState | None = None
@@ -48,7 +51,7 @@ class Line(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_field
 class Backup(NamedTuple):
     items: list[Item]
     users: dict[str, UserState]
-    announced: dict[str, Artifact]  # by kind: "model", "generation"
+    announced: dict[str, Artifact]  # by kind: "model", "generation" or "pin"
 
 
 def write_backup(settings: Settings, path: Path) -> Counts:
@@ -77,11 +80,11 @@ def _write(settings: Settings, out: IO[bytes] | gzip.GzipFile) -> Counts:
         items.pop(record.key or b"", None)
         if item is not None:
             items[record.key or b""] = item
-    states, serving = raw_states(settings), read_announcements(settings).wanted()
+    states, announced = raw_states(settings), read_announcements(settings)
     if (model := newest_model(settings)) is not None:
         _put(out, Line(model=model))
-    for generation in serving[:1]:
-        _put(out, Line(generation=generation))
+    for serving in announced.wanted()[:1]:
+        _put(out, Line(pin=serving) if announced.pinned else Line(generation=serving))
     for item in items.values():
         _put(out, Line(item=item))
     for user_id, state in states.items():
@@ -108,6 +111,8 @@ def read_backup(path: Path) -> Backup:
                     backup.announced["model"] = artifact
                 case Line(generation=Artifact() as artifact):
                     backup.announced["generation"] = artifact
+                case Line(pin=Artifact() as artifact):
+                    backup.announced["pin"] = artifact
                 case Line(item=Item() as item):
                     backup.items.append(item)
                 case Line(user_id=str(user_id), state=UserState() as state):
@@ -115,7 +120,7 @@ def read_backup(path: Path) -> Backup:
                 case Line(end=Counts() as counts):
                     end = counts
                 case _:
-                    raise BadBackup(f"{path}: line {number}: none of item, user, model, generation and end")
+                    raise BadBackup(f"{path}: line {number}: none of item, user, model, generation, pin and end")
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise BadBackup(f"{path}: line {number}: {error}") from error
     if end != Counts(len(backup.items), len(backup.users)):
@@ -135,7 +140,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 def restore(settings: Settings, backup: Backup) -> list[str]:
     """Items and states into an installation that has no states yet (or those of an import that broke off), and of model
-    and generation those whose files are in its artifact store: their names. Raises BadBackup, DeliveryError.
+    and generation those whose files are in its artifact store: their names. Raises BadBackup, DeliveryError, OSError.
 
     Offsets are of another clicks topic and start anew; what is clicked from now on comes on top.
     """
@@ -150,17 +155,18 @@ def restore(settings: Settings, backup: Backup) -> list[str]:
             producer.send_raw(users, user_id.encode(), value)
         found, newest_ms = [], max((one.created_ms for one in backup.announced.values()), default=0)
         for kind, artifact in backup.announced.items():
-            if (place := _place(settings, artifact)) is None:
+            if (url := _placed(settings, artifact)) is None:
                 continue
             found.append(artifact.name)
-            moved = msgspec.structs.replace(artifact, url=f"{settings.artifacts}/{place}", offsets={})
+            moved = msgspec.structs.replace(artifact, url=url, offsets={})
             if kind == "model":
                 producer.send_raw(settings.topics.models.name, b"model", encode(moved))
             else:
                 # No older than the model: the indexer would take that for one not built yet, and what had been
                 # rolled back would come again.
                 moved = msgspec.structs.replace(moved, created_ms=newest_ms)
-                producer.send_raw(settings.topics.generations.name, artifact.name.encode(), encode(moved))
+                for key in [artifact.name, PIN] if kind == "pin" else [artifact.name]:
+                    producer.send_raw(settings.topics.generations.name, key.encode(), encode(moved))
     return found
 
 
@@ -170,8 +176,20 @@ def _only_imported(settings: Settings) -> bool:
     return not committed and all(decode_state(raw).offset == NOWHERE for raw in raw_states(settings).values())
 
 
-def _place(settings: Settings, artifact: Artifact) -> str | None:
-    """Where an artifact lies in the store, as it lay in the one that was exported: PREFIX/KIND/NAME."""
+@reaching()
+def _placed(settings: Settings, artifact: Artifact) -> str | None:
+    """The URL of its files in this installation's own folder; None: they are not in the store. Raises OSError.
+
+    They lie as in the store that was exported, PREFIX/KIND/NAME. Those of another prefix are copied: its roles delete
+    them there when they have newer ones.
+    """
     store, root = fsspec.core.url_to_fs(settings.artifacts)
-    place = "/".join(artifact.url.split("/")[-3:])
-    return place if store.exists(f"{root}/{place}") else None
+    prefix, *place = artifact.url.split("/")[-3:]
+    source, own = ("/".join([root, folder, *place]) for folder in (prefix, settings.kafka.prefix))
+    if not store.exists(source):
+        return None
+    for path in store.find(source) if source != own else ():
+        copy = own + path.removeprefix(source)
+        store.makedirs(copy.rpartition("/")[0], exist_ok=True)
+        store.cp_file(path, copy)
+    return "/".join([settings.store, *place])

@@ -3,6 +3,7 @@
 import gzip
 import resource
 import secrets
+import shutil
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -271,6 +272,33 @@ def test_what_was_rolled_back_stays_back_in_a_restored_installation(connection: 
     assert restore(new, read_backup(tmp_path / "all.jsonl")) == ["m2", "g1"]
     (serving,), newest = read_announcements(new).wanted(), newest_model(new)
     assert newest and serving.name == "g1" and not serving.created_ms < newest.created_ms
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_an_imported_installation_has_files_of_its_own(connection: Connection, tmp_path: Path, pinned: bool) -> None:
+    """The roles of the old prefix prune its folder, or the operator deletes it."""
+    old, new = (settings_of(connection).model_copy(update={"artifacts": str(tmp_path)}) for _ in range(2))
+    for settings in (old, new):
+        ensure(settings.topics, settings.connection)
+    urls = {name: f"{old.store}/{name}" for name in ("models/m2", "generations/g1")}
+    for url in urls.values():
+        Path(url, "model").mkdir(parents=True)
+        Path(url, "model", "ids.json").write_text(url)
+    model, generation = (
+        Artifact(name=url[-2:], url=url, manifest_sha256="", created_ms=1, encoder="e") for url in urls.values()
+    )
+    with Producer(connection) as producer:
+        producer.send_raw(old.topics.models.name, b"model", encode(model))
+        producer.send_raw(old.topics.generations.name, b"pin" if pinned else b"g1", encode(generation))
+    write_backup(old, tmp_path / "all.jsonl")
+    for _ in range(2):  # again, after one that broke off
+        assert restore(new, read_backup(tmp_path / "all.jsonl")) == ["m2", "g1"]
+    shutil.rmtree(old.store)
+    announced, found = newest_model(new), read_announcements(new)
+    assert announced and [announced.url, found.generations["g1"].url] == [f"{new.store}/{name}" for name in urls]
+    for name, url in urls.items():
+        assert Path(new.store, name, "model", "ids.json").read_text() == url
+    assert found.pinned == (found.generations["g1"] if pinned else None)
 
 
 def announce(settings: Settings, store: Path, *times: int) -> None:
