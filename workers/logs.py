@@ -37,7 +37,7 @@ def configure(level: str, role: str, *more: Processor) -> None:
     """JSON lines on stderr, each with its role; library loggers (Kafka clients, Faust) pass from WARNING on."""
     structlog.configure(
         processors=[
-            structlog.contextvars.merge_contextvars,
+            lambda _, __, event: {"role": role, **event},  # a context variable would be unknown to threads
             *more,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
@@ -48,7 +48,6 @@ def configure(level: str, role: str, *more: Processor) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level)),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
-    structlog.contextvars.bind_contextvars(role=role)
     for noisy in ("kafka", "aiokafka"):  # every retry that succeeds is a warning to them
         logging.getLogger(noisy).setLevel(logging.ERROR)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")

@@ -1,5 +1,6 @@
 """What a library writes without end is bounded, and what was left out is counted."""
 
+import json
 import logging
 import subprocess
 import sys
@@ -41,3 +42,15 @@ def test_a_command_leaves_the_last_word_to_itself(role: str, said: bool) -> None
     done = subprocess.run([sys.executable, "-c", script, role], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert ("ERROR kafka" in done.stderr) is said
+
+
+def test_a_line_of_a_thread_has_its_role() -> None:
+    script = """if True:
+        from threading import Thread
+        import structlog
+        from workers.logs import configure
+        configure("INFO", "worker")
+        Thread(target=structlog.get_logger().info, args=["said"]).start()
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert json.loads(done.stderr)["role"] == "worker"

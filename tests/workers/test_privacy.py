@@ -80,7 +80,6 @@ def test_a_trace_in_the_log_holds_no_locals(monkeypatch: pytest.MonkeyPatch) -> 
         structlog.get_logger().error("unexpected", exc_info=error)
     finally:
         structlog.configure(**before)
-        structlog.contextvars.clear_contextvars()
         logging.getLogger().handlers.clear()
     line = json.loads(log.getvalue())
     assert "RuntimeError" in log.getvalue() and "someone" not in log.getvalue(), line
