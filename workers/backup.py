@@ -8,6 +8,7 @@ owner may read the file.
 
 import gzip
 import os
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,14 +59,14 @@ def write_backup(settings: Settings, path: Path) -> Counts:
     """The catalogue and the states as Kafka holds them now; the file appears when it is whole. Raises OSError."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder")
-    part = path.with_name(path.name + ".part")
-    opened = os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
+    # Of its own: another export of the same path may be writing. 0600.
+    descriptor, part = tempfile.mkstemp(".part", f"{path.name}.", path.parent)
     try:
-        with opened as raw, gzip.open(raw, "wb") if path.suffix == ".gz" else raw as out:
+        with os.fdopen(descriptor, "wb") as raw, gzip.open(raw, "wb") if path.suffix == ".gz" else raw as out:
             counts = _write(settings, out)
-        part.rename(path)
+        os.rename(part, path)
     except BaseException:
-        part.unlink()  # half of what users did
+        os.unlink(part)  # half of what users did
         raise
     return counts
 

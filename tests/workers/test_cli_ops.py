@@ -8,6 +8,7 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import IO
 
 import kafka
 import msgspec
@@ -199,6 +200,7 @@ def _states() -> dict[str, UserState]:
 
 
 STATES = _states()
+WHOLE = b'{"end":{"items":0,"users":0}}\n'
 
 
 def fill(settings: Settings) -> None:
@@ -238,6 +240,21 @@ def test_what_is_exported_can_be_imported_elsewhere(connection: Connection, tmp_
         producer.send_raw(new.topics.users.name, b"u1", encode_state(fold.state()))
     with pytest.raises(BadBackup, match="holds states already"):
         restore(new, read_backup(again))
+
+
+def test_two_exports_to_one_file_do_not_write_into_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(settings: Settings, out: IO[bytes]) -> Counts:
+        with monkeypatch.context() as context:
+            context.setattr("workers.backup._write", lambda _, out: (out.write(WHOLE), Counts(0, 0))[1])
+            write_backup(settings, tmp_path / "all.gz")
+        assert read_backup(tmp_path / "all.gz") == ([], {}, {})
+        out.write(WHOLE)
+        return Counts(0, 0)
+
+    monkeypatch.setattr("workers.backup._write", slow)
+    write_backup(Settings(), tmp_path / "all.gz")
+    assert read_backup(tmp_path / "all.gz") == ([], {}, {})
+    assert [file.name for file in tmp_path.iterdir()] == ["all.gz"]
 
 
 def test_a_file_is_not_imported_where_a_worker_has_begun(connection: Connection, tmp_path: Path) -> None:
