@@ -28,7 +28,7 @@ def create(context: typer.Context) -> None:
     """Create the topics that are missing; say what each is for."""
     if context.invoked_subcommand is not None:
         return
-    from stream.topics import ensure
+    from stream.topics import describe, ensure
 
     settings = command.settings_for("topics")
     with refusing():
@@ -36,6 +36,9 @@ def create(context: typer.Context) -> None:
     for topic in settings.topics.all():
         kept = "compacted" if topic.retention_ms is None else f"{topic.retention_ms / 86_400_000:g} days"
         typer.echo(f"{topic.name}  {topic.partitions} partitions, {kept}: {topic.about}")
+    found = describe(settings.topics, settings.connection)
+    if faults := [f"{each.topic.name}: {fault}" for each in found for fault in each.faults()]:
+        typer.echo("\n".join([*faults, "`upwell topics fix` sets what can be set"]), err=True)
 
 
 @topics.command("describe")

@@ -35,7 +35,7 @@ from workers.doctor import _artifacts, _disks, examine
 from workers.generations import NothingMoves, UnknownGeneration, pin, roll_back
 from workers.lag import LagFollower, read_offsets
 from workers.preflight import check_keyed
-from workers.settings import Kafka, Settings, Worker
+from workers.settings import Kafka, Settings, Trainer, Worker
 from workers.states import raw_states
 
 OLD_POLICY = {"cleanup.policy": "delete"}
@@ -68,6 +68,15 @@ def test_topics_are_described_and_mended(connection: Connection) -> None:
     assert faults == ["cleanup.policy is delete, should be compact"]
     assert fix(*ours) == [f"{users}: cleanup.policy = compact"]
     until(lambda: fix(*ours) == [], "the mended one is seen")
+
+
+def test_topics_that_keep_longer_than_the_settings_say_are_named(topics: Topics, connection: Connection) -> None:
+    settings = settings_of(connection, topics.prefix)
+    assert upwell_here(settings, "topics").stderr == ""
+    done = upwell_here(settings.model_copy(update={"trainer": Trainer(window_days=7)}), "topics")
+    assert done.exit_code == 0
+    assert f"{topics.clicks.name}: retention.ms is 2592000000, should be 604800000" in done.stderr.splitlines()
+    assert done.stderr.count("upwell topics fix") == 1
 
 
 def test_the_number_of_partitions_is_never_changed(topics: Topics, connection: Connection) -> None:
