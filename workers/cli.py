@@ -86,7 +86,7 @@ def up(broker: Broker = None) -> None:
         os.environ["UPWELL_KAFKA__BOOTSTRAP"] = broker
     with refusing():
         _on_one_machine(command.settings_for("up", reach_kafka=broker is not None))
-    with refusing(), failing(BrokerError):
+    with refusing(), failing(BrokerError, OSError):
         raise typer.Exit(run_up(broker, kafka_home()))
 
 
@@ -117,7 +117,7 @@ def demo(
     from workers.demo import DemoOptions, run_demo
 
     options = DemoOptions(check, stream, events or (30_000 if check else None), rate, port, broker, kafka_home())
-    with refusing(), failing(BrokerError, NoDataset, BadEvent):
+    with refusing(), failing(BrokerError, NoDataset, BadEvent, OSError):
         raise typer.Exit(run_demo(options))
 
 

@@ -255,6 +255,14 @@ def test_up_on_a_kafka_of_its_own_leaves_out_what_the_settings_say_of_another(
     ]
 
 
+@pytest.mark.parametrize("command", [("up",), DEMO], ids=["up", "demo"])
+def test_a_folder_that_cannot_be_written_is_named_in_one_line(tmp_path: Path, command: tuple[str, ...]) -> None:
+    (tmp_path / "data").touch()
+    done = subprocess.run([*UPWELL, *command], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and "data" in line and "Errno" in line
+
+
 def test_only_a_port_that_is_left_open_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("UPWELL_")]:  # the suite's service has all of them
         monkeypatch.delenv(name)
