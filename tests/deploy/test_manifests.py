@@ -87,6 +87,28 @@ def test_what_is_scaled_by_itself_is_not_set_back_at_each_apply() -> None:
     assert {role for role in ROLES if "replicas" not in named("Deployment", role)["spec"]} == scaled
 
 
+def test_a_pod_that_clients_reach_waits_until_they_know_that_it_goes() -> None:
+    """SIGTERM comes while the proxies still send requests to it."""
+    reached = [
+        each["spec"]["selector"]["app"]
+        for each in OBJECTS
+        if each["kind"] == "Service" and each["spec"].get("clusterIP") != "None"
+    ]
+    assert reached == ["serve"]
+    for role in reached:
+        pod = named("Deployment", role)["spec"]["template"]["spec"]
+        command, seconds = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+        assert command == "sleep" and 5 <= int(seconds) <= pod["terminationGracePeriodSeconds"] / 2
+
+
+def test_a_pod_counts_as_there_when_it_has_stayed() -> None:
+    """Else one that ends after its start takes the place of a good one."""
+    for role in ROLES:
+        spec = named("Deployment", role)["spec"]
+        if spec["strategy"].get("type") != "Recreate":
+            assert spec["minReadySeconds"] >= 30, role
+
+
 def test_variables_are_settings() -> None:
     """A misspelt variable ends a role at its start."""
     given = set(named("ConfigMap", "upwell")["data"]) | set(COMPOSE["x-upwell"]["environment"])
