@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from contextlib import AsyncExitStack
 from typing import Any, cast
-from urllib.parse import quote, unquote_to_bytes
+from urllib.parse import unquote
 
 import structlog
 from litestar.connection import Request
@@ -22,9 +22,10 @@ from workers.settings import Serve
 log = structlog.get_logger()
 
 MAX_CALLERS = 10_000  # whose buckets are kept; who is forgotten starts with a full one
-SLASH = "\ue000"  # stands in a path for the slash of an id (%2F) until the route is found
-EMPTY = "\ue001"  # stands in a path for an id without a character: the routes take two slashes for one
-_SLASHES = re.compile(rb"%2F", re.IGNORECASE)
+# Lone surrogates: no path that came as bytes is decoded to one, so what an id holds is never taken for them.
+SLASH = "\ud800"  # stands in a path for the slash of an id (%2F) until the route is found
+EMPTY = "\ud801"  # stands in a path for an id without a character: the routes take two slashes for one
+_SLASHES = re.compile(r"%2F", re.IGNORECASE)
 _EMPTY = re.compile(r"(?<=[^/]/)(?=/)")
 _LOOPBACK = re.compile(r"(localhost|[\w-]+\.localhost|127(\.\d+){3}|\[::1\])(:\d+)?", re.IGNORECASE)
 
@@ -174,9 +175,9 @@ def ids_in_paths(app: ASGIApp) -> ASGIApp:
     empty id gets a sign, too: else the routes would take the word after it for the id."""
 
     async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
-        raw = scope.get("raw_path", b"").partition(b"?")[0]
+        raw = scope.get("raw_path", b"").partition(b"?")[0].decode(errors="replace")
         if _SLASHES.search(raw):
-            scope["path"] = unquote_to_bytes(_SLASHES.sub(quote(SLASH).encode(), raw)).decode(errors="replace")
+            scope["path"] = SLASH.join(map(unquote, _SLASHES.split(raw)))
         scope["path"] = _EMPTY.sub(EMPTY, scope["path"])
         await app(scope, receive, send)
 

@@ -393,8 +393,11 @@ def counted(route: str, status: str) -> float:
     return float(metrics.requests.labels(route, status)._value.get())
 
 
-@pytest.mark.parametrize("user_id", ["a/b", "https://shop.example/u?x=1", "%2F", "a%2Fb", "ü/日", "/"])
-async def test_an_id_may_hold_a_slash(user_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "user_id",
+    ["a/b", "https://shop.example/u?x=1", "%2F", "a%2Fb", "ü/日", "/", "alice\ue001", "a\ue000b", "\ue001/", "\ufffd"],
+)
+async def test_an_id_may_hold_a_slash_and_is_no_other_s(user_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = list[str]()
 
     def erase(_: Still, user: str) -> Erased:
@@ -406,7 +409,8 @@ async def test_an_id_may_hold_a_slash(user_id: str, monkeypatch: pytest.MonkeyPa
     async with AsyncClient(transport=transport, base_url="http://localhost") as api:
         assert (await api.delete(f"/v1/users/{quote(user_id, safe='')}")).status_code == 202
         assert (await api.get("/v1%2Fitems")).status_code == 404
-    assert asked == [user_id]
+        assert (await api.delete("/v1/users/alice%ED%A0%81")).status_code == 202  # what stands for an empty id
+    assert asked == [user_id, "alice\ufffd\ufffd\ufffd"]
 
 
 def test_an_item_is_taken_out_over_http(monkeypatch: pytest.MonkeyPatch) -> None:
