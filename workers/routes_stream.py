@@ -23,6 +23,7 @@ from workers.service import Service
 from workers.updates import Made
 
 HEARTBEAT_S = 15.0
+BEHIND_S = 1.0  # a state comes some ms after the worker's list of it
 RECONNECT_MS = 1000
 
 
@@ -31,6 +32,7 @@ class Stream:
 
     def __init__(self, service: Service, user_id: str, last_id: str | None) -> None:
         self._service, self._user_id, self._last_id = service, user_id, last_id
+        self._stored_id = service.stored_id(user_id)
         self._wishes = Wishes(k=service.settings.worker.k, explain=True)
         self._status: Status | None = None
         self._sent_to = -1  # newest offset behind a list that was sent
@@ -39,7 +41,7 @@ class Stream:
     async def events(self) -> AsyncGenerator[ServerSentEventMessage, None]:
         """Ends when the server does."""
         updates = self._service.updates
-        with updates.mailbox(self._service.stored_id(self._user_id)) as box:
+        with updates.mailbox(self._stored_id) as box:
             yield ServerSentEventMessage(data=None, retry=RECONNECT_MS, comment="upwell")
             while not updates.closed:
                 box.wake.clear()
@@ -52,7 +54,7 @@ class Stream:
                 async for event in self._changes():
                     yield event
                 try:
-                    async with asyncio.timeout(HEARTBEAT_S):
+                    async with asyncio.timeout(BEHIND_S if self._owed and self._behind else HEARTBEAT_S):
                         await box.wake.wait()
                 except TimeoutError:
                     yield self._said()  # a comment would do for proxies, but EventSource hides those from its page
@@ -72,8 +74,15 @@ class Stream:
     def _said(self) -> ServerSentEventMessage:
         return ServerSentEventMessage(event="status", data=msgspec.json.encode(self._status))
 
+    @property
+    def _behind(self) -> bool:
+        """Whether the state here is older than the list that was sent: the server's own would take a click back."""
+        return not self._service.users.reached(self._stored_id, self._sent_to)
+
     async def _own(self) -> Answer | None:
-        """The server's list, from the state it knows; None while it can make none."""
+        """The server's list, from the state it knows; None while it can make none that is new enough."""
+        if self._behind:
+            return None
         try:
             async with self._service.lists:
                 return await asyncio.to_thread(self._service.recommend, self._user_id, self._wishes)

@@ -262,6 +262,31 @@ async def test_a_slow_reader_gets_the_newest_list_and_holds_no_other() -> None:
     assert service.updates.num_open == 0 and not service.updates._boxes
 
 
+async def test_a_swap_takes_no_list_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker's list comes some ms before the state that it was made from, in another topic."""
+    monkeypatch.setattr(routes_stream, "BEHIND_S", 0.01)
+    service, generation, at = Answers(Settings()), "g", 9
+
+    def recommend(*_: Any) -> Answer:
+        as_of = AsOf(0, at)
+        return Answer(user_id="u", items=[], generation=generation, source="personal", as_of=as_of, age_ms=0)
+
+    monkeypatch.setattr(service, "recommend", recommend)
+    monkeypatch.setattr(type(service.updates), "generation", property(lambda _: generation))
+    events = (event async for event in Stream(service, "u", None).events() if event.id)
+    assert (await anext(events)).id == "g:0:9"
+    service.updates._deliver(Made(decode(list_at(10), Recommendations), 2, 3))
+    generation = "h"
+    assert (await anext(events)).id == "g:0:10"
+    waiting = asyncio.ensure_future(anext(events))
+    await asyncio.sleep(0.1)
+    assert not waiting.done()
+    at = 10
+    service.users.states["u"] = UserState(applied=1, offset=10)
+    assert (await waiting).id == "h:0:10"
+    service.updates.close()
+
+
 async def test_a_stream_that_opened_too_early_gets_its_list_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
