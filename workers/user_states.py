@@ -78,9 +78,10 @@ class UserStates:
         """Forgets a user up to this offset of the clicks, ahead of the topic's null, which is awaited."""
         with self._changing:
             if offset > self.states.get(user_id, EMPTY).offset:
+                if not self.reached(user_id, offset):  # else a worker was given it again: no state follows
+                    self._erasing.add(user_id)
                 self.states[user_id] = UserState(offset=offset)
                 self._forget(user_id)
-                self._erasing.add(user_id)
 
     def _follow(self) -> None:
         topic, ahead = self._settings.topics.users.name, dict[int, int]()
@@ -108,7 +109,7 @@ class UserStates:
         """How far the worker was: a wish that is known ahead of its null says nothing of that."""
         user_id, before, after, offset = keep_newest(self.states, record)
         self.applied += max(0, after.applied - before.applied)
-        if record.value is None or not after.erased:
+        if offset >= after.offset and (record.value is None or not after.erased):
             self._erasing.discard(user_id)
         if after.erased:
             self._forget(user_id)

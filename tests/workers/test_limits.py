@@ -24,8 +24,9 @@ from httpx import Client as HttpxClient
 from litestar import Litestar, get
 from litestar.testing import TestClient
 
-from model.user_state import UserState, encode_state
+from model.user_state import EMPTY, UserState, encode_state
 from stream.answers import Erased, Wishes
+from stream.events import OFFSET_HEADER
 from stream.ports import free_port
 from stream.producer import BufferFull, Place
 from tests.workers.service import until, upwell
@@ -616,6 +617,36 @@ def test_a_partition_is_as_far_as_whole_micro_batches_are_read(monkeypatch: pyte
     monkeypatch.setattr("workers.user_states.tail", reads)
     users._follow()
     assert reached == [True, True, True]
+
+
+def test_an_older_null_says_nothing_of_a_newer_wish(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its mark ran out while the worker was behind, and what the user did before the wish was served again."""
+    users, pending = UserStates(Settings()), list[float]()
+
+    def record(offset: int, value: bytes | None = None, *headers: tuple[str, bytes]) -> Any:
+        headers = (*headers, (OFFSET_HEADER, b"%d" % offset))
+        return SimpleNamespace(
+            key=b"u", value=value, partition=users.partition("u"), headers=headers, timestamp=0, topic="", offset=0
+        )
+
+    def reads(*_: Any) -> Iterator[list[Any]]:
+        users.erase("u", 5)
+        users.erase("u", 50)
+        yield [record(5)]
+        pending.append(metrics.pending_erasures._value.get())
+        monkeypatch.setattr("workers.user_states.MARKED_S", -1.0)
+        yield [record(40, encode_state(UserState(applied=3, offset=40)))]
+        assert users.of("u") is EMPTY
+        yield [record(50, None, LAST)]
+        pending.append(metrics.pending_erasures._value.get())
+        assert "u" not in users.states
+        users.erase("u", 50)  # a worker was given the wish again: no state follows
+        yield []
+        pending.append(metrics.pending_erasures._value.get())
+
+    monkeypatch.setattr("workers.user_states.tail", reads)
+    users._follow()
+    assert pending == [1, 0, 0]
 
 
 def test_a_state_that_does_not_come_is_waited_for_no_longer_than_the_bound() -> None:
