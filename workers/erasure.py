@@ -21,6 +21,7 @@ from stream.events import BadEvent, Erasure, decode_record
 from stream.producer import ClickProducer
 from workers.settings import Settings
 
+UNCOMMITTED = "read_uncommitted"  # a wish is in no transaction: it does not wait for a click's that is open before it
 FOR_EVER_MS = 10 * 365 * 24 * 60 * 60 * 1000  # a topic compacted without max.compaction.lag.ms has 2^63 - 1 there
 SLACK_MS = 10 * 60 * 1000  # Kafka looks for what to delete every 5 minutes, and deletes a minute later
 
@@ -48,7 +49,7 @@ def status(settings: Settings, receipt: str) -> Erased:
     if not re.fullmatch(r"\d{1,9}-\d{1,18}", receipt):
         raise UnknownReceipt(f"{receipt}: not PARTITION-OFFSET")
     partition, offset = map(int, receipt.split("-"))
-    with closing(open_consumer(connection)) as consumer:
+    with closing(open_consumer(connection, UNCOMMITTED)) as consumer:
         part = TopicPartition(topic, partition)
         if partition not in (consumer.partitions_for_topic(topic) or ()):
             raise UnknownReceipt(f"{receipt}: no partition {partition}")
@@ -70,7 +71,7 @@ def waiting_wishes(settings: Settings) -> Iterator[tuple[str, int]]:
     """User and offset of each wish that the workers have not committed. Raises KafkaError, TimeoutError, ValueError."""
     topic, connection = settings.topics.clicks.name, settings.connection
     committed = committed_offsets(connection, settings.worker.group, topic)
-    for record in read_window(connection, topic, offsets=committed):
+    for record in read_window(connection, topic, offsets=committed, isolation_level=UNCOMMITTED):
         if b'"erase"' not in (record.value or b""):  # to decode all of a long lag would take minutes
             continue
         with suppress(BadEvent):
@@ -81,7 +82,7 @@ def waiting_wishes(settings: Settings) -> Iterator[tuple[str, int]]:
 def _asked_ms(connection: Connection, topic: str, partition: int, offset: int) -> int:
     """Kafka's stamp of the wish."""
     place, until = {partition: offset}, {partition: offset + 1}
-    for record in read_window(connection, topic, offsets=place, only=[partition], until=until):
+    for record in read_window(connection, topic, None, place, [partition], until, UNCOMMITTED):
         try:
             if isinstance(decode_record(record.value, record.key, record.timestamp), Erasure):
                 return record.timestamp

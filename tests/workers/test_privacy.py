@@ -33,7 +33,7 @@ from workers import metrics
 from workers.arms import arm_of
 from workers.bench.stage import write
 from workers.dead_letters import describe, names_one
-from workers.erasure import SLACK_MS, UnknownReceipt, ask, longest_ms, status
+from workers.erasure import SLACK_MS, UnknownReceipt, ask, longest_ms, status, waiting_wishes
 from workers.keys import OPEN
 from workers.logs import configure
 from workers.routes_stream import Stream
@@ -327,6 +327,24 @@ def test_a_server_that_starts_before_the_worker_gets_to_a_wish_knows_of_it(setti
         assert users.of("u") is EMPTY and users.states["u"].offset == 3
     finally:
         users.stop()
+
+
+def test_a_wish_is_seen_though_a_transaction_before_it_is_open(settings: Settings) -> None:
+    """A shop's producer may send clicks in transactions, and leave one open for minutes."""
+    connection, clicks = settings.connection, settings.topics.clicks.name
+    partition = partition_of("u", settings.kafka.partitions)
+    writer = kafka.KafkaProducer(**connection.kafka_python(), transactional_id=settings.topics.prefix)
+    writer.init_transactions()
+    writer.begin_transaction()
+    try:
+        writer.send(clicks, b"{}", partition=partition).get(timeout=30)
+        with ClickProducer(connection, settings.topics) as producer:
+            receipt = ask(producer, "u", lambda: None)
+        assert status(settings, receipt.receipt).requested_ms
+        assert list(waiting_wishes(settings)) == [("u", receipt.offset)]
+    finally:
+        writer.abort_transaction()
+        writer.close()
 
 
 def test_an_erasure_of_topics_that_may_not_be_described_says_so(
