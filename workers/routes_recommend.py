@@ -80,7 +80,7 @@ async def recommendations(
             ge=0,
             le=2**53,
             description="wait until the user's partition is folded up to this offset, as POST /v1/events gave it; "
-            "when that takes too long the answer says `stale`",
+            "when that takes too long, or too many wait, the answer says `stale`",
         ),
     ] = None,
 ) -> Answer:
@@ -89,12 +89,15 @@ async def recommendations(
 
 
 async def _reach(service: Service, user_id: str, offset: int) -> bool:
-    deadline = time.monotonic() + service.settings.serve.wait_s
-    while not service.users.reached(service.stored_id(user_id), offset):
-        if time.monotonic() > deadline:
-            return False
-        await asyncio.sleep(POLL_S)
-    return True
+    stored_id, deadline = service.stored_id(user_id), time.monotonic() + service.settings.serve.wait_s
+    if service.users.reached(stored_id, offset):
+        return True
+    if service.waits.locked():
+        return False
+    async with service.waits:
+        while not (reached := service.users.reached(stored_id, offset)) and time.monotonic() < deadline:
+            await asyncio.sleep(POLL_S)
+    return reached
 
 
 @post(

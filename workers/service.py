@@ -42,6 +42,7 @@ class Service:
         self.updates = Updates(settings, self.live, self.users)
         self.sending = ThreadPoolExecutor(SENDING_THREADS, thread_name_prefix="sending")
         self.asking = ThreadPoolExecutor(1, thread_name_prefix="asking")  # for receipts: each may take a minute
+        self.waits = asyncio.Semaphore(max(1, settings.serve.max_requests // 2))  # for states; the others are answered
         self.lists = asyncio.Semaphore(LISTS_AT_ONCE)
         self.texts = asyncio.Semaphore(TEXTS_AT_ONCE)
         self.encoding = ThreadPoolExecutor(TEXTS_AT_ONCE, thread_name_prefix="encoding")

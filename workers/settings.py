@@ -176,7 +176,7 @@ class Serve(Section):
     rate: float = Field(1000.0, ge=0, description="requests a second of one key or address; 0: without bound")
     burst: int = Field(2000, ge=1, description="requests that may come at once")
     timeout_s: float = Field(10.0, gt=0, description="of a request; of one write to a stream that is not read")
-    wait_s: float = Field(2.0, ge=0, le=60, description="for min_offset at most; then the answer says stale")
+    wait_s: float = Field(2.0, ge=0, le=60, description="for min_offset at most, max_requests / 2 at once; else stale")
     device: Device = Field("cpu", description="that embeds users; cuda: a GPU")
 
     @field_validator("cert_file", "key_file")

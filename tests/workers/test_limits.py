@@ -6,11 +6,13 @@ import os
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +27,7 @@ from litestar import Litestar, get
 from litestar.testing import TestClient
 
 from model.user_state import EMPTY, UserState, encode_state
-from stream.answers import Erased, Wishes
+from stream.answers import Answer, Erased, RankedItem, Wishes
 from stream.events import OFFSET_HEADER
 from stream.ports import free_port
 from stream.producer import BufferFull, Place
@@ -660,6 +662,25 @@ def test_a_state_that_does_not_come_is_waited_for_no_longer_than_the_bound() -> 
     assert not asyncio.run(_reach(service, "u1", 8))
     assert time.monotonic() - began >= 0.2
     assert Wishes().k == 20
+
+
+def test_who_waits_for_a_state_leaves_room_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker's pause was the server's: each request with a min_offset kept its place for the two seconds."""
+
+    def recommend(_: Still, user_id: str, __: Wishes, reached: bool = True) -> Answer:
+        items, stale = list[RankedItem](), not reached
+        return Answer(user_id=user_id, items=items, generation="g", source="popular", as_of=None, age_ms=0, stale=stale)
+
+    monkeypatch.setattr(Still, "recommend", recommend)
+    path, released = "/v1/users/u/recommendations", threading.Event()
+    monkeypatch.setattr(UserStates, "reached", lambda *_: released.is_set())
+    with client(OPEN, max_requests=4, wait_s=60, timeout_s=90) as api, ThreadPoolExecutor(4) as callers:
+        waiting = [callers.submit(api.get, f"{path}?min_offset=9") for _ in range(4)]
+        done = islice(as_completed(waiting, timeout=20), 2)
+        assert [one.result().json()["stale"] for one in done] == [True, True]
+        assert api.get(path).json()["stale"] is False
+        released.set()
+        assert sorted(one.result().json()["stale"] for one in waiting) == [False, False, True, True]
 
 
 @pytest.mark.parametrize(
