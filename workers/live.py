@@ -21,7 +21,7 @@ from workers import metrics
 from workers.announcements import Announcements
 from workers.catalogue import Catalogue
 from workers.processes import settle
-from workers.search import GenerationRefused, SearchProcess, SearchProcessDied
+from workers.search import GenerationRefused, SearchProcess, SearchProcessDied, SearchProcessKilled
 from workers.settings import Settings
 from workers.snapshot import Query, Snapshot
 
@@ -174,7 +174,7 @@ class Live:
         began, old = time.monotonic(), self.snapshot
         try:
             new = self._load(announced)
-        except (OSError, MissingGeneration) as error:  # says nothing about the generation
+        except (OSError, MissingGeneration, SearchProcessKilled) as error:  # says nothing about the generation
             now, serving = time.monotonic(), old is not None and not self.search_died
             pause_s = max(RETRY_S, PAUSE * (now - began)) if serving else RETRY_S
             self._not_before[announced.manifest_sha256] = now + pause_s

@@ -27,7 +27,8 @@ from workers.fork_server import ForkServer, serve
 
 _READY = struct.Struct("<2q")  # N, D; or one of these and the length of the reason
 _REFUSED, _OUT_OF_REACH = -1, -2
-_LATE, _KILLED = "no answer in time", "ended by SIGKILL"
+_LATE = "no answer in time"
+_FOREIGN = _LATE, "ended by SIGKILL", "ended by SIGTERM"  # of a busy machine, of one without memory, of the fork server
 _CALL = struct.Struct("<4q")  # B, k, E, H
 _LOADED_PER_S = 20_000_000  # bytes, at least: verified, checked and loaded at 100 MB/s on a busy core
 _END_S = 5.0  # from the end of its socket a child needs milliseconds to leave
@@ -41,6 +42,10 @@ class GenerationRefused(RuntimeError):
 
 class SearchProcessDied(RuntimeError):
     """The child has ended or was closed: start another one."""
+
+
+class SearchProcessKilled(SearchProcessDied):
+    """For what says nothing about the generation: a machine out of memory, one too busy, the end of the fork server."""
 
 
 class SearchProcess(Closing):
@@ -64,7 +69,7 @@ class SearchProcess(Closing):
             reason = "" if self.size >= 0 else _receive(self._socket, self.dim).decode()
         except (EOFError, OSError) as error:
             reason = self._end(error)
-            if reason in (_LATE, _KILLED):  # a machine that is busy or out of memory says nothing about the files
+            if reason in _FOREIGN:
                 self.size = _OUT_OF_REACH
         if reason:
             self._end()
@@ -90,7 +95,8 @@ class SearchProcess(Closing):
                 self._socket.sendall(request)
                 answer = _receive(self._socket, 12 * num_results)
             except (EOFError, OSError) as error:
-                raise SearchProcessDied(self._end(error)) from error
+                reason = self._end(error)
+                raise (SearchProcessKilled if reason in _FOREIGN else SearchProcessDied)(reason) from error
             except BaseException:  # an answer half read must not become the next call's
                 self._end()
                 raise

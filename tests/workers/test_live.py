@@ -14,7 +14,7 @@ from stream.events import Artifact, ItemVector, encode
 from tests.workers.service import until
 from workers import live as live_module
 from workers.live import Live, NotReady
-from workers.search import SearchProcessDied
+from workers.search import SearchProcessDied, SearchProcessKilled
 from workers.service import Service
 from workers.settings import Serve, Settings
 from workers.snapshot import Snapshot
@@ -177,7 +177,9 @@ def test_what_was_refused_is_not_loaded_again(live: Any, monkeypatch: pytest.Mon
     assert live.wanted == "g3"
 
 
-@pytest.mark.parametrize("error", [OSError("away"), MissingGeneration("not mounted")])
+@pytest.mark.parametrize(
+    "error", [OSError("away"), MissingGeneration("not mounted"), SearchProcessKilled("ended by SIGKILL")]
+)
 def test_a_store_out_of_reach_is_asked_again_after_a_while(
     live: Any, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,7 @@ from model.manifest import Manifest, file_entry, load_index, manifest_sha256, mo
 from model.queries import Vectors
 from model.sampling import History
 from workers.fork_server import ForkServer
-from workers.search import GenerationRefused, SearchProcess, SearchProcessDied
+from workers.search import GenerationRefused, SearchProcess, SearchProcessDied, SearchProcessKilled
 
 N, D, PAGE = 4500, 8, 4096
 
@@ -152,10 +152,15 @@ def test_close_lets_the_call_in_flight_finish(_: int, search: SearchProcess, ind
     search.close()
 
 
-def test_a_child_that_dies_is_reported(search: SearchProcess) -> None:
-    os.kill(search.pid, signal.SIGKILL)
-    with pytest.raises(SearchProcessDied, match="SIGKILL"):
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGKILL, SearchProcessKilled), (signal.SIGSEGV, SearchProcessDied)]
+)
+def test_a_child_that_dies_is_reported(number: signal.Signals, error: type, search: SearchProcess) -> None:
+    """Killed by a machine without memory it says nothing about its generation, which is not refused for it."""
+    os.kill(search.pid, number)
+    with pytest.raises(SearchProcessDied, match=number.name) as died:
         search.search(queries(3), 5)
+    assert died.type is error
     with pytest.raises(SearchProcessDied):
         search.search(queries(3), 5)
 
