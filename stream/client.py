@@ -78,13 +78,18 @@ class UserRules(Rules, total=False):
 class Client(Closing):
     """A context manager; one a thread. `timeout_s`: for an answer; `patience_s`: how long a request is tried again.
 
-    Every call raises ApiError for what is refused (400 a wrong value, 401 no valid key, 403 a key that may not, 404
-    where said below) and, but for `updates`, Unavailable when patience ends.
+    `key`: as a file holds it, with or without a line end. Raises ValueError for one that no header can carry, and for a
+    URL without http:// or https://. Every call raises ApiError for what is refused (400 a wrong value, 401 no valid
+    key, 403 a key that may not, 404 where said below) and, but for `updates`, Unavailable when patience ends.
     """
 
     def __init__(self, url: str, key: str | None = None, *, timeout_s: float = 10.0, patience_s: float = 30.0) -> None:
+        key, base_url = (key or "").strip(), httpx.URL(url.rstrip("/"))
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError("key: not one line of ASCII")  # httpx would say it, with the key in its words
+        if base_url.scheme not in ("http", "https"):
+            raise ValueError(f"url: {url}: neither http:// nor https://")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        base_url = httpx.URL(url.rstrip("/"))
         near = LOOPBACK.fullmatch(base_url.host) is not None  # no proxy of the environment's leads there
         mounts = dict.fromkeys(("http://", "https://", "all://")) if near else None
         self._open = partial(httpx.Client, base_url=base_url, headers=headers, timeout=timeout_s, mounts=mounts)

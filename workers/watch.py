@@ -26,9 +26,9 @@ def watch(
     updates: Annotated[int | None, typer.Option(min=1, help="End after so many.")] = None,
 ) -> None:
     """One user's recommendations in the terminal, as they move; until Ctrl-C."""
-    with failing(OSError, UnicodeDecodeError):
-        key = key_file.read_text(encoding="utf-8").strip() if key_file else None
-    with suppress(KeyboardInterrupt), failing(ApiError), Client(url, key) as client:
+    with failing(OSError, ValueError):
+        client = Client(url, key_file.read_text(encoding="utf-8") if key_file else None)
+    with suppress(KeyboardInterrupt), failing(ApiError), client:
         (_print if json else _draw)(client, user_id, k, updates)
 
 

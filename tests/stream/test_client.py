@@ -135,6 +135,23 @@ def test_what_is_no_answer_is_refused(status: int) -> None:
             assert said.value.status == status
 
 
+@pytest.mark.parametrize(
+    ("url", "key"),
+    [("localhost:8080", None), ("ftp://localhost", None), ("http://upwell", "SECR\nET"), ("http://upwell", "ключ")],
+)
+def test_what_can_never_be_sent_is_refused_at_once_and_no_key_is_said(url: str, key: str | None) -> None:
+    """For half a minute it was tried again, by `updates` for ever, and then the key stood in the caller's log."""
+    with pytest.raises(ValueError, match=r"^(url|key): ") as said:
+        Client(url, key)
+    assert "SECR" not in str(said.value)
+
+
+def test_a_key_is_taken_as_a_file_holds_it(fake: tuple[Fake, str]) -> None:
+    fake[0].set(key="secret")
+    with Client(fake[1], "secret\n") as client:
+        assert client.items()
+
+
 def test_an_id_of_dots_is_an_id_and_an_empty_one_is_none() -> None:
     """`..` asked for another path, `DELETE /v1` among them, and nobody's state was the list of all users."""
     client = Client("http://upwell")
