@@ -153,8 +153,9 @@ async def stream(
 ) -> ServerSentEvent:
     if service.updates.num_open >= service.settings.serve.max_streams:
         raise refused(503, f"{service.updates.num_open} streams are open", 5)
-    events = Stream(service, user, last_event_id).events()
-    request.scope["state"]["closing"].push_async_callback(events.aclose)
+    closing, events = request.scope["state"]["closing"], Stream(service, user, last_event_id).events()
+    closing.enter_context(service.updates.place())  # not as the events begin: those who come at once would all find one
+    closing.push_async_callback(events.aclose)
     return ServerSentEvent(events)
 
 

@@ -92,14 +92,21 @@ class Updates:
         return list(self._latency_ms)
 
     @contextmanager
+    def place(self) -> Iterator[None]:
+        """One of `serve.max_streams`."""
+        self.num_open += 1
+        try:
+            yield
+        finally:
+            self.num_open -= 1
+
+    @contextmanager
     def mailbox(self, user_id: str) -> Iterator[Mailbox]:
         box = Mailbox()
         self._boxes.setdefault(user_id, set()).add(box)
-        self.num_open += 1
         try:
             yield box
         finally:
-            self.num_open -= 1
             self._boxes[user_id].discard(box)
             if not self._boxes[user_id]:
                 del self._boxes[user_id]

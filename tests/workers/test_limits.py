@@ -340,12 +340,31 @@ def test_bodies_batches_and_streams_are_bounded() -> None:
 
 def test_streams_up_to_the_bound_are_opened() -> None:
     service = Still(Settings(serve=Serve(max_streams=2)))
-    with TestClient(build_app(service, OPEN), base_url="http://127.0.0.1") as api, service.updates.mailbox("u"):
+    with TestClient(build_app(service, OPEN), base_url="http://127.0.0.1") as api, service.updates.place():
         assert api.get("/v1/stream?user=u").status_code == 200
-        with service.updates.mailbox("u"):
+        with service.updates.place():
             refused = api.get("/v1/stream?user=u")
         assert (refused.status_code, refused.json()["detail"]) == (503, "2 streams are open")
         assert api.get("/v1/stream?user=u").status_code == 200
+
+
+async def test_of_streams_that_come_at_once_no_more_than_the_bound_are_opened() -> None:
+    """After a restart all pages come back within a second."""
+    service, statuses = Still(Settings(serve=Serve(max_streams=2))), list[int]()
+    service.updates._loop = asyncio.get_running_loop()
+    app = build_app(service, OPEN)
+
+    async def receive() -> Any:
+        await asyncio.sleep(0.3)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    await asyncio.gather(*(app(asked_of(app, "GET", "/v1/stream", b"user=u"), receive, send) for _ in range(5)))
+    assert sorted(statuses) == [200, 200, 503, 503, 503]
+    assert service.updates.num_open == 0 and not service.updates._boxes
 
 
 @pytest.mark.parametrize("path", ["/v1/events", "/v1/items", "/v1/recommendations"])
