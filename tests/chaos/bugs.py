@@ -31,7 +31,7 @@ from workers.sender import BatchSender
 from workers.server import Server
 from workers.service import Service
 from workers.state_writer import StateWriter
-from workers.states import Owned, OwnedStates, States
+from workers.states import Owned, OwnedStates, PackedStates
 from workers.user_worker import UserWorker
 
 
@@ -123,11 +123,24 @@ def states_read_short() -> None:
     module: Any = states_module
     original = module.read_states
 
-    def half(*arguments: Any) -> States:
-        found = original(*arguments)
-        return dict(list(found.items())[: len(found) // 2])
+    def half(*arguments: Any) -> PackedStates:
+        found: PackedStates = original(*arguments)
+        for user_id in list(found)[len(found) // 2 :]:
+            del found[user_id]
+        return found
 
     module.read_states = half
+
+
+def known_users_dropped() -> None:
+    """Clicks of users who have a state are acknowledged and not folded."""
+    decode = UserWorker._decode
+
+    def deaf(self: UserWorker, records: Any, states: Any) -> Any:
+        reads, *rest = decode(self, records, states)
+        return [read for read in reads if read.click.user_id not in states], *rest
+
+    UserWorker._decode = deaf  # type: ignore[method-assign]
 
 
 def events_not_awaited() -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import msgspec
 
-from model.user_state import Applied, Fold, Limits, UserState, apply_clicks, decode_state, encode_state
+from model.user_state import Applied, Fold, Limits, UserState, apply_clicks, encode_state
 from stream.connection import Connection
 from stream.events import Artifact, Click
 from stream.producer import ClickProducer, partition_of
-from tests.chaos.harness import SEED, Fleet, holds, make_clicks, report
+from tests.chaos.harness import SEED, Fleet, holds, make_clicks, read_clicks, report
 from tests.chaos.test_zombie import force_compaction, kept
 from tests.chaos.worker import warm_up
 from tests.workers.service import until
@@ -85,7 +85,8 @@ def test_states_are_restored(connection: Connection, generation: Artifact, tmp_p
         fleet.start("a")
         fleet.drain(120)
         seconds = time.monotonic() - started
-        raw = raw_states(fleet.settings)
+        raw, offsets = raw_states(fleet.settings), {c.event_id: offset for _, offset, c in read_clicks(fleet.settings)}
+        wanted = expected(states, clicks, offsets)
         restored = [
             line for line in map(msgspec.json.decode, fleet.json_log("a")) if line["event"] == "states restored"
         ]
@@ -93,7 +94,7 @@ def test_states_are_restored(connection: Connection, generation: Artifact, tmp_p
             "users": len(states),
             "megabytes": round(sum(len(encode_state(state)) for state in states.values()) / 1e6, 1),
             "clicks": len(clicks),
-            "users_not_identical": sum(raw.get(user) != value for user, value in expected(states, clicks, raw).items()),
+            "users_not_identical": sum(raw.get(user) != value for user, value in wanted.items()),
             "users_too_many": len(raw.keys() - states.keys() - {newcomer}),
             "restored_users": sum(line["users"] for line in restored),
             "restore_s": max((line["seconds"] for line in restored), default=0.0),  # all beside one another
@@ -105,12 +106,11 @@ def test_states_are_restored(connection: Connection, generation: Artifact, tmp_p
     assert seconds < 60
 
 
-def expected(states: dict[str, UserState], clicks: list[Click], raw: dict[str, bytes]) -> dict[str, bytes]:
-    """The restored states with their click; its offset is the one that the topic gave it."""
+def expected(states: dict[str, UserState], clicks: list[Click], offsets: dict[str, int]) -> dict[str, bytes]:
+    """The restored states with their click, at its offset in the topic, by event id."""
     after = dict(states)
     for click in clicks:
         fold = Fold(states.get(click.user_id, UserState()), Limits())
-        offset = decode_state(raw[click.user_id]).offset if click.user_id in raw else 0
-        fold.apply(Applied(click, Settings().weight(click), offset))
+        fold.apply(Applied(click, Settings().weight(click), offsets[click.event_id]))
         after[click.user_id] = fold.state()
     return {user: encode_state(state) for user, state in after.items()}
