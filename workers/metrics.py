@@ -7,7 +7,9 @@ to do. Every role exposes all names; those that it does not set stay 0 or withou
 import platform
 from importlib.metadata import version
 
+import numpy as np
 import structlog
+from numpy.typing import NDArray
 from prometheus_client import Counter, Gauge, Histogram, Info, disable_created_metrics, start_http_server
 
 log = structlog.get_logger()
@@ -33,7 +35,21 @@ clicks = _counter(
     "bad: read the dead letters.",
     outcome=("applied", "duplicate", "bad"),
 )
-click_to_recommendation_s = Histogram(
+
+
+class Latency(Histogram):
+    """A histogram that takes many at once: one by one, a backlog's clicks took 5 % of the fold path."""
+
+    def observe_all(self, seconds: NDArray[np.float64]) -> None:
+        """As `observe` of each (n,), by private names of prometheus_client: tests/workers/test_metrics.py."""
+        counts = np.bincount(np.searchsorted(self._upper_bounds, seconds), minlength=len(self._buckets))
+        for bucket, count in zip(self._buckets, counts.tolist(), strict=True):
+            if count:
+                bucket.inc(count)
+        self._sum.inc(float(seconds.sum()))
+
+
+click_to_recommendation_s = Latency(
     "upwell_click_to_recommendation_seconds",
     "From Kafka's stamp of a click to the acknowledged send of its user's list; infinite where no generation serves. "
     "Rising: look at lag, then at hop.",

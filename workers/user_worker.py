@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import structlog
 
 from model.user_state import EMPTY, Applied, Fold
@@ -74,8 +75,7 @@ class UserWorker:
             answered &= served
         await self._go_back()
         sent_ms = time.time() * 1000 if answered else math.inf
-        for kafka_ms in owed.kafka_ms:
-            metrics.click_to_recommendation_s.observe(max(0.0, sent_ms - kafka_ms) / 1000)
+        metrics.click_to_recommendation_s.observe_all(np.maximum(sent_ms - np.array(owed.kafka_ms), 0.0) / 1000)
         if self._spans:
             self._spans.end(partition, traced, began, folded_at, recommended_at)
         if erased:

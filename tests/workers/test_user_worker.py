@@ -1,11 +1,11 @@
 """What a micro-batch keeps, what lists are owed for it, and what stops the worker, without Kafka."""
 
-import math
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import AsyncMock, Mock
 
+import numpy as np
 import pytest
 
 from model.user_state import digest
@@ -100,7 +100,8 @@ async def test_a_click_is_answered_when_its_list_is_sent_and_never_without_one(
     monkeypatch.setattr("workers.metrics.click_to_recommendation_s", observed)
     monkeypatch.setattr(kafka, "ask", AsyncMock(return_value=Recommended(generation, {}, {}, set())))
     await kafka.worker.process(0, records([True] * 3), AsyncMock())
-    assert [math.isfinite(call.args[0]) for call in observed.observe.call_args_list] == [bool(generation)] * 3
+    (seconds,) = observed.observe_all.call_args.args
+    assert np.isfinite(seconds).tolist() == [bool(generation)] * 3
 
 
 @pytest.mark.parametrize(
