@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,8 @@ ROLES = ("worker", "trainer", "indexer", "serve")
 KUBERNETES = "1.31"
 FILES = sorted(path for path in (DEPLOY / "kubernetes/base").glob("*.yaml") if path.stem != "kustomization")
 OBJECTS = [object_ for path in FILES for object_ in yaml.safe_load_all(path.read_text())]
+(CONFIG_MAP,) = yaml.safe_load((DEPLOY / "kubernetes/base/kustomization.yaml").read_text())["configMapGenerator"]
+CONFIG = dict(literal.split("=", 1) for literal in CONFIG_MAP["literals"])
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 KUBECTL = Path(sys.executable).parent / "kubectl"
 
@@ -77,7 +80,7 @@ def test_topics_are_there_before_a_role_starts(role: str) -> None:
 
 
 def test_workers_are_not_more_than_partitions() -> None:
-    partitions = int(named("ConfigMap", "upwell")["data"]["UPWELL_KAFKA__PARTITIONS"])
+    partitions = int(CONFIG["UPWELL_KAFKA__PARTITIONS"])
     assert named("HorizontalPodAutoscaler", "worker")["spec"]["maxReplicas"] == partitions
 
 
@@ -111,7 +114,7 @@ def test_a_pod_counts_as_there_when_it_has_stayed() -> None:
 
 def test_variables_are_settings() -> None:
     """A misspelt variable ends a role at its start."""
-    given = set(named("ConfigMap", "upwell")["data"]) | set(COMPOSE["x-upwell"]["environment"])
+    given = set(CONFIG) | set(COMPOSE["x-upwell"]["environment"])
     given |= set(re.findall(r"\bUPWELL_\w+", (DEPLOY / "Dockerfile").read_text()))
     for name in given:
         section, _, key = name.removeprefix(PREFIX).lower().partition("__")
@@ -163,7 +166,7 @@ def test_a_lock_that_uv_did_not_cut_is_an_error_and_no_empty_lock(uv: str, tmp_p
     assert done.returncode != 0 and not done.stdout
 
 
-def rendered(overlay: str) -> list[Any]:
+def rendered(overlay: str | Path) -> list[Any]:
     command = [str(KUBECTL), "kustomize", str(DEPLOY / "kubernetes" / overlay)]
     manifests = list(yaml.safe_load_all(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
     for manifest in manifests:
@@ -173,8 +176,10 @@ def rendered(overlay: str) -> list[Any]:
 
 def test_kustomize_needs_no_shared_volume_with_a_bucket() -> None:
     manifests = rendered("s3")
-    assert len(manifests) == len(OBJECTS) - 1
-    assert "PersistentVolumeClaim" not in {manifest["kind"] for manifest in manifests}
+    assert len(manifests) == len(OBJECTS)  # the ConfigMap in the volume's place
+    kinds = {manifest["kind"]: manifest for manifest in manifests}
+    assert "PersistentVolumeClaim" not in kinds
+    assert kinds["ConfigMap"]["data"] == CONFIG | {"UPWELL_ARTIFACTS": "s3://my-bucket/upwell"}
     pods = {m["metadata"]["name"]: m["spec"]["template"]["spec"] for m in manifests if m["kind"] == "Deployment"}
     assert pods.keys() == set(ROLES)
     for pod in pods.values():
@@ -186,7 +191,7 @@ def test_kustomize_needs_no_shared_volume_with_a_bucket() -> None:
 
 def test_kustomize_puts_the_indexer_and_the_trainer_on_a_gpu_each() -> None:
     manifests = rendered("gpu")
-    assert len(manifests) == len(OBJECTS)
+    assert len(manifests) == len(OBJECTS) + 1
     with_gpu = {}
     for manifest in manifests:
         if manifest["kind"] == "Deployment":
@@ -195,3 +200,15 @@ def test_kustomize_puts_the_indexer_and_the_trainer_on_a_gpu_each() -> None:
                 assert manifest["spec"]["template"]["spec"]["nodeSelector"] == {"nvidia.com/gpu.present": "true"}
                 with_gpu[manifest["metadata"]["name"]] = container.get("env", [])
     assert with_gpu == {"indexer": [], "trainer": [{"name": "UPWELL_TRAINER__DEVICE", "value": "cuda"}]}
+
+
+def test_a_changed_setting_starts_every_role_anew(tmp_path: Path) -> None:
+    """Else it holds for the pods that happen to be started later, and for them alone."""
+    base = shutil.copytree(DEPLOY / "kubernetes/base", tmp_path / "base")
+    for path in base.iterdir():
+        path.write_text(path.read_text().replace("/data/cache", "/data/other"))
+    old, new = (
+        {m["metadata"]["name"]: m["spec"]["template"] for m in rendered(folder) if m["kind"] == "Deployment"}
+        for folder in ("base", base)
+    )
+    assert old.keys() == set(ROLES) and all(old[role] != new[role] for role in ROLES)
