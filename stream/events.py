@@ -101,6 +101,9 @@ class Recommendations(Event, frozen=True, kw_only=True):
     source: what the list rests on. "personal": the kept history of the user; "session": a history that came with the
     request and is not kept (a guest's clicks, seed items, a text), over HTTP only; "popular": nothing, for a user
     without history or with clicks on unknown items alone.
+
+    Of two lists of a user the one of the larger offset is the newer: a worker whose partitions another has taken over
+    meanwhile may still send one that it had made before, behind its successor's.
     """
 
     user_id: Id

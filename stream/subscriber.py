@@ -15,6 +15,9 @@ log = logging.getLogger(__name__)
 class Subscriber(Closing):
     """Iterates over decoded recommendations, for ever; from now, or from the oldest that are kept.
 
+    A list behind one of the same user with a larger `offset` is older (see Recommendations): pass it over where you
+    keep lists. To do that here would take memory for each user.
+
     on_erased: told the id of each erased user, whose lists are to be forgotten wherever you keep them.
 
     "Now" is fixed when this is made: what is sent afterwards is seen, however late the iteration starts.

@@ -139,7 +139,8 @@ class Updates:
 
     def _deliver(self, made: Made) -> None:
         for box in self._boxes.get(made.answer.user_id, ()):
-            box.newest = made
+            if box.newest is None or made.answer.offset >= box.newest.answer.offset:
+                box.newest = made
             box.wake.set()
 
     def _erase(self, user_id: str, offset: int) -> None:
