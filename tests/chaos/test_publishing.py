@@ -117,11 +117,14 @@ def test_the_indexer_killed_while_it_prunes(model: Model, tmp_path: Path) -> Non
             publish(tmp_path / name, str(store))
 
     fill()
+    deaths = 0
     for _ in killed_before_each(lambda: prune(str(store), keep=1, spare={"g1"})):
+        deaths += 1
         for name in ("g1", "g2"):
             fetch(str(store / name), tmp_path / "cache", digests[name])
         assert whole_or_absent(store / "g0", digests["g0"])
         fill()
+    assert deaths > 10 and not (store / "g0").exists()
 
 
 def test_the_server_killed_while_it_fetches(model: Model, tmp_path: Path) -> None:
@@ -145,7 +148,10 @@ def test_the_trainer_killed_while_it_stores(model: Model, tmp_path: Path) -> Non
         publish_model(model, f"{store}/m1", "better")
         prune_models(store, keep=5)
 
+    deaths = 0
     for _ in killed_before_each(work):
+        deaths += 1
         fetch_model(f"{store}/m0", digest)
         prune_models(store, keep=5)
+    assert deaths > 10
     fetch_model(f"{store}/m1", digest)
