@@ -1,17 +1,20 @@
 """What a micro-batch keeps, what lists are owed for it, and what stops the worker, without Kafka."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import AsyncMock, Mock
 
 import numpy as np
 import pytest
+from kafka.errors import KafkaError
 
-from model.user_state import digest
+from model.user_state import UserState, digest
 from stream.events import Artifact, Click, Erasure, Ranked, Recommendations, decode, encode
 from stream.producer import partition_of
 from tests.records import Record
+from workers.dead_letters import DeadLetters
 from workers.prequential import Trial
 from workers.recommender import Folded, Recommended
 from workers.settings import Kafka, Settings, Worker
@@ -136,6 +139,24 @@ async def test_who_is_forgotten_while_the_worker_was_behind_gets_no_list_for_wha
     await kafka.worker.process(0, [*records([True]), wish, late], acknowledge)
     assert [what for what, user in kafka.written if user == "u" and what != "state"] == ["null"]
     assert not kafka.asked and kafka.cleared == [{"u"}]
+
+
+async def test_a_wish_is_acknowledged_when_the_user_s_dead_letters_are_taken_back() -> None:
+    """A worker that ends before reads the wish again: it stands for what is still to be done."""
+    acknowledge, states = AsyncMock(), PackedStates()
+    states["u"] = UserState(offset=7)
+
+    async def send(topic: str, partition: int, records: Sequence[Any]) -> None:
+        assert [*records] == [(b"letter of u", None)] and not acknowledge.called and "u" in states
+        if refuses:
+            raise KafkaError()
+
+    letters = DeadLetters(Settings(), cast(Any, SimpleNamespace(send=send)))
+    letters._of = lambda user_ids: [b"letter of " + user.encode() for user in user_ids]  # type: ignore[method-assign]
+    for refuses in (True, False):
+        with pytest.raises(KafkaError) if refuses else nullcontext():
+            await letters.cleared_of({"u"}, acknowledge, states)()
+        assert acknowledge.called is not refuses and ("u" in states) is refuses
 
 
 def test_a_user_whose_clicks_come_into_another_partition_is_refused_not_split() -> None:
