@@ -3,6 +3,8 @@ import sys
 
 import pytest
 
+from workers.processes import EX_SOFTWARE
+
 SCRIPT = """
 import ctypes, threading
 from workers.processes import share_heaps
@@ -19,6 +21,19 @@ libc.fopen.restype = ctypes.c_void_p
 libc.malloc_info(0, ctypes.c_void_p(libc.fopen(b"/dev/stdout", b"w")))
 libc.fflush(None)
 """
+
+RAISES = """
+import threading, time
+from workers.processes import end_with_threads
+end_with_threads()
+threading.Thread(target=lambda: 1 / 0, name="follows").start()
+time.sleep(60)
+"""
+
+
+def test_a_thread_that_ends_by_an_error_ends_the_process() -> None:
+    done = subprocess.run([sys.executable, "-c", RAISES], capture_output=True, text=True, timeout=30)
+    assert done.returncode == EX_SOFTWARE and "thread follows" in done.stdout + done.stderr
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc")
