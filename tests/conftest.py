@@ -15,7 +15,7 @@ import pytest
 from stream.broker import LocalBroker
 from stream.connection import Connection
 from stream.topics import Topics, ensure
-from workers.settings import Kafka, Settings, Worker
+from workers.settings import Kafka, Settings
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -46,7 +46,6 @@ def settings(broker: LocalBroker, topics: Topics, tmp_path: Path) -> Settings:
     """Of this test's own topics, group and folders."""
     return Settings(
         kafka=Kafka(bootstrap=broker.bootstrap, prefix=topics.prefix, partitions=3),
-        worker=Worker(group=topics.prefix),
         artifacts=str(tmp_path),
         cache=tmp_path / "cache",
     )

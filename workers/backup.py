@@ -173,7 +173,7 @@ def restore(settings: Settings, backup: Backup) -> list[str]:
 
 def _only_imported(settings: Settings) -> bool:
     """Whether the states are what an import has left that broke off: no worker has committed or folded anything yet."""
-    committed = committed_offsets(settings.connection, settings.worker.group, settings.topics.clicks.name)
+    committed = committed_offsets(settings.connection, settings.group, settings.topics.clicks.name)
     return not committed and all(decode_state(raw).offset == NOWHERE for raw in raw_states(settings).values())
 
 

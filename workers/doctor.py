@@ -63,7 +63,7 @@ def _broker(settings: Settings) -> Iterator[Finding]:
         if not all(each.partitions for each in found):
             return  # nor is there a lag, nor a stamp
         lag = sum(place.lag for place in read_offsets(settings).clicks.values())
-        yield True, f"lag: {lag} clicks are not committed by {settings.worker.group}"
+        yield True, f"lag: {lag} clicks are not committed by {settings.group}"
         yield _clock(settings)
     except (KafkaError, OSError) as error:
         yield False, f"broker: {address}: {error}"

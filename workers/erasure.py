@@ -56,7 +56,7 @@ def status(settings: Settings, receipt: str) -> Erased:
         first, end = consumer.beginning_offsets([part])[part], consumer.end_offsets([part])[part]
     if offset >= end:
         raise UnknownReceipt(f"{receipt}: nothing stands there yet")
-    cleared = committed_offsets(connection, settings.worker.group, topic).get(partition, 0) > offset
+    cleared = committed_offsets(connection, settings.group, topic).get(partition, 0) > offset
     found = Erased(receipt=receipt, partition=partition, offset=offset, requested_ms=None, cleared=cleared)
     if offset < first:
         found.gone = True
@@ -70,7 +70,7 @@ def status(settings: Settings, receipt: str) -> Erased:
 def waiting_wishes(settings: Settings) -> Iterator[tuple[str, int]]:
     """User and offset of each wish that the workers have not committed. Raises KafkaError, TimeoutError, ValueError."""
     topic, connection = settings.topics.clicks.name, settings.connection
-    committed = committed_offsets(connection, settings.worker.group, topic)
+    committed = committed_offsets(connection, settings.group, topic)
     for record in read_window(connection, topic, offsets=committed, isolation_level=UNCOMMITTED):
         if b'"erase"' not in (record.value or b""):  # to decode all of a long lag would take minutes
             continue

@@ -88,7 +88,7 @@ class Handed:
 
     def _committed(self) -> dict[int, int]:
         topic = self._settings.topics.clicks.name
-        return committed_offsets(self._settings.connection, self._settings.worker.group, topic)
+        return committed_offsets(self._settings.connection, self._settings.group, topic)
 
     def _between(self, partition: int, first: int, end: int) -> list[Record]:
         topic = self._settings.topics.clicks.name

@@ -32,7 +32,7 @@ class Offsets(NamedTuple):
 def read_offsets(settings: Settings) -> Offsets:
     """Raises KafkaError, ValueError for a topic that is missing."""
     topic = settings.topics.clicks.name
-    committed = committed_offsets(settings.connection, settings.worker.group, topic)
+    committed = committed_offsets(settings.connection, settings.group, topic)
     with closing(open_consumer(settings.connection)) as consumer:
         ends = consumer.end_offsets(partitions_of(consumer, [topic.name for topic in settings.topics.all()]))
         first = consumer.beginning_offsets([part for part in ends if part.topic == topic])

@@ -37,7 +37,7 @@ def scrape(url: str) -> dict[str, float]:
 
 def num_committed(settings: Settings) -> int:
     """Clicks below the worker group's committed offsets: applied, answered and in Kafka for good."""
-    return sum(committed_offsets(settings.connection, settings.worker.group, settings.topics.clicks.name).values())
+    return sum(committed_offsets(settings.connection, settings.group, settings.topics.clicks.name).values())
 
 
 class Observer:

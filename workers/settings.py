@@ -95,7 +95,9 @@ class Kafka(Section):
 
 
 class Worker(Section):
-    group: str = Field("upwell-worker", min_length=1, description="consumer group; also names the Faust app")
+    group: str | None = Field(
+        None, min_length=1, description="consumer group; also names the Faust app; None: PREFIX-worker"
+    )
     k: int = Field(20, ge=1, le=200, description="items in each list sent")
     explained: int = Field(3, ge=0, le=100, description="places of each list sent that come with reasons")
     batch_clicks: int = Field(
@@ -270,6 +272,11 @@ class Settings(BaseSettings):
     def store(self) -> str:
         """This installation's own folder of the artifact store: old generations and models are deleted there."""
         return f"{self.artifacts}/{self.kafka.prefix}"
+
+    @property
+    def group(self) -> str:
+        """The workers' consumer group: an installation's own, though several share a Kafka."""
+        return self.worker.group or f"{self.kafka.prefix}-worker"
 
     @property
     def topics(self) -> Topics:

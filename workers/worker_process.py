@@ -58,7 +58,7 @@ def run_worker(settings: Settings) -> NoReturn:
     def readable(tp: Any) -> bool:
         return owned.restored(tp.partition)
 
-    app = batch_app(settings.worker.group, settings.connection, begin, finish, readable)
+    app = batch_app(settings.group, settings.connection, begin, finish, readable)
     clicks = app.topic(settings.topics.clicks.name, value_type=bytes, value_serializer="raw")
 
     def fenced(error: BaseException) -> None:

@@ -100,7 +100,7 @@ class Cluster:
 
     def offices(self, settings: Settings) -> dict[str, int]:
         """Office -> the node that holds it now."""
-        topics, group = settings.topics, settings.worker.group
+        topics, group = settings.topics, settings.group
         with self.admin() as admin:
             groups = [n for n in NODES if any(found["group_id"] == group for found in admin.list_groups([n]))]
             transactional_id = f"{topics.users.name}-0"

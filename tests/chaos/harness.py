@@ -202,7 +202,7 @@ class Fleet:
         name = f"c{secrets.token_hex(4)}"
         self.settings = Settings(
             kafka=Kafka(bootstrap=connection.bootstrap, prefix=name, partitions=partitions, replicas=replicas),
-            worker=Worker(group=name, **settings),
+            worker=Worker(**settings),
             trainer=Trainer(window_days=window_days, min_events=100, holdout=20, round_s=1.0),
             serve=Serve(port=free_port()),
             cache=folder / "cache",
@@ -315,7 +315,7 @@ class Fleet:
 
     def committed(self) -> dict[int, int]:
         """Partition of the clicks -> offset that the group goes on from."""
-        return committed_offsets(self.settings.connection, self.settings.worker.group, self.settings.topics.clicks.name)
+        return committed_offsets(self.settings.connection, self.settings.group, self.settings.topics.clicks.name)
 
     def lag(self) -> dict[int, int]:
         """Partition -> clicks not yet committed."""

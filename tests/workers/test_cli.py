@@ -200,9 +200,7 @@ def test_an_erasure_is_waited_for_and_asked_after(
     """The one who commits, and so clears, is here the command's own pause."""
 
     def commit(_: float) -> None:
-        with closing(
-            kafka.KafkaConsumer(**settings.connection.kafka_python(), group_id=settings.worker.group)
-        ) as group:
+        with closing(kafka.KafkaConsumer(**settings.connection.kafka_python(), group_id=settings.group)) as group:
             parts = [kafka.TopicPartition(settings.topics.clicks.name, part) for part in range(3)]
             group.assign(parts)
             group.commit({part: OffsetAndMetadata(end, "", -1) for part, end in group.end_offsets(parts).items()})
@@ -325,7 +323,7 @@ def test_a_demo_stands_beside_the_installation_that_the_environment_means(monkey
     assert (made.serve.keys_file, made.serve.cert_file, made.serve.key_file) == (None, None, None)
     assert (made.kafka.bootstrap, made.serve.port, made.worker.k) == ("own:9092", 8081, 30)
     assert {name: os.environ[name] for name in real}.items().isdisjoint(real.items())
-    assert "real" not in (made.artifacts, made.kafka.prefix, made.worker.group)
+    assert "real" not in (made.artifacts, made.kafka.prefix, made.group)
 
 
 def test_a_demo_beside_another_service_refuses_and_deletes_nothing(

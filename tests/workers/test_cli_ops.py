@@ -35,7 +35,7 @@ from workers.doctor import _artifacts, _disks, examine
 from workers.generations import NothingMoves, UnknownGeneration, pin, roll_back
 from workers.lag import LagFollower, read_offsets
 from workers.preflight import check_keyed
-from workers.settings import Kafka, Settings, Trainer, Worker
+from workers.settings import Kafka, Settings, Trainer
 from workers.states import raw_states
 
 OLD_POLICY = {"cleanup.policy": "delete"}
@@ -43,10 +43,7 @@ OLD_POLICY = {"cleanup.policy": "delete"}
 
 def settings_of(connection: Connection, prefix: str = "", partitions: int = 3) -> Settings:
     prefix = prefix or f"o{secrets.token_hex(4)}"
-    return Settings(
-        kafka=Kafka(bootstrap=connection.bootstrap, prefix=prefix, partitions=partitions),
-        worker=Worker(group=prefix),  # the suite's service has members in the usual one: they alone may commit there
-    )
+    return Settings(kafka=Kafka(bootstrap=connection.bootstrap, prefix=prefix, partitions=partitions))
 
 
 def test_topics_are_described_and_mended(connection: Connection) -> None:
@@ -170,7 +167,7 @@ def test_lag_is_what_the_group_has_not_committed(
             producer.send(click)
     own = [sum(partition_of(click.user_id, 3) == part for click in sent) for part in range(3)]
     assert [place.lag for place in read_offsets(settings).clicks.values()] == own
-    consumer = kafka.KafkaConsumer(**connection.kafka_python(), group_id=settings.worker.group)
+    consumer = kafka.KafkaConsumer(**connection.kafka_python(), group_id=settings.group)
     part = kafka.TopicPartition(topics.clicks.name, 1)
     consumer.assign([part])
     consumer.commit({part: OffsetAndMetadata(2, "", -1)})
@@ -273,7 +270,7 @@ def test_a_file_is_not_imported_where_a_worker_has_begun(connection: Connection,
     write_backup(old, tmp_path / "all")
     ensure(new.topics, new.connection)
     restore(new, backup := read_backup(tmp_path / "all"))
-    with closing(kafka.KafkaConsumer(**connection.kafka_python(), group_id=new.worker.group)) as consumer:
+    with closing(kafka.KafkaConsumer(**connection.kafka_python(), group_id=new.group)) as consumer:
         consumer.assign([part := kafka.TopicPartition(new.topics.clicks.name, 1)])
         consumer.commit({part: OffsetAndMetadata(0, "", -1)})
     with pytest.raises(BadBackup, match="holds states already"):

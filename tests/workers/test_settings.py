@@ -12,7 +12,7 @@ from tests.workers.service import upwell
 from workers.cli import app
 from workers.command import check_device
 from workers.sender import MAX_RECORD_BYTES
-from workers.settings import ConfigError, Settings, Trainer, Worker, load_settings
+from workers.settings import ConfigError, Kafka, Settings, Trainer, Worker, load_settings
 from workers.up import ROLES
 
 BAD = {"UPWELL_KAFKA__PREFIX": "no spaces, please"}
@@ -39,6 +39,12 @@ def test_environment_wins_over_the_file(monkeypatch: pytest.MonkeyPatch, tmp_pat
     )
     assert (viewed, bought) == (0.1, 3.0)
     assert settings.artifacts == "s3://bucket/x"
+
+
+def test_installations_on_one_kafka_are_in_a_group_each() -> None:
+    """In one, each start or end of a worker takes all partitions from the other's."""
+    assert [Settings(kafka=Kafka(prefix=name)).group for name in ("upwell", "shop")] == ["upwell-worker", "shop-worker"]
+    assert Settings(kafka=Kafka(prefix="shop"), worker=Worker(group="mine")).group == "mine"
 
 
 @pytest.mark.parametrize(
