@@ -176,10 +176,9 @@ def ensure(topics: Topics, connection: Connection) -> None:
             _create([topic for topic in topics.all() if topic.name in missing], admin)
         admin.wait_for_topics(list(names), timeout_ms=30_000)
         for found in _describe(admin, topics, names):
-            topic, differing = found.topic, found.differing
+            topic = found.topic
             check_partitions(topic, found.partitions)
-            if differing is None:
-                raise WrongTopic(f"{topic.name}: this login may not read its settings: it needs DescribeConfigs")
+            differing = _differing(found)
             for key in ("cleanup.policy", "message.timestamp.type"):  # the second: windows go by the broker's clock
                 if key in differing:
                     value, wanted = differing[key]
@@ -194,17 +193,20 @@ def fix(topics: Topics, connection: Connection) -> list[str]:
     Raises KafkaError, and WrongTopic before anything is changed.
     """
     found = describe(topics, connection)
+    missing, changes = [each.topic for each in found if not each.partitions], dict[str, dict[str, str]]()
     for each in found:
         if each.partitions:
             check_partitions(each.topic, each.partitions)
             _check_replicas(each)
-    changes = {each.topic.name: {key: pair[1] for key, pair in (each.differing or {}).items()} for each in found}
+            changes[each.topic.name] = {key: wanted for key, (_, wanted) in _differing(each).items()}
     resources = [ConfigResource("TOPIC", name, configs) for name, configs in changes.items() if configs]
-    if resources:
-        with kafka.KafkaAdminClient(**connection.kafka_python()) as admin:
+    with kafka.KafkaAdminClient(**connection.kafka_python()) as admin:
+        if missing:
+            _create(missing, admin)
+            admin.wait_for_topics([topic.name for topic in missing], timeout_ms=30_000)
+        if resources:  # not looked at afterwards: the controller answers before each broker has taken them over
             admin.alter_configs(resources)
-    ensure(topics, connection)
-    created = [f"{each.topic.name}: created" for each in found if not each.partitions]
+    created = [f"{topic.name}: created" for topic in missing]
     return created + [f"{name}: {key} = {value}" for name, configs in changes.items() for key, value in configs.items()]
 
 
@@ -227,6 +229,13 @@ def check_partitions(topic: Topic, found: int) -> None:
         f"{topic.name} has {found} partitions, it has to have {topic.partitions}: delete it, with what it holds, and "
         f"run `upwell topics`, or create it with {topic.partitions}"
     )
+
+
+def _differing(found: Found) -> dict[str, tuple[str, str]]:
+    """Raises WrongTopic."""
+    if found.differing is None:
+        raise WrongTopic(f"{found.topic.name}: this login may not read its settings: it needs DescribeConfigs")
+    return found.differing
 
 
 def _check_replicas(found: Found) -> None:
