@@ -1,4 +1,4 @@
-"""From a catalogue's texts, as strangers wrote them, to what an encoder reads."""
+"""From a catalogue's texts, as strangers wrote them, to what an encoder reads, or a terminal shows."""
 
 import html
 import re
@@ -11,6 +11,7 @@ MAX_CHARS = 8000  # an encoder reads 256-512 tokens; bounds the work on a hostil
 _TAG = re.compile(r"<[/!a-zA-Z][^<>]{0,1000}>")  # "a < b" is no tag
 _URL = re.compile(r"\b(?:https?://|www\.)\S+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u00ad\u200b\ufeff]+")
+_COMMANDS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # C0, C1; line ends, directions
 # Of scripts that set spaces between words: not Thai, Lao, Burmese, Khmer, kana, Han.
 _LETTER = r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]"
 
@@ -25,6 +26,15 @@ def clean(text: str) -> str:
     for pattern in (_TAG, _URL, _CONTROL):
         text = pattern.sub(" ", text)
     return " ".join(text.split())[:MAX_CHARS]
+
+
+def shown(text: str) -> str:
+    """A stranger's characters that would do something to a terminal as their escapes.
+
+    >>> print(shown("ok\\x1b[2J"))
+    ok\\x1b[2J
+    """
+    return _COMMANDS.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def _said(words: str) -> re.Pattern[str]:

@@ -16,6 +16,7 @@ from model.user_state import EMPTY
 from stream.consumer import read_window
 from stream.events import MAX_ID, BadEvent, Click, DeadLetter, decode
 from stream.producer import Producer
+from stream.text import shown
 from workers import metrics
 from workers.outage import in_thread
 from workers.sender import BatchSender
@@ -85,8 +86,8 @@ def _kept(settings: Settings) -> Iterator[tuple[bytes, int, DeadLetter | None]]:
 def describe(number: int, letter: DeadLetter) -> str:
     """One line: number, place, the beginnings of cause and message. Strangers' characters do nothing to a terminal."""
     payload = (letter.payload or b"")[:SHOWN_BYTES]
-    line = f"{number}  {letter.topic}[{letter.partition}]@{letter.offset}  {letter.cause[:SHOWN_CAUSE]}  {payload!r}"
-    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in line)
+    at = f"{letter.topic}[{letter.partition}]@{letter.offset}"
+    return shown(f"{number}  {at}  {letter.cause[:SHOWN_CAUSE]}  {payload!r}")
 
 
 def resend(settings: Settings, letters: Sequence[DeadLetter]) -> tuple[int, int]:

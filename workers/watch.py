@@ -14,6 +14,7 @@ from rich.text import Text
 
 from stream.answers import Answer, Status, Update
 from stream.client import ApiError, Client
+from stream.text import shown
 from workers.command import failing
 
 
@@ -70,7 +71,7 @@ def table(answer: Answer, places: dict[str, int], k: int) -> Table:
         else ""
     )
     caption = f"{answer.source}  ·  generation {answer.generation}{'  ·  stale' if answer.stale else ''}{hops}"
-    drawn = Table(title=Text(answer.user_id or ""), caption=Text(caption), expand=True)
+    drawn = Table(title=_text(answer.user_id or ""), caption=_text(caption), expand=True)
     drawn.add_column()
     drawn.add_column("item", ratio=3)
     drawn.add_column()
@@ -78,9 +79,14 @@ def table(answer: Answer, places: dict[str, int], k: int) -> Table:
     drawn.add_column("score", justify="right")
     for at, place in enumerate(answer.items[:k]):
         because = ", ".join(f"{one.title or one.item_id} {one.share:.0%}" for one in place.because)
-        title = Text(place.title or place.item_id)  # of strangers: no markup
-        drawn.add_row(str(at + 1), title, move(places, place.item_id, at), Text(because), f"{place.score:.3f}")
+        title, moved = _text(place.title or place.item_id), move(places, place.item_id, at)
+        drawn.add_row(str(at + 1), title, moved, _text(because), f"{place.score:.3f}")
     return drawn
+
+
+def _text(words: str) -> Text:
+    """Of strangers: no markup, and no command to the terminal."""
+    return Text(shown(words))
 
 
 def move(places: dict[str, int], item_id: str, at: int) -> Text:

@@ -1,6 +1,7 @@
 """`upwell watch` against the fake."""
 
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
@@ -56,6 +57,20 @@ def test_moves_are_marked_and_titles_are_no_markup(fake: tuple[Fake, str]) -> No
     rows = [line for line in console.export_text().splitlines() if any(m in line for m in ("▲", "▼", "new"))]
     assert ["▲1" in rows[0], "▼1" in rows[1], "new" in rows[2]] == [True, True, True]
     assert "[red]x[/red]" in rows[0] and third.title in rows[2]
+
+
+def test_a_stranger_s_title_does_nothing_to_the_terminal(fake: tuple[Fake, str]) -> None:
+    evil = "ok\x1b]52;c;cm0=\x1b\\\x1b[2J\x9b31m\u202e　é"
+    with Client(fake[1]) as client:
+        client.send(EventIn(user_id="u", item_id="i3"))
+        answer = client.recommendations("u", k=1, explain=True)
+    (first,) = answer.items
+    because = [msgspec.structs.replace(first.because[0], title=evil)]
+    answer.items[0] = msgspec.structs.replace(first, title=evil, because=because)
+    console = Console(width=200, file=(screen := io.StringIO()))
+    console.print(table(msgspec.structs.replace(answer, user_id=evil, generation=evil), {}, 10))
+    assert screen.getvalue().count(r"ok\x1b]52;c;cm0=\x1b\\x1b[2J\x9b31m\u202e　é") == 4
+    assert not re.search("[\x1b\x9b\u202e]", screen.getvalue())
 
 
 def test_a_refusal_ends_it_with_the_servers_words(fake: tuple[Fake, str], tmp_path: Path) -> None:
