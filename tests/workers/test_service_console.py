@@ -160,6 +160,15 @@ def test_honest_states(page: Page, fake: tuple[Fake, str]) -> None:
     assert api.events_total == 1  # sent again under one id
     api.set(connected=False)
     expect(page.locator("#status")).to_contain_text("Kafka is away: lists stay as of")
+    before = titles(page)
+    api.take({"event_id": "e", "user_id": page.locator("#people input:checked").input_value(), "item_id": "i2"})
+    until(lambda: titles(page) != before, "the list is there")
+    expect(page.locator("#status")).to_contain_text("Kafka is away")
+    page.locator("#people label").nth(1).click()
+    expect(page.locator("#note")).to_contain_text("Cold start")
+    page.wait_for_timeout(300)
+    expect(page.locator("#status")).to_contain_text("Kafka is away")
+    page.locator("#people label").first.click()
     api.set(connected=True)
     expect(page.locator("#status")).to_have_text("Live")
     api.set(stale=True)
@@ -170,6 +179,23 @@ def test_honest_states(page: Page, fake: tuple[Fake, str]) -> None:
     expect(page.locator("#status")).to_contain_text("Reconnecting … list as of")
     page.unroute("**/v1/stream**")
     expect(page.locator("#status")).to_have_text("Live")
+
+
+def test_no_list_stands_under_another_user_s_name(page: Page, fake: tuple[Fake, str]) -> None:
+    """Who looks after customers would read one's clicks as another's."""
+    opened(page, fake[1])
+    click_and_follow(page, "chess")
+    page.route("**/v1/users/**", lambda route: route.abort())
+    page.route("**/v1/stream**", lambda route: route.abort())
+    page.locator("#people label").nth(1).click()
+    expect(page.locator("#status")).to_contain_text("Reconnecting … list as of –")
+    expect(page.locator("#list li")).to_have_count(0)
+    for part in ("#source", "#note", "#as-of"):
+        expect(page.locator(part)).to_have_text("")
+    page.get_by_role("button", name="中文").click()
+    expect(page.locator("#list li")).to_have_count(0)
+    page.unroute("**/v1/users/**")  # the stream is still away
+    expect(page.locator("#list li")).to_have_count(12)
 
 
 def test_a_key_is_asked_for_and_used(page: Page, fake: tuple[Fake, str]) -> None:

@@ -3,7 +3,7 @@ import { Refused, call, follow, sendEvent, storeKey, storedKey, wait } from "./a
 import { addFigures, buildCharts } from "./charts.js";
 import { $, el, say } from "./dom.js";
 import { clock, day, nextLanguage, number, t, translate } from "./i18n.js";
-import { drawList } from "./list.js";
+import { clearList, drawList } from "./list.js";
 import { LATE_S, drawPath } from "./path.js";
 import { drawPeople, eventId, makePersonas, people, stopPlaying, watchAlso } from "./people.js";
 
@@ -12,6 +12,7 @@ const TYPES = ["click", "view", "like", "play", "complete", "cart", "purchase", 
 const THEMES = ["light dark", "light", "dark"];
 
 let user = people[0].id, answer = null, previous = null, updated_ms = null, stream = null, health = { state: "connecting" };
+let connected = null; // whether the server is, to Kafka, as this user's stream said last
 let items = [], catalogue = [], click = null; // click: the one whose path is drawn
 let figures = null, profile = null, receipt = null;
 
@@ -25,6 +26,8 @@ function setHealth(state, why = "") {
   health = { state, why };
   drawHealth();
 }
+
+const served = () => setHealth(connected === false ? "broker" : "live");
 
 function drawHealth() {
   const time = updated_ms ? clock(updated_ms) : "–";
@@ -67,8 +70,11 @@ function watch(id) {
   stream?.abort();
   stream = new AbortController();
   user = id;
-  receipt = null;
-  profile = null;
+  connected = receipt = profile = null;
+  if (answer && answer.user_id !== id) { // should this one's not come, the other's would stand under this name
+    answer = previous = updated_ms = null;
+    clearList();
+  }
   if (click?.user_id !== id) drawPath((click = null));
   drawUser();
   drawProfile();
@@ -80,19 +86,22 @@ function watch(id) {
       if (!current()) return;
       if (state === "lost") setHealth("reconnecting");
       else if (state !== "open") explain(state);
-      else if (health.state !== "live") refresh().then(() => current() && setHealth("live"), error => current() && explain(error));
+      else if (health.state !== "live") refresh().then(() => current() && served(), error => current() && explain(error));
     },
     event(name, data) {
       if (!current()) return;
-      if (name === "status") setHealth(data.connected ? "live" : "broker");
-      else if (name === "recommendations" && data.user_id === id) arrived(data);
+      if (name === "status") {
+        connected = data.connected;
+        served();
+      }
+      if (name === "recommendations" && data.user_id === id) arrived(data);
     },
   }, signal);
 }
 
 function arrived(next) {
   show({ ...next, items: next.items.slice(0, K) });
-  if (health.state !== "live") setHealth("live");
+  if (health.state !== "live") served();
   const way = next.path;
   if (way && click?.state !== "done" && covers(way)) {
     Object.assign(click, { path: way, state: "done", shown_ms: Date.now() });

@@ -58,6 +58,12 @@ export function drawList(answer, before, onClick) {
   if (moved) announce(t("moved", { title: name(answer.items[0]) }));
 }
 
+export function clearList() {
+  rows.clear();
+  list.replaceChildren();
+  say($("note"), $("source").textContent = $("as-of").textContent = "");
+}
+
 function announce(text) {
   if ($("announce").textContent !== text) $("announce").textContent = text; // set again, it is read out again
 }
