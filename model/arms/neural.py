@@ -24,8 +24,12 @@ class Gru4Rec(nn.Module):
         self.gru = nn.GRU(width, width, batch_first=True)
 
     def forward(self, tokens: Tensor, held: Tensor) -> Tensor:
-        """(W, L, d) outputs; tokens (W, L, d), zero where not held (W, L)."""
-        out: Tensor = self.gru(tokens)[0]
+        """(W, L, d) outputs; tokens (W, L, d), held (W, L) bool. Read as if they alone stood there: even a zero in
+        between would move the state."""
+        order = torch.argsort((~held).byte(), dim=1, stable=True)  # (W, L) those held first
+        newest = (held.cumsum(1) - 1).clamp_min(0)  # (W, L) the place in `order` of the last one held
+        states = self.gru(tokens.gather(1, order.unsqueeze(2).expand_as(tokens)))[0]
+        out: Tensor = states.gather(1, newest.unsqueeze(2).expand_as(states))
         return out
 
 

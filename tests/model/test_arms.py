@@ -89,6 +89,22 @@ def test_sasrec_is_asked_at_a_place_that_is_trained() -> None:
     assert positions.grad.norm(dim=1).min() > 0
 
 
+@pytest.mark.parametrize("kind", ["gru4rec", "sasrec"])
+def test_a_user_is_told_the_same_whoever_else_is_asked(kind: str) -> None:
+    """The others' longer histories pad this one's."""
+    arm = RetrainedArm(kind, N, 300, width=32)
+    few, many = seen([3, 5, 8]), seen([*range(N)])
+    together = arm.score(np.array([0, 1]), [few, many], [0, 0])
+    np.testing.assert_allclose(together[:1], arm.score(np.array([0]), [few], [0]), atol=1e-5)
+
+
+def test_gru4rec_passes_over_a_dislike() -> None:
+    arm, rows = RetrainedArm("gru4rec", N, 300, width=32), np.array([3, 5, 8])
+    disliked = History(rows, np.array([1, -1, 1], np.float32), np.zeros(3, np.int64))
+    found = arm.score(np.array([0, 1]), [disliked, seen([3, 8])], [0, 0])
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
+
+
 def test_text_finds_what_reads_alike() -> None:
     random = np.random.default_rng(0)
     text = np.repeat(random.normal(size=(4, 16)), 10, axis=0) + 0.1 * random.normal(size=(N, 16))
