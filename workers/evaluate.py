@@ -1,11 +1,12 @@
 """`upwell evaluate`: every arm over a recorded stream, test-then-learn, into one folder.
 
-DIR/MODE/ARM.npz    what one arm did, event by event; kept, so that a run that was stopped goes on
-DIR/results.json    the figures          DIR/report.html, DIR/*.png    the same for the eye
+DIR/MODE/ARM-KEY.npz    what one arm did, event by event; kept, so that a run that was stopped goes on
+DIR/results.json        the figures          DIR/report.html, DIR/*.png    the same for the eye
 """
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -107,8 +108,8 @@ def evaluate(options: Options) -> Figures:
                 _run(options, setting, events, digest, name, bar)
     touched = np.bincount(_rows(events, items), minlength=len(items))
     for mode in ("strict", "line"):
-        kept = {path.stem: path for path in sorted((options.out / mode).glob("*.npz"))}
-        found = {name: _read(path, _key(options, digest, mode, name)) for name, path in kept.items()}
+        kept = sorted({path.stem.rpartition("-")[0] for path in (options.out / mode).glob("*.npz")})
+        found = {name: _read(*_place(options, digest, mode, name)) for name in kept}
         current = {name: pair for name, pair in found.items() if pair is not None}
         if current:
             bits["modes"][mode] = mode_figures(current, warmup, touched)
@@ -138,15 +139,17 @@ def _digest(events: Events, titles: dict[str, str], encoder: str) -> str:
     return made.hexdigest()
 
 
-def _key(options: Options, digest: str, mode: str, name: str) -> str:
-    """What a kept result must have been made from to count as this run's; the learner's code is not in it."""
+def _place(options: Options, digest: str, mode: str, name: str) -> tuple[Path, str]:
+    """Of a kept result, with its key: what it must have been made from to count as this run's. The name holds its hash,
+    so that another limit or seed replaces nothing; the learner's code is not in it."""
     config = ModelConfig().as_dict() if name.startswith(PRODUCT) else {}
-    return json.dumps([options.stream, digest, mode, name, options.seed, config])
+    key = json.dumps([options.stream, digest, mode, name, options.seed, config])
+    return options.out / mode / f"{name}-{hashlib.blake2b(key.encode(), digest_size=4).hexdigest()}.npz", key
 
 
 def _run(options: Options, setting: Setting, events: Events, digest: str, name: str, bar: Progress) -> None:
-    path, key = options.out / setting.mode / f"{name}.npz", _key(options, digest, setting.mode, name)
-    if path.exists() and _read(path, key) is not None:
+    path, key = _place(options, digest, setting.mode, name)
+    if _read(path, key) is not None:
         return
     made = make_arm(name, setting)
     arm = _Watched(made, bar, len(events), f"{setting.mode:6} {name}")
@@ -159,15 +162,20 @@ def _run(options: Options, setting: Setting, events: Events, digest: str, name: 
     columns = {field.name: getattr(outcome, field.name) for field in fields(outcome)}
     with (scratch := path.with_suffix(".part")).open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, key=np.array(key), seconds=np.array(arm.seconds), **columns)
+        file.flush()
+        os.fsync(file.fileno())
     scratch.rename(path)
 
 
 def _read(path: Path, key: str) -> tuple[Outcome, NDArray[np.float64]] | None:
-    """The outcome and seconds (calls, 2) of a finished run; None when it was made from something else."""
-    with np.load(path) as kept:
-        if str(kept["key"]) != key:
-            return None
-        return Outcome(**{field.name: kept[field.name] for field in fields(Outcome)}), kept["seconds"]
+    """The outcome and seconds (calls, 2) of a finished run; None when there is none, or it is damaged."""
+    try:
+        with path.open("rb") as file, np.load(file) as kept:
+            if str(kept["key"]) != key:
+                return None
+            return Outcome(**{field.name: kept[field.name] for field in fields(Outcome)}), kept["seconds"]
+    except Exception:  # of a file cut short also BadZipFile, zlib.error, EOFError, ValueError or KeyError
+        return None
 
 
 def run(options: Options) -> None:

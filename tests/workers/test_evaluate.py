@@ -1,6 +1,6 @@
 import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -144,11 +144,12 @@ def test_what_is_finished_is_kept_and_what_was_asked_otherwise_is_not(
         )
 
     first = run("popularity", "bpr")
-    assert run("popularity", "bpr", "markov")["modes"]["line"]["arms"]["bpr"] == first["modes"]["line"]["arms"]["bpr"]
-    assert made == ["popularity", "bpr", "markov"]
+    whole = run("popularity", "bpr", "markov")["modes"]["line"]["arms"]
+    assert whole["bpr"] == first["modes"]["line"]["arms"]["bpr"] and made == ["popularity", "bpr", "markov"]
     run("bpr", seed=1)
     assert run("bpr", limit=40)["modes"]["line"]["arms"].keys() == {"bpr"}  # the others are of another run
     assert made == ["popularity", "bpr", "markov", "bpr", "bpr"]
+    assert run("popularity")["modes"]["line"]["arms"] == whole and len(made) == 5  # nor has it replaced any
     for column, other in enumerate(("9", "another item", "1700000001", "view")):
         lines = write_csv(path).read_text(encoding="utf-8").splitlines()
         cells = lines[1].split(",")  # of one event
@@ -241,6 +242,19 @@ def test_a_broken_off_run_leaves_nothing_that_counts(tmp_path: Path, monkeypatch
         evaluate.evaluate(options)
     assert not list((tmp_path / "out").rglob("*.npz"))
     assert evaluate.evaluate(options)["modes"]["line"]["arms"]["markov"]["repeats"]["events"] == 48
+
+
+@pytest.mark.parametrize("damage", [lambda raw: b"", lambda raw: raw[: len(raw) // 2], lambda raw: bytes(len(raw))])
+def test_a_damaged_result_is_passed_over_and_run_again_when_asked(
+    damage: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    arguments = (str(write_csv(tmp_path / "shop.csv")), "--columns", COLUMNS, "--mode", "line", "--out", str(tmp_path))
+    assert upwell(*arguments, "--arms", "markov")[0] == 0
+    (kept,) = (tmp_path / "line").glob("*.npz")
+    kept.write_bytes(damage(kept.read_bytes()))
+    for arms in ("popularity", "markov"):
+        code, said = upwell(*arguments, "--arms", arms)
+        assert code == 0 and ("line   markov" in said) == (arms == "markov"), said
 
 
 @pytest.mark.parametrize(
