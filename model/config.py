@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 PERSONAL = 3  # parts that depend on the user; the others are columns of the items, the same for everyone
 PARTS = ("tower", "covisitation", "text", "popular_now", "popular_lately", "popular", "new", "young")  # of the mix
@@ -68,9 +67,6 @@ class ModelConfig:
     def shaped_like(self, other: ModelConfig) -> ModelConfig:
         """These settings, with the shapes of another's arrays: how a learner goes on from its model."""
         return replace(self, **{name: getattr(other, name) for name in SHAPES})
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def array_shapes(config: ModelConfig, num_items: int) -> dict[str, tuple[int, ...]]:

@@ -3,10 +3,10 @@
 B texts, T tokens, E width of the vectors.
 """
 
-import hashlib
 import importlib.util
 import threading
 from collections.abc import Iterator, Sequence
+from hashlib import file_digest, sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -77,7 +77,7 @@ class Encoder:
 
         Vectors pass through float16, so that fresh ones equal cached ones. Thread-safe.
         """
-        keys = [_key(self.name, text) if text.strip() else b"" for text in texts]
+        keys = [sha256(f"{self.name}\0{text}".encode()).digest() if text.strip() else b"" for text in texts]
         known = self._cache.get(list(set(keys))) if self._cache else {}
         new = {key: text for key, text in zip(keys, texts, strict=True) if key and key not in known}
         with self._lock:
@@ -146,12 +146,8 @@ def folder_of(model: str | Path) -> Path:
 
 
 def _weights_sha256(folder: Path) -> str:
-    digest = hashlib.sha256()
+    digest = sha256()
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-def _key(name: str, text: str) -> bytes:
-    return hashlib.sha256(f"{name}\0{text}".encode()).digest()

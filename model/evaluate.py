@@ -111,6 +111,7 @@ def _batches(order: Rows, batch: int) -> Iterator[tuple[int, int]]:
 class _Replay:
     def __init__(self, arm: Arm, events: Events, rows: Rows, order: Rows, num_items: int, length: int) -> None:
         self._arm, self._events, self._rows, self._order, self._length = arm, events, rows, order, length
+        self._users: Sequence[int] = events.users  # type: ignore[assignment]  # numbers, since `replayed`
         self._state = _State(np.zeros(num_items, np.int64))
         positive = events.weights > 0
         self._first = np.full(num_items, np.iinfo(np.int64).max)  # (N,) when each item was first seen
@@ -131,10 +132,6 @@ class _Replay:
             self._admit(position)
         size = max(1, MOST_CELLS // len(self._first))
         self._found += [self._ranked(asked[at : at + size]) for at in range(0, len(asked), size)]
-
-    @property
-    def _users(self) -> Sequence[int]:
-        return self._events.users  # type: ignore[return-value]  # numbers, since `replayed`
 
     def _admit(self, position: int) -> None:
         events = self._events
@@ -193,8 +190,7 @@ class LearnerArm:
     def learn(self, events: Events, rows: Rows) -> None:
         size, learner, stepped = self._learner.config.micro_batch, self._learner, False
         for start in range(0, len(events), size):
-            numbers, _ = learner.observe(events.slice(start, start + size))
-            self._waiting = np.append(self._waiting, numbers)
+            self._waiting = np.append(self._waiting, learner.observe(events.slice(start, start + size)))
             while len(self._waiting) >= size:
                 learner.learn_observed(self._waiting[:size])
                 self._waiting, stepped = self._waiting[size:], True

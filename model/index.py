@@ -171,10 +171,8 @@ class HnswIndex:
 
         A damaged file can still crash hnswlib: compare its hash first, and load in a process that may die.
         """
-        copies, dim, width = Copies(vectors), vectors.shape[1], hnsw_file.width(path)
-        lifted = width != dim
-        if width != dim + 1:  # which earlier releases lifted to
-            width = _width(dim, lifted)
+        copies, lifted = Copies(vectors), hnsw_file.width(path) != vectors.shape[1]
+        width = _width(vectors.shape[1], lifted)
         hnsw_file.check(path, (len(copies), width), _points(vectors, copies, width, scale), lifted)
         graph = hnswlib.Index(space="l2" if lifted else "ip", dim=width)
         graph.load_index(os.fspath(path), max_elements=len(copies))

@@ -25,12 +25,10 @@ from model.tower import TowerTrainer
 
 @dataclass(frozen=True)
 class LearnReport:
-    """What one call of learn did; the losses are means, NaN where nothing was learned from."""
+    """What one call of learn did; the loss is a mean, NaN where nothing was learned from."""
 
-    events: int
     steps: int
     tower_loss: float
-    mix_loss: float
 
 
 class Learner:
@@ -107,23 +105,20 @@ class Learner:
 
     def learn(self, events: Events) -> LearnReport:
         """Predicts, then learns, by micro-batches. FloatingPointError names the step that diverged."""
-        steps, tower_losses, mix_losses = self._tower.steps, list[float](), list[float]()
+        steps, losses = self._tower.steps, list[float]()
         for start in range(0, len(events), self.config.micro_batch):
-            numbers, losses = self.observe(events.slice(start, start + self.config.micro_batch))
-            mix_losses += losses
-            tower_losses += self.learn_observed(numbers)
-        means = [float(np.mean(losses)) if losses else float("nan") for losses in (tower_losses, mix_losses)]
-        return LearnReport(len(events), self._tower.steps - steps, *means)
+            losses += self.learn_observed(self.observe(events.slice(start, start + self.config.micro_batch)))
+        return LearnReport(self._tower.steps - steps, float(np.mean(losses)) if losses else float("nan"))
 
-    def observe(self, part: Events) -> tuple[Rows, list[float]]:
+    def observe(self, part: Events) -> Rows:
         """The cheap half of `learn`: at most a micro-batch into mix, histories and counts.
 
-        Its event numbers (n,), for `learn_observed` once they make a micro-batch, and the losses of the mix.
+        Its event numbers (n,), for `learn_observed` once they make a micro-batch.
         """
         rows, numbers = self._append(part)
-        losses = self._learn_mix(numbers, rows, part.ts_ms)
+        self._learn_mix(numbers, rows, part.ts_ms)
         self._count(numbers, rows, part.weights)
-        return numbers, losses
+        return numbers
 
     def learn_observed(self, numbers: Rows) -> list[float]:
         """The costly half: steps of the towers on observed events, oldest first, and the factors; the steps' losses."""
@@ -174,7 +169,7 @@ class Learner:
             pause = min(max(self.log.count // 8, self.config.micro_batch), longest)
             self._next_refresh = self.log.count + pause
 
-    def _learn_mix(self, numbers: Rows, rows: Rows, ts_ms: Rows) -> list[float]:
+    def _learn_mix(self, numbers: Rows, rows: Rows, ts_ms: Rows) -> None:
         """Against all items seen, not a sample, whose best are not the best: of a large catalogue with fewer events.
 
         One item in twelve cost 9 % of NDCG@10 by the mix, nothing by the towers (docs/quality.md). The first events
@@ -187,17 +182,16 @@ class Learner:
             every = math.ceil(seen / config.sampled_items)  # cells scored a batch: as with the sample
             chosen &= numbers % every == 0
         if not chosen.any():
-            return []
+            return
         numbers, targets = numbers[chosen], rows[chosen]
         candidates = np.concatenate(self._competing(targets))
         columns = self._columns(candidates)
         history = self.log.before(numbers, config.history, config.same_stamp_history)
         parts = self._scores(self._view(), history, ts_ms[chosen], candidates)
         excluded = self.log.consumed_mask(self.log.users(numbers), columns, len(candidates))
-        losses = self._mix.learn(parts, columns[targets], excluded, situation(history, ts_ms[chosen]), every)
+        self._mix.learn(parts, columns[targets], excluded, situation(history, ts_ms[chosen]), every)
         if not np.isfinite(self._mix.weights()).all():
             raise FloatingPointError(f"mix weights diverged at event {self.log.count}")
-        return [float(loss) for loss in losses]
 
     def _scores(self, view: Model, history: Padded, ts_ms: Rows, candidates: Rows) -> Floats:
         """(F, B, C) every part's score of every candidate."""

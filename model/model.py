@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Collection, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,19 @@ class Model:
         vectors[:, self.config.tower_dim] = vectors[:, PERSONAL - len(PARTS) :] = 0.0
         return vectors
 
+    def text_query(self, text: Floats) -> Floats:
+        """(1, D) query for what is nearest to this text (E,) by its own text: the other parts of the vector are zero.
+
+        The learned mix has no say: it weighs text by what it tells of the next click, and who asks in words means
+        words.
+        """
+        arrays, config = self.arrays, self.config
+        unit = centred(torch.as_tensor(text, dtype=torch.float32, device=self.device)[None], arrays["text.mean"])
+        first = config.tower_dim + 1 + config.covisitation_rank
+        query = np.zeros((1, config.dim), np.float32)
+        query[:, first : first + config.text_part] = _numpy(unit @ arrays["text.projection"])
+        return query
+
     @torch.no_grad()
     def user_parts(self, history: Padded, now_ms: NDArray[np.int64]) -> dict[str, Tensor]:
         """Unmixed query of each learned part: tower (B, d + 1), covisitation (B, R), text (B, P)."""
@@ -241,7 +255,7 @@ class Model:
         tensors = {name: array.detach().cpu().contiguous() for name, array in self._tensors().items()}
         save_file(tensors, folder / "weights.safetensors")
         (folder / "ids.json").write_text(json.dumps(self.ids, ensure_ascii=False), encoding="utf-8")
-        config = json.dumps(self.config.as_dict(), sort_keys=True, indent=1)
+        config = json.dumps(asdict(self.config), sort_keys=True, indent=1)
         (folder / "config.json").write_text(config, encoding="utf-8")
 
     @staticmethod

@@ -48,10 +48,6 @@ class Ranks:
         """Only the events at or after a position of the stream."""
         return self.where(self.position >= position)
 
-    def interval(self, metric: str) -> tuple[float, float]:
-        """95 % interval of a metric's mean by resampling users with all their events (Efron 1979)."""
-        return bootstrap(self.gains()[metric], self.users)
-
 
 @dataclass(frozen=True)
 class Outcome(Ranks):
@@ -73,7 +69,7 @@ class Outcome(Ranks):
 
 
 def bootstrap(values: Doubles, users: Rows, under: Doubles | None = None) -> tuple[float, float]:
-    """95 % interval of mean(values) over resampled users; give differences (n,) for a paired comparison.
+    """95 % interval of mean(values) over resampled users (Efron 1979); give differences (n,) for a paired comparison.
 
     Of sum(values) / sum(under) where `under` (n,) is given. (0, 0) without events.
     """

@@ -60,7 +60,9 @@ def best_index(
             progress=progress,
         )
         for index.ef in ef_search:
-            if (share := _recall(index, walks, truth)) >= GOOD_RECALL:
+            # One by one: of a batch more may be scanned instead, which finds all.
+            share = recall(np.concatenate([index.search(one[None], PROBE_K)[1] for one in walks]), truth)
+            if share >= GOOD_RECALL:
                 break
         if best is None or _merit(index, share) > _merit(*best):
             best = index, share
@@ -86,11 +88,6 @@ def column_scale(queries: Vectors) -> Vectors:
     """
     size: Vectors = np.sqrt(np.einsum("bd,bd->d", queries, queries) / len(queries))
     return np.maximum(size, np.float32(max(0.01 * size.max(), 1e-6)))
-
-
-def _recall(index: HnswIndex, walks: Vectors, truth: Vectors) -> float:
-    """Of queries one by one: more of them in a batch may be scanned instead, which finds all."""
-    return recall(np.concatenate([index.search(one[None], PROBE_K)[1] for one in walks]), truth)
 
 
 def walk(model: ModelLike, exact: ExactIndex, num: int, steps: int = 8) -> Vectors:

@@ -71,9 +71,8 @@ def tower_vectors(arrays: Arrays, heads: int, items: Floats, history: Padded, no
     gaps = _gap_bucket(now_ms[:, None] - history.ts_ms)  # (B, T)
     pause = np.where(newest > 0, gaps[batch, newest - 1], 0)
     last = keys[batch, newest] + arrays["user.pause"][pause]  # (B, d)
-    query = (last @ arrays["user.query.weight"].T + arrays["user.query.bias"]).reshape(
-        len(items), heads, -1
-    )  # (B, H, d)
+    query = last @ arrays["user.query.weight"].T + arrays["user.query.bias"]
+    query = query.reshape(len(items), heads, -1)  # (B, H, d)
     logits = query @ keys.transpose(0, 2, 1) / np.float32(math.sqrt(keys.shape[2]))  # (B, H, S)
     distance = np.arange(items.shape[1] - 1, -1, -1, dtype=np.float32)  # (T,)
     logits[:, :, 0] += arrays["user.start_bias"]

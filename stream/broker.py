@@ -70,7 +70,9 @@ class LocalBroker:
             java = self._java()
             self._port, cluster = configure(self.folder, self._port, self._cluster, self._settings)
             self._format(java, cluster)
-            self._spawn([*java, "kafka.Kafka", str(self.folder / "server.properties")], lock)
+            command = [*java, "kafka.Kafka", str(self.folder / "server.properties")]
+            with (self.folder / "broker.log").open("ab") as log:
+                self._guard, self.pid = guarded(command, log, pass_fds=[lock])
         finally:
             os.close(lock)  # the guard has inherited it: the folder is taken for as long as the guard lives
         try:
@@ -118,20 +120,14 @@ class LocalBroker:
         if done.returncode != 0:
             raise BrokerError(f"formatting {self.folder} failed:\n{done.stdout[-2000:]}")
 
-    def _spawn(self, command: list[str], lock: int) -> None:
-        with (self.folder / "broker.log").open("ab") as log:
-            self._guard, self.pid = guarded(command, log, pass_fds=[lock])
-
     def _await_ready(self) -> None:
         assert self._guard is not None
         deadline = time.monotonic() + START_S
         while not _answers(self.bootstrap):
             if self._guard.poll() is not None or time.monotonic() > deadline:
-                raise BrokerError(f"the broker on {self.bootstrap} did not come up:\n{self._log_tail()}")
+                said = (self.folder / "broker.log").read_text(errors="replace")[-3000:]
+                raise BrokerError(f"the broker on {self.bootstrap} did not come up:\n{said}")
             time.sleep(0.05)
-
-    def _log_tail(self) -> str:
-        return (self.folder / "broker.log").read_text(errors="replace")[-3000:]
 
 
 def require_unused(folder: Path) -> None:

@@ -103,7 +103,7 @@ class Producer(Closing):
         ticket: Future[Place] = Future()
         ticket.set_running_or_notify_cancel()  # nobody who waits for it can take it back
         with self._changed:
-            if not self._changed.wait_for(self._has_room, timeout=self._block_s):
+            if not self._changed.wait_for(lambda: len(self._in_flight) < self._max_in_flight, self._block_s):
                 raise BufferFull(
                     f"{self._max_in_flight} events in flight, none acknowledged in {self._block_s} s; "
                     "is the cluster reachable?"
@@ -134,9 +134,6 @@ class Producer(Closing):
         if producer is not None:
             with contextlib.suppress(kafka.errors.KafkaTimeoutError):
                 producer.close(timeout=1)
-
-    def _has_room(self) -> bool:
-        return len(self._in_flight) < self._max_in_flight
 
     def _done(self, ticket: Future[Place], outcome: Any) -> None:
         failed = isinstance(outcome, BaseException)

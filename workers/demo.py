@@ -76,7 +76,9 @@ def run_demo(options: DemoOptions) -> int:
         ensure(settings.topics, settings.connection)
         if options.broker:
             stack.callback(_clear, settings, console)
-        send_items(settings, dataset)
+        with ClickProducer(settings.connection, settings.topics) as producer:
+            for item in dataset.items:
+                producer.send_item(item)
         roles = stack.enter_context(Roles({}, FOLDER / "logs"))
         console.print(f"{len(dataset.items):,} items sent; waiting for the first generation")
         observer = Observer(settings)
@@ -136,12 +138,6 @@ def _settings(bootstrap: str, port: int, *, local: bool) -> Settings:
     return settings
 
 
-def send_items(settings: Settings, dataset: Dataset) -> None:
-    with ClickProducer(settings.connection, settings.topics) as producer:
-        for item in dataset.items:
-            producer.send_item(item)
-
-
 class Demo:
     """The replay, and what is shown and said of it."""
 
@@ -163,7 +159,7 @@ class Demo:
             with ClickProducer(self.settings.connection, self.settings.topics) as producer:
                 for click in replay(producer, self.events, self.rate, self.stop):
                     self.sent += 1
-                    self.observer.ask_for(click.user_id)
+                    self.observer.user_id = click.user_id
                     if time.monotonic() - drawn > REDRAW_S:
                         drawn = time.monotonic()
                         screen.update(self.table(), refresh=True)
@@ -192,7 +188,7 @@ class Demo:
         """Print the summary as the last line; what does not hold goes to stderr."""
         settings, seen = self.settings, self.observer
         states = raw_states(settings)
-        hr10, hr10_popularity, _ = seen.hit_rates()
+        (hr10, hr10_popularity, _), (p50, p99) = seen.hit_rates(), seen.latency_ms()
         summary = summarise(self.events[: self.sent], states, settings) | {
             "dead_letters": sum(end_offsets(settings.connection, settings.topics.dead_letters.name).values()),
             "generations": len(seen.generations),
@@ -202,9 +198,7 @@ class Demo:
             "empty_requests": seen.empty_requests,
             "hr10": round(hr10, 4),
             "hr10_popularity": round(hr10_popularity, 4),
-            "click_to_recommendation_ms": dict(
-                zip(("p50", "p99"), (round(ms, 1) for ms in seen.latency_ms()), strict=True)
-            ),
+            "click_to_recommendation_ms": {"p50": round(p50, 1), "p99": round(p99, 1)},
             "broker": settings.kafka.bootstrap,
             "seconds": round(time.monotonic() - began, 1),
         }

@@ -8,8 +8,9 @@ import hashlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,8 @@ def evaluate(options: Options) -> Figures:
             setting = Setting(items, text, mode, len(events), warmup, options.seed)
             for name in options.arms:
                 _run(options, setting, events, digest, name, bar)
-    touched = np.bincount(_rows(events, items), minlength=len(items))
+    clicked = Counter(events.items)
+    touched = np.array([clicked[item] for item in items])
     for mode in ("strict", "line"):
         kept = sorted({path.stem.rpartition("-")[0] for path in (options.out / mode).glob("*.npz")})
         found = {name: _read(*_place(options, digest, mode, name)) for name in kept}
@@ -127,11 +129,6 @@ def _texts(texts: list[str], settings: Settings) -> tuple[NDArray[np.float32], s
     return encoder.encode(texts), encoder.name
 
 
-def _rows(events: Events, items: list[str]) -> NDArray[np.int64]:
-    row_of = {item: row for row, item in enumerate(items)}
-    return np.array([row_of[item] for item in events.items], np.int64)
-
-
 def _digest(events: Events, titles: dict[str, str], encoder: str) -> str:
     """Of every event, of what the items say and of what has read it."""
     made = hashlib.blake2b(events.weights.tobytes() + events.ts_ms.tobytes(), digest_size=16)
@@ -142,7 +139,7 @@ def _digest(events: Events, titles: dict[str, str], encoder: str) -> str:
 def _place(options: Options, digest: str, mode: str, name: str) -> tuple[Path, str]:
     """Of a kept result, with its key: what it must have been made from to count as this run's. The name holds its hash,
     so that another limit or seed replaces nothing; the learner's code is not in it."""
-    config = ModelConfig().as_dict() if name.startswith(PRODUCT) else {}
+    config = asdict(ModelConfig()) if name.startswith(PRODUCT) else {}
     key = json.dumps([options.stream, digest, mode, name, options.seed, config])
     return options.out / mode / f"{name}-{hashlib.blake2b(key.encode(), digest_size=4).hexdigest()}.npz", key
 

@@ -42,19 +42,19 @@ def _paired(one: Outcome, other: Outcome) -> Figures:
 def _arm_figures(test: Outcome, seconds: NDArray[np.float64], touched: NDArray[np.int64]) -> Figures:
     new, opened = test.new(), test.open()
     slices = np.array_split(np.arange(len(new.ranks)), SLICES)
-    hits = new.gains()["hr@10"]
+    gains = new.gains()
     return {
         "events": len(new.ranks),
         **new.metrics(),
         "us_per_event": float(1e6 * seconds[:, 1].sum() / seconds[:, 0].sum()),
-        "intervals": {name: new.interval(name) for name in ("hr@10", "ndcg@10")},
+        "intervals": {name: bootstrap(gains[name], new.users) for name in ("hr@10", "ndcg@10")},
         **spread(new.top, touched),
         "repeats": {"events": len(opened.ranks), "repeated": int(test.repeat.sum()), **opened.metrics()},
         "by_history": _buckets(new, new.histories, HISTORY),
         "by_item_age": _buckets(new, new.earlier, AGE),
         "cold_auc": {name: _cold(new, low, high) for name, low, high in AGE[:2]}
         | {f"0, history {name}": _cold(part, 0, 0) for name, part in _parts(new, new.histories, HISTORY).items()},
-        "over_time": [[int(new.position[at[-1]]), float(hits[at].mean())] for at in slices if len(at)],
+        "over_time": [[int(new.position[at[-1]]), float(gains["hr@10"][at].mean())] for at in slices if len(at)],
         "cost_over_time": _cost(seconds),
     }
 

@@ -51,7 +51,7 @@ class Observer:
         self.generations: set[str] = set()
         self.generation = ""
         self._latency_ms: list[float] = []
-        self._user_id: str | None = None
+        self.user_id: str | None = None  # whose list the next request asks for
         self._began = time.monotonic()
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._subscribe, self._ask)]
 
@@ -78,10 +78,6 @@ class Observer:
                 continue
         return False
 
-    def ask_for(self, user_id: str) -> None:
-        """Whose list the next request asks for."""
-        self._user_id = user_id
-
     def _subscribe(self) -> None:
         """A downstream service: from Kafka's stamp of a list's newest click until the list is in our hands."""
         with Subscriber(self._settings.connection, self._settings.topics) as subscriber:
@@ -95,11 +91,11 @@ class Observer:
         """Requests without pause, swaps or not."""
         connection = http.client.HTTPConnection(self._address, timeout=5)
         while not self._stop.wait(1 / REQUESTS_A_SECOND):
-            if self._user_id is None:
+            if self.user_id is None:
                 continue
             self.requests += 1
             try:
-                connection.request("GET", f"/v1/users/{quote(self._user_id, safe='')}/recommendations?k=10")
+                connection.request("GET", f"/v1/users/{quote(self.user_id, safe='')}/recommendations?k=10")
                 answer = connection.getresponse()
                 body = json.loads(answer.read())
                 self.failed_requests += answer.status != 200

@@ -52,9 +52,7 @@ def share_heaps() -> None:
 
 def end_with_threads() -> None:
     """A thread that ends by an error ends the process: what it follows would stand still, and nobody would see."""
-    threading.excepthook = lambda args: die(
-        f"thread {args.thread.name if args.thread else '?'}", EX_SOFTWARE, args.exc_value
-    )
+    threading.excepthook = lambda args: die(f"thread {args.thread and args.thread.name}", EX_SOFTWARE, args.exc_value)
 
 
 def compute_in_one_thread() -> None:

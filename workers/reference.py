@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from prometheus_client.metrics import MetricWrapperBase
 from typer.cli import get_docs_for_click
 
 from stream.asyncapi import messages, schema
 from stream.topics import DAY_MS, Topic, Topics
-from workers import metrics_page
+from workers import metrics
 from workers.cli import app
 from workers.keys import OPEN
 from workers.routes import PROBLEMS
@@ -30,6 +31,17 @@ MADE = "Made by `make reference` from the code; a test holds it to that.\n"
 TABLE = "\n| name | type | default | what it is |\n|---|---|---|---|\n"
 BOUNDS = {"minimum": "≥ {}", "exclusiveMinimum": "> {}", "maximum": "≤ {}", "exclusiveMaximum": "< {}",
           "maxLength": "at most {} characters", "maxItems": "at most {}"}  # fmt: skip
+UNITS = ("seconds", "bytes", "clicks", "users", "items")
+METRICS_HEAD = """# Metrics
+
+Made by `make reference` from `workers/metrics.py`; a test holds it to that. Every role exposes all of these names,
+`serve` at `/metrics` of its port, the others on `metrics_port` at `metrics_host`; those that a role does not set stay 0
+or without samples. Histograms come as `_bucket`, `_sum` and `_count`. No label holds a user or an item. Beside these,
+prometheus_client exports the process (`process_*`) and Python's garbage collector (`python_*`).
+
+| name | type | unit | labels | what it is, and what to do when it moves |
+|---|---|---|---|---|
+"""
 
 
 def type_of(field: Schema) -> str:
@@ -138,12 +150,33 @@ def commands() -> str:
     return made.replace("# `upwell`\n", f"# Commands\n\n{MADE}", 1).rstrip() + "\n"
 
 
+def listed() -> dict[str, MetricWrapperBase]:
+    """All metrics by the name under which they are scraped."""
+    found = [value for value in vars(metrics).values() if isinstance(value, MetricWrapperBase)]
+    return {name_of(metric): metric for metric in found}
+
+
+def name_of(metric: MetricWrapperBase) -> str:
+    (family,) = metric.describe()
+    return family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
+
+
+def metric_list() -> str:
+    rows = []
+    for name, metric in sorted(listed().items()):
+        (family,) = metric.describe()
+        unit = next((unit for unit in UNITS if unit in name.removesuffix("_total").split("_")), "")
+        labels = ", ".join(f"`{label}`" for label in metric._labelnames)
+        rows.append(f"| `{name}` | {family.type} | {unit} | {labels} | {family.documentation} |\n")
+    return METRICS_HEAD + "".join(rows)
+
+
 PAGES = {
     "api.md": api,
     "topics.md": topics,
     "settings.md": settings,
     "commands.md": commands,
-    "../metrics.md": metrics_page.page,
+    "../metrics.md": metric_list,
 }
 
 if __name__ == "__main__":

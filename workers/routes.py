@@ -37,13 +37,10 @@ PROBLEMS = {
 def route(scope: Scope | None, *also: int, **opt: Any) -> dict[str, Any]:
     """Keyword arguments of a route that needs this scope, or none; `also`: statuses beside the usual ones."""
     usual = (400, 401, 403, 429, 503) if scope else ()
-    responses = {status: _problem(PROBLEMS.get(status, "see `detail`")) for status in (*usual, *also)}
+    said = {status: PROBLEMS.get(status, "see `detail`") for status in (*usual, *also)}
+    responses = {s: ResponseSpec(Problem, generate_examples=False, description=what) for s, what in said.items()}
     security = [{"key": [scope]}] if scope else None
     return {"opt": {"scope": scope, **opt}, "security": security, "responses": responses}
-
-
-def _problem(description: str) -> ResponseSpec:
-    return ResponseSpec(Problem, generate_examples=False, description=description)
 
 
 def an_id(description: str, value: str) -> Any:

@@ -95,18 +95,12 @@ async def _deliver(
     with asking_kafka("did not take the events"):
         sent, rejected = await service.to_kafka(_send, entries, read, send)
         if not sent:
-            raise HTTPException(
-                status_code=400,
-                detail=rejected[0].cause,
-                extra={"rejected": msgspec.to_builtins(rejected)},
-            )
+            extra = {"rejected": msgspec.to_builtins(rejected)}
+            raise HTTPException(status_code=400, detail=rejected[0].cause, extra=extra)
         waiting = asyncio.gather(*(asyncio.wrap_future(place) for _, _, place in sent))
         places = await asyncio.wait_for(waiting, DELIVERY_S)
-    return Receipt(
-        len(sent),
-        rejected,
-        [_delivered(index, event, place) for (index, event, _), place in zip(sent, places, strict=True)],
-    )
+    results = [_delivered(index, event, place) for (index, event, _), place in zip(sent, places, strict=True)]
+    return Receipt(len(sent), rejected, results)
 
 
 def _delivered(index: int, event: Click | Item, place: Place) -> Delivered:

@@ -47,11 +47,8 @@ def prometheus() -> Response[bytes]:
 @get("/v1/figures", sync_to_thread=True, cache=1, summary="For charts", tags=["ops"], **route("read"))
 def figures(service: Served) -> Figures:
     """At most one second old."""
-    port, snapshot, latencies = (
-        service.settings.worker.metrics_port,
-        service.live.snapshot,
-        service.updates.latencies_ms,
-    )
+    port, snapshot = service.settings.worker.metrics_port, service.live.snapshot
+    latencies = service.updates.latencies_ms
     worker = scrape(f"http://127.0.0.1:{port}/metrics") if port else {}
     p50, p99 = np.percentile(latencies, [50, 99]).tolist() if latencies else (None, None)
     served, popularity = (worker.get(f"upwell_live_hit_rate_at_10{{{name}}}") for name in ("served", "popularity"))

@@ -18,7 +18,6 @@ from model.index import EXACT_SHARE, ExactIndex
 from model.model import History, Model
 from model.queries import Rows, Vectors
 from model.rules import chances, diversify, explore
-from model.told import text_query
 from model.user_state import Entry, digest, unpack
 from stream.events import Artifact, Because, ItemVector, Ranked
 from workers.catalogue import Catalogue, Filters
@@ -177,7 +176,7 @@ class Snapshot:
 
         Raises SearchProcessDied.
         """
-        (ranked,) = self._lists(text_query(self.model, text), [Query((), b"", time.time_ns() // 1_000_000, rules)], k)
+        (ranked,) = self._lists(self.model.text_query(text), [Query((), b"", time.time_ns() // 1_000_000, rules)], k)
         return ranked
 
     def explain(

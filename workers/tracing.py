@@ -105,11 +105,6 @@ class ClickSpans:
             span.end(moments[-1])
 
 
-def click_spans(settings: Settings) -> ClickSpans | None:
-    tracer = tracer_of(settings)
-    return ClickSpans(tracer, settings.topics.clicks.name) if tracer else None
-
-
 def request_spans(tracer: Tracer | None) -> list[Middleware]:
     """A span a request, in the caller's trace where it sends one; named by the route: the path holds user ids."""
     if tracer is None:

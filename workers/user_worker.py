@@ -28,7 +28,7 @@ from workers.sender import BatchSender, Keyed
 from workers.settings import Settings
 from workers.state_writer import Acknowledge, Tombstone, state_record
 from workers.states import Owned, OwnedStates, limits_of
-from workers.tracing import click_spans
+from workers.tracing import ClickSpans, tracer_of
 
 log = structlog.get_logger()
 
@@ -51,7 +51,7 @@ class UserWorker:
         self._recommender = Recommender(settings, live)
         self._lists = Batcher(self._recommender.recommend, "recommend")
         self._bad: deque[bool] = deque(maxlen=RATIO_WINDOW)
-        self._spans = click_spans(settings)
+        self._spans = ClickSpans(tracer, self._topics.clicks.name) if (tracer := tracer_of(settings)) else None
 
     async def process(self, partition: int, records: Sequence[Any], acknowledge: Acknowledge) -> None:
         """Lists and dead letters are in Kafka when this returns; `acknowledge` is called when the states are too.
@@ -186,15 +186,9 @@ class UserWorker:
         self, partition: int, owed: Folded, recommended: Recommended, traced: Mapping[int, tuple[Header]]
     ) -> None:
         now_ms = time.time_ns() // 1_000_000
-        answers: list[Keyed] = [
-            (
-                u.encode(),
-                encode(self._answer(u, owed, partition, recommended, now_ms)),
-                *traced.get(owed.newest[u].offset, ()),
-            )
-            for u in recommended.lists
-        ]
-        await self._sender.send(self._topics.recommendations.name, partition, answers)
+        answers = {u: encode(self._answer(u, owed, partition, recommended, now_ms)) for u in recommended.lists}
+        records: list[Keyed] = [(u.encode(), raw, *traced.get(owed.newest[u].offset, ())) for u, raw in answers.items()]
+        await self._sender.send(self._topics.recommendations.name, partition, records)
 
     def _answer(
         self, user_id: str, owed: Folded, partition: int, recommended: Recommended, now_ms: int

@@ -61,9 +61,7 @@ def run_worker(settings: Settings) -> NoReturn:
     app = batch_app(settings.group, settings.connection, begin, finish, readable)
     clicks = app.topic(settings.topics.clicks.name, value_type=bytes, value_serializer="raw")
 
-    def fenced(error: BaseException) -> None:
-        die("states can be written no more, or their clicks not acknowledged", EX_SOFTWARE, error)
-
+    fenced = partial(die, "states can be written no more, or their clicks not acknowledged", EX_SOFTWARE)
     owned = OwnedStates(settings.connection, settings.topics.users.name, fenced)
     worker, handed = UserWorker(settings, live, owned, sender), Handed(settings)
 

@@ -119,7 +119,7 @@ def test_what_is_learned_is_as_good(stream: list[Click], capsys: pytest.CaptureF
         learner = Learner(CONFIG, SEED)
         learner.add_items([item.item_id for item in items], text)
         report = learner.learn(events_of(clicks, lambda _: 1.0))
-        assert np.isfinite([report.tower_loss, report.mix_loss]).all()
+        assert np.isfinite(report.tower_loss)
         models.append(learner.model())
         learners.append(learner)
     held_out = hold_out(learners[1], events_of(stream[-SLICE:], lambda _: 1.0))

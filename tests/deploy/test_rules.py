@@ -14,7 +14,7 @@ from prometheus_client import Counter, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
 from tests.deploy.prometheus import FOLDER, RULES, needs_prometheus
-from workers.metrics_page import listed
+from workers.reference import listed
 
 ROOT = FOLDER.parents[1]
 ALERTS = {rule["alert"]: rule for group in RULES["alerts"]["groups"] for rule in group["rules"]}

@@ -23,7 +23,6 @@ from model.gate import hold_out, judge
 from model.learner import Learner
 from model.model import Model
 from model.sampling import History
-from model.told import text_query
 from tests.model.test_learner import CONFIG, HISTORY, ITEMS, TEXT, chain
 
 GPU = torch.device("cuda")
@@ -128,7 +127,7 @@ def test_learning_judging_and_serving_stay_on_the_device(device: str, tmp_path: 
         grown.item_vectors(row), here.extended(["new"], TEXT[:1]).item_vectors(row + 40), atol=1e-5
     )
     np.testing.assert_array_equal(grown.tastes(row), grown.served["tower.items"][row])
-    np.testing.assert_allclose(text_query(grown, TEXT[0]), text_query(here, TEXT[0]), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(grown.text_query(TEXT[0]), here.text_query(TEXT[0]), rtol=1e-4, atol=1e-5)
 
 
 def test_a_gpu_without_room_is_no_damaged_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,16 +184,6 @@ def test_a_file_of_other_vectors_is_refused(lifted: bool, tmp_path: Path) -> Non
         HnswIndex.load(tmp_path / "index", VECTORS[::-1])
 
 
-def test_a_graph_of_an_earlier_release_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Lifted to D + 1 columns, without zeros between: another width of the same points."""
-    monkeypatch.setattr(model.index, "_LANES", 1)
-    HnswIndex.build(VECTORS, seed=3, ef=100).save(tmp_path / "index")
-    monkeypatch.undo()
-    loaded, built = HnswIndex.load(tmp_path / "index", VECTORS, ef=100), HnswIndex.build(VECTORS, seed=3, ef=100)
-    assert (loaded._graph.dim, built._graph.dim) == (D + 1, 32)
-    assert recall(loaded.search_graph(QUERIES, 20)[1], built.search_graph(QUERIES, 20)[1]) > 0.99
-
-
 def test_a_graph_lifted_on_another_processor_is_taken_for_the_same(tmp_path: Path) -> None:
     """Which adds up squares in another order: of vectors of one length, all that is lifted is rounding."""
     unit = VECTORS / np.linalg.norm(VECTORS, axis=1, keepdims=True)

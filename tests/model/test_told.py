@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from model.told import text_query
 from tests.model.test_gate import learner
 
 
@@ -11,7 +10,7 @@ def test_the_nearest_text_comes_first() -> None:
     mean, directions = (model.arrays[name].numpy() for name in ("text.mean", "text.projection"))  # (E,), (E, P)
     text = (mean + rng.normal(size=(50, directions.shape[1])) @ directions.T).astype(np.float32)  # (50, E)
     vectors = model.extended([f"new{n}" for n in range(50)], text).item_vectors()[len(model.ids) :]
-    queries = np.concatenate([text_query(model, one) for one in text])  # (50, D)
+    queries = np.concatenate([model.text_query(one) for one in text])  # (50, D)
     assert (vectors @ queries.T).argmax(axis=0).tolist() == list(range(50))
     vectors[:, -5:] += rng.normal(size=(50, 5)).astype(np.float32)  # popularity
     assert (vectors @ queries.T).argmax(axis=0).tolist() == list(range(50))

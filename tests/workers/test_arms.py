@@ -8,8 +8,7 @@ from stream.events import Click, Erasure, Ranked, Recommendations, encode
 from stream.producer import Producer
 from stream.topics import Topics
 from tests.records import Record
-from workers.arm_log import Scored, score
-from workers.arm_report import lines, table
+from workers.arm_report import Scored, lines, score, table
 from workers.arms import all_arms, arm_of, query_of
 from workers.settings import Arm, Settings
 from workers.snapshot import PLAIN, Rules

@@ -356,7 +356,7 @@ def test_a_demo_beside_another_service_refuses_and_deletes_nothing(
 def test_a_demo_sends_and_is_judged_by_what_stands_in_the_topics(settings: Settings) -> None:
     sent = clicks(20, users=3)
     options = demo.DemoOptions(True, "x", 10, 1e6, 0, None, None)
-    observer: Any = SimpleNamespace(url="", ask_for=lambda _: None)
+    observer: Any = SimpleNamespace(url="")
     made = demo.Demo(settings, Dataset("x", [], sent), options, observer, threading.Event())
     with ClickProducer(settings.connection, settings.topics) as producer:
         assert len(list(replay(producer, made.events, 1e6, made.stop))) == 10
@@ -369,7 +369,7 @@ def test_a_demo_asks_for_whatever_a_user_is_called() -> None:
     with fake_api() as (fake, url):
         watching = Observer(Settings(serve=Serve(port=int(url.rsplit(":", 1)[1].strip("/")))))
         fake.clicks["a b/c?ü"] = ["i1"]
-        watching.ask_for("a b/c?ü")
+        watching.user_id = "a b/c?ü"
         asking = threading.Thread(target=watching._ask)
         asking.start()
         until(lambda: watching.requests > 1, "it has asked")

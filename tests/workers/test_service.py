@@ -33,7 +33,7 @@ from stream.topics import ensure
 from tests.workers.service import ITEMS, Service, clicks, until, upwell, upwell_here
 from workers.announcements import read_announcements
 from workers.check import count_applied, fold_offline
-from workers.dead_letters import read, resend
+from workers.dead_letters import place, read, resend
 from workers.observe import num_committed
 from workers.settings import Kafka, Settings
 from workers.up import HOPELESS
@@ -348,7 +348,7 @@ def test_dead_letters_are_listed_and_replayed(service: Service) -> None:
     cut = replace(letter, offset=6, truncated=True, cause="size: too big")
     with Producer(settings.connection) as producer:
         for one in (letter, cut):
-            producer.send_raw(settings.topics.dead_letters.name, one.cause.encode(), encode(one))
+            producer.send_raw(settings.topics.dead_letters.name, place(one), encode(one))
     listed = upwell_here(settings, "dead-letters", "list", "--limit", "2").stdout.splitlines()
     assert len(listed) == 2 and f"{topic}[1]@5  version: too new" in listed[0]
     number = listed[0].split()[0]

@@ -380,7 +380,7 @@ def rounds(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Rounds:
 
         def learn(events: Events) -> LearnReport:
             learned.append(len(events))
-            return LearnReport(0, 0, 0.0, 0.0)
+            return LearnReport(0, 0.0)
 
         def judge(_: Model, held_out: Slice) -> Verdict:
             judged.append(held_out.events)

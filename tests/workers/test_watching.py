@@ -14,7 +14,7 @@ from stream.producer import Producer
 from tests.deploy.prometheus import RULES, Prometheus, needs_prometheus, running_prometheus
 from tests.deploy.test_rules import QUERIES
 from tests.workers.service import ITEMS, Service, clicks, until
-from workers.metrics_page import listed
+from workers.reference import listed
 
 # What may be 0 in a healthy service, a name or one of its series.
 QUIET = {

@@ -44,10 +44,8 @@ def naive(device: torch.device) -> Callable[[Sequence[str]], Vectors]:
             part = list(texts[start : start + NAIVE_BATCH])
             inputs = tokenizer(part, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
             inputs = inputs.to(device)
-            hidden, mask = (
-                net(**inputs).last_hidden_state,
-                inputs["attention_mask"].unsqueeze(-1),
-            )  # (b, T, E), (b, T, 1)
+            hidden = net(**inputs).last_hidden_state  # (b, T, E)
+            mask = inputs["attention_mask"].unsqueeze(-1)  # (b, T, 1)
             vectors.append(((hidden * mask).sum(1) / mask.sum(1)).cpu().numpy())
         return unit(np.concatenate(vectors))
 

@@ -76,9 +76,8 @@ def work(options: Options) -> tuple[dict[str, float], dict[str, float | str]]:
     whole = folding[: options.scaled(40_000, 1_500)]
     num_items = 1_000 if options.quick else 50_000
     items = data.items(num_items)
-    model = data.made_up_model(
-        num_items, data.SMALL if options.quick else ModelConfig(), 200 if options.quick else 2_000
-    )
+    config = data.SMALL if options.quick else ModelConfig()
+    model = data.made_up_model(num_items, config, 200 if options.quick else 2_000)
     with stage() as set_up:
         artifact = data.generation(set_up.folder / "g1", model)
         with SearchProcess(set_up.folder / "g1", artifact.manifest_sha256) as search:
