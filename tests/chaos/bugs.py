@@ -10,13 +10,16 @@ import secrets
 import signal
 import time
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, cast
 
 from aiokafka.producer.sender import Sender
 from faust.transport.drivers.aiokafka import AIOKafkaConsumerThread
+from kafka.errors import KafkaError
 
 from model.user_state import Applied, Fold
 from stream.connection import Connection
+from stream.consumer import end_offsets
 from stream.producer import Place, Producer
 from stream.subscriber import Subscriber
 from workers import dead_letters as dead_letters_module
@@ -255,6 +258,17 @@ def erasure_passed_over() -> None:
     UserWorker._decode = deaf  # type: ignore[method-assign]
 
 
+def erased_once() -> None:
+    """A wish that is read again, its worker having died, counts as carried out."""
+    decode = UserWorker._decode
+
+    def hasty(self: UserWorker, records: Any, states: Any) -> Any:
+        reads, erased, dead = decode(self, records, states)
+        return reads, {user: offset for user, offset in erased.items() if states.get(user).offset < offset}, dead
+
+    UserWorker._decode = hasty  # type: ignore[method-assign]
+
+
 def hoards() -> None:
     """Every message read stays in memory, with what was made of it: 256 KiB each."""
     decode = UserWorker._decode
@@ -283,6 +297,57 @@ def leaks() -> None:
 def lists_forgotten() -> None:
     """Of several micro-batches that waited together only the last one's users get a list."""
     Folded.and_then = lambda self, later, erased, states: later  # type: ignore[method-assign]
+
+
+def errors_passed_over() -> None:
+    """A batch that raises is logged, and the worker goes on with the next."""
+    process = UserWorker.process
+
+    async def calm(self: UserWorker, *arguments: Any) -> None:
+        try:
+            await process(self, *arguments)
+        except Exception as error:
+            print("passed over", repr(error), flush=True)
+
+    UserWorker.process = calm  # type: ignore[method-assign, assignment]
+
+
+def lists_emptied() -> None:
+    """Each list is sent without an item."""
+    send = UserWorker._send
+
+    async def empty(self: UserWorker, partition: int, owed: Any, recommended: Any, traced: Any) -> None:
+        nothing: dict[str, list[Any]] = {user_id: [] for user_id in recommended.lists}
+        await send(self, partition, owed, recommended._replace(lists=nothing), traced)
+
+    UserWorker._send = empty  # type: ignore[method-assign]
+
+
+def lists_wait() -> None:
+    """A list is made when Kafka has answered."""
+    recommend = Service.recommend
+
+    def waits(self: Service, *arguments: Any) -> Any:
+        while True:
+            try:
+                end_offsets(self.settings.connection, self.settings.topics.clicks.name)
+                return recommend(self, *arguments)
+            except KafkaError:
+                time.sleep(0.1)
+
+    Service.recommend = waits  # type: ignore[method-assign, assignment]
+
+
+def falls() -> None:
+    """A worker ends by an error at its third batch, once, and comes back."""
+    process, passed = UserWorker.process, itertools.count(1)
+
+    async def clumsy(self: UserWorker, *arguments: Any) -> None:
+        if next(passed) == 3 and "planted" not in Path("/proc/self/fd/1").read_text():  # its log
+            raise RuntimeError("planted")
+        await process(self, *arguments)
+
+    UserWorker.process = clumsy  # type: ignore[method-assign, assignment]
 
 
 def joins_at_once() -> None:

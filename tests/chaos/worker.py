@@ -7,6 +7,7 @@ a core, and the scenarios start hundreds. Production code knows nothing of the p
 import asyncio
 import faulthandler
 import inspect
+import itertools
 import multiprocessing
 import os
 import signal
@@ -22,6 +23,7 @@ from stream.connection import Connection
 from tests.chaos.bugs import plant
 from workers import faust_batches, handed, partitions, worker_process
 from workers import states as states_module
+from workers.dead_letters import DeadLetters
 from workers.faust_batches import BatchApp, PartitionBatchConsumer
 from workers.live import Live
 from workers.logs import configure
@@ -61,6 +63,11 @@ POINTS = {
     "after state commit": Place(BatchSender, "commit"),
     "before commit": Place(PartitionBatchConsumer, "_commit", before=True),
     "after commit": Place(PartitionBatchConsumer, "_commit"),
+}
+# That of a wish to be erased: its nulls are among the lists; its state is gone, its dead letters are not.
+OF_A_WISH = {
+    "told": Place(UserWorker, "_tell"),
+    "letters found": Place(DeadLetters, "_of"),
 }
 
 
@@ -121,6 +128,19 @@ def drop_batches() -> None:
         return records, active
 
     PartitionBatchConsumer._wait_next_records = lossy
+
+
+def raise_once(raised: Path) -> None:
+    """The third micro-batch cannot be folded, in the first of the processes: `raised` is then there."""
+    fold, passed = UserWorker._fold, itertools.count(1)
+
+    def raises(self: UserWorker, *arguments: Any) -> Any:
+        if next(passed) == 3 and not raised.exists():
+            raised.touch()
+            raise RuntimeError("fault: raised")
+        return fold(self, *arguments)
+
+    UserWorker._fold = raises  # type: ignore[method-assign, assignment]
 
 
 def restore_slowly(slow: Collection[int], slow_s: float, stuck_s: float) -> None:
@@ -233,7 +253,7 @@ def _end_with_parent() -> None:
 
 
 def _set(trap: Trap) -> None:
-    place, passed = POINTS[trap.point], 0
+    place, passed = (POINTS | OF_A_WISH)[trap.point], 0
     original = getattr(place.owner, place.method)
 
     def step(arguments: tuple[Any, ...]) -> None:
