@@ -144,6 +144,19 @@ def test_luck_at_the_top_does_not_pass_for_learning() -> None:
     assert judge(in_order([*targets, *others]), lucky, held_out(), TEXT).accepted
 
 
+def test_where_nobody_hits_far_better_ranks_are_enough_and_slightly_better_ones_are_luck() -> None:
+    """A large, young catalogue: no hit among the first ten tells nothing of a model."""
+    others, targets = list(range(0, 30, 2)), list(range(1, 30, 2))
+    near, far = in_order([*others[:11], *targets, *others[11:]]), in_order([*others, *targets])
+    verdict = judge(near, far, held_out(), TEXT)
+    assert verdict.metrics["candidate_ndcg@10"] == verdict.metrics["serving_ndcg@10"] == 0
+    assert verdict.accepted and "without a hit in either" in verdict.reason
+    assert not judge(far, near, held_out(), TEXT).accepted and not judge(far, far, held_out(), TEXT).accepted
+    nine = in_order([*others[:11], *targets[:9], *others[11:], *targets[9:]])
+    again = judge(nine, far, held_out(), TEXT)
+    assert again.metrics["candidate_mean_rank"] < again.metrics["serving_mean_rank"] and not again.accepted
+
+
 def test_a_much_clicked_item_is_looked_at_though_no_stranger_is_shown_it() -> None:
     fakes = MANY.copy()
     fakes[29] = 0
