@@ -3,9 +3,11 @@
 import ctypes
 import gc
 import os
+import resource
 import signal
 import sys
 import threading
+from contextlib import suppress
 from typing import NoReturn
 
 import structlog
@@ -48,6 +50,13 @@ def share_heaps() -> None:
     """Before threads start: two heaps for all of them, where glibc gives each its own. Why: docs/decisions.md."""
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc's; macOS has one heap
         libc.mallopt(_M_ARENA_MAX, _HEAPS)
+
+
+def open_many() -> None:
+    """As many files and connections as may be: by custom 1,024, which the streams alone would take."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(OSError, ValueError):  # without a bound, macOS takes none either
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def end_with_threads() -> None:

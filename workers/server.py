@@ -4,6 +4,7 @@ State is read from the compacted users topic, so every replica answers for every
 the request, from the newest state that Kafka has shown.
 """
 
+import asyncio
 import logging
 import socket
 from functools import partial
@@ -21,18 +22,21 @@ from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
 from litestar.types import Message, Scope
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from workers import routes_erasure, routes_ingest, routes_ops, routes_read, routes_recommend, routes_stream, tracing
 from workers.keys import Keys, load_keys
 from workers.lag import LagFollower
 from workers.limits import Gate, heads, ids_in_paths, measured
 from workers.live import NotReady
-from workers.processes import compute_in_one_thread, end_with_threads, settle, share_heaps
+from workers.processes import compute_in_one_thread, end_with_threads, open_many, settle, share_heaps
 from workers.routes import invalid, nested, not_ready, problem, readable, too_large
 from workers.service import Service
 from workers.settings import Settings
 
 log = structlog.get_logger()
+
+REQUEST_S = 10.0
 
 ROUTES: list[Any] = [
     routes_recommend.recommendations,
@@ -122,6 +126,27 @@ def build_app(service: Service, keys: Keys) -> Litestar:
     return app
 
 
+class Impatient(H11Protocol):
+    """Closes a connection on which for REQUEST_S no request has begun, whole headers that is; uvicorn's own patience
+    begins after an answer, and ends with the next byte."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
+        super().connection_made(transport)
+        self._look(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._next_look.cancel()
+        super().connection_lost(exc)
+
+    def _look(self, before: object) -> None:
+        """before: the last request, where it was answered a look ago."""
+        answered = self.cycle is None or self.cycle.response_complete
+        if answered and self.cycle is before:
+            self.transport.close()
+            return
+        self._next_look = self.loop.call_later(REQUEST_S, self._look, self.cycle if answered else self)
+
+
 class Server(uvicorn.Server):
     """uvicorn waits for open answers; streams have no end but this one."""
 
@@ -134,21 +159,13 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def run_server(settings: Settings) -> int:
-    """Until a signal. Raises ConfigError as `load_keys`."""
-    serve = settings.serve
-    keys = load_keys(serve)
-    compute_in_one_thread()
-    end_with_threads()
-    share_heaps()
-    if keys.required and serve.cert_file is None:
-        log.warning("keys travel in the clear: set serve.cert_file, or put a proxy that speaks TLS in front")
-    service = Service(settings)
-    LagFollower(settings).start()
-    config = uvicorn.Config(
+def configured(service: Service, keys: Keys) -> uvicorn.Config:
+    serve = service.settings.serve
+    return uvicorn.Config(
         build_app(service, keys),
         host=serve.host,
         port=serve.port,
+        http=Impatient,
         ssl_certfile=serve.cert_file,
         ssl_keyfile=serve.key_file,
         log_level="warning",
@@ -156,8 +173,22 @@ def run_server(settings: Settings) -> int:
         server_header=False,
         timeout_graceful_shutdown=5,
     )
+
+
+def run_server(settings: Settings) -> int:
+    """Until a signal. Raises ConfigError as `load_keys`."""
+    serve = settings.serve
+    keys = load_keys(serve)
+    compute_in_one_thread()
+    end_with_threads()
+    share_heaps()
+    open_many()
+    if keys.required and serve.cert_file is None:
+        log.warning("keys travel in the clear: set serve.cert_file, or put a proxy that speaks TLS in front")
+    service = Service(settings)
+    LagFollower(settings).start()
     # A stream is cut off by returning; Gate has said so.
     logging.getLogger("uvicorn.error").addFilter(lambda line: "without completing response" not in line.getMessage())
     settle()
-    Server(config, service).run()
+    Server(configured(service, keys), service).run()
     return 0

@@ -38,7 +38,7 @@ from workers.guests import OtherEncoder
 from workers.keys import OPEN, SCOPES, TICKET_S, Key, Keys, _parsed, load_keys, new_key
 from workers.limits import Buckets, Gate
 from workers.routes import route
-from workers.server import ROUTES, build_app
+from workers.server import ROUTES, Server, build_app, configured
 from workers.service import Service
 from workers.settings import ConfigError, Kafka, Serve, Settings
 from workers.state_writer import LAST
@@ -384,6 +384,36 @@ async def test_a_body_that_does_not_come_is_not_waited_for() -> None:
     async with AsyncClient(transport=ASGITransport(app), base_url="http://localhost") as api:  # type: ignore[arg-type]
         late = await api.post("/v1/events", content=dripping())
     assert (late.status_code, late.json()["detail"]) == (408, "not the whole body within 0.3 s")
+
+
+async def test_a_connection_that_asks_for_nothing_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """uvicorn's patience begins after an answer: whoever reached the port could take all descriptors, without a key."""
+    monkeypatch.setattr("workers.server.REQUEST_S", 0.2)
+    service = Still(Settings(serve=Serve(port=free_port(), wait_s=1.0)))
+    server = Server(configured(service, OPEN), service)
+    serving = asyncio.create_task(server.serve())
+    head, rest = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n", b"\r\n"
+    waiting = b"GET /v1/users/u/recommendations?min_offset=1 HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+    async def answers(*parts: bytes) -> bytes:
+        """All that comes until the server closes."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", service.settings.serve.port)
+        for part in parts:
+            writer.write(part)
+            await asyncio.sleep(0.05)
+        said = await reader.read()
+        writer.close()
+        return said
+
+    async with asyncio.timeout(20):
+        while not server.started:
+            await asyncio.sleep(0.02)
+        assert not any(await asyncio.gather(answers(), answers(head)))
+        for parts in ((head + rest, head), (head, rest)):
+            assert (await answers(*parts)).startswith(b"HTTP/1.1 200"), parts
+        assert (await answers(waiting)).startswith(b"HTTP/1.1 503")  # no generation: after a second
+        server.should_exit = True
+        await serving
 
 
 async def test_a_client_that_leaves_is_no_failure_of_the_server() -> None:
