@@ -22,17 +22,17 @@ DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def scrape(url: str) -> dict[str, float]:
-    """Samples of an exporter by name, label values in braces; empty when it does not answer."""
+    """Samples of an exporter by name, label values in braces; empty when it does not answer, or not so."""
     try:
         with DIRECT.open(url, timeout=2) as answer:
             text = answer.read().decode()
-    except OSError:
+        return {
+            sample.name + (f"{{{','.join(sample.labels.values())}}}" if sample.labels else ""): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+    except (OSError, http.client.HTTPException, ValueError):
         return {}
-    return {
-        sample.name + (f"{{{','.join(sample.labels.values())}}}" if sample.labels else ""): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
 
 
 def num_committed(settings: Settings) -> int:
