@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import copy_context
 from functools import lru_cache, partial
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 from model.user_state import DIGEST_BYTES, EMPTY, UserState
 from stream.answers import Answer, AsOf, Erased, Guest, ItemOut, Past, RankedItem, Reason, Similar, UserOut, Wishes
 from stream.events import Ranked, Source
-from stream.producer import ClickProducer
+from stream.producer import ClickProducer, DeliveryError
 from stream.text import clean
 from workers import metrics
 from workers.arms import arm_of, rules_of
@@ -63,7 +64,8 @@ class Service:
         for threads in (self.sending, self.asking, self.encoding):
             threads.shutdown(wait=False, cancel_futures=True)
         if self._producer is not None:
-            self._producer.close()
+            with suppress(DeliveryError):  # whoever sent the event has been told
+                self._producer.close()
 
     @property
     def producer(self) -> ClickProducer:

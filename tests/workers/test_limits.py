@@ -30,7 +30,7 @@ from model.user_state import EMPTY, UserState, encode_state
 from stream.answers import Answer, Erased, RankedItem, Wishes
 from stream.events import OFFSET_HEADER
 from stream.ports import free_port
-from stream.producer import BufferFull, Place
+from stream.producer import BufferFull, DeliveryError, Place
 from tests.workers.service import until, upwell
 from workers import metrics
 from workers.bench.stage import environment
@@ -730,6 +730,18 @@ def test_who_waits_for_a_state_leaves_room_for_the_others(monkeypatch: pytest.Mo
         assert api.get(path).json()["stale"] is False
         released.set()
         assert sorted(one.result().json()["stale"] for one in waiting) == [False, False, True, True]
+
+
+async def test_an_event_that_kafka_did_not_take_is_no_failure_of_the_shutdown() -> None:
+    """Its client has had its 503; the log had a trace for it, perhaps hours later."""
+    service: Any = Service(Settings())
+    service.live = service.users = service.updates = SimpleNamespace(stop=lambda: None)
+
+    def close() -> None:
+        raise DeliveryError("1 events were not delivered")
+
+    service._producer = SimpleNamespace(close=close)
+    await service.stop()
 
 
 @pytest.mark.parametrize(
