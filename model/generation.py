@@ -1,6 +1,7 @@
 """Build, publish and fetch generations (model/manifest.py says what one holds)."""
 
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -37,7 +38,9 @@ from model.store import reaching
 
 FEWEST_WALKS, MOST_WALKS = 256, 1024  # a graph misses whole queries: 3 of 256 are no measure of it
 NUM_PROBES = 64
+BUILT = re.compile(r"g\d{8}T\d{6}-\d{3}(-[0-9a-f]{12})?")  # names by the indexer, in time's order; of its copies
 CACHED = 3  # copies of fetched generations kept: what serves, the one before it, the next
+DEAD_S = 3600  # without a further file, and a copy begun is one that a killed role has left
 
 
 def build_generation(
@@ -142,7 +145,7 @@ def publish(folder: Path, url: str) -> str:
             for name in [*sorted(manifest.files), MANIFEST]:
                 store.makedirs(f"{target}/{name}".rpartition("/")[0], exist_ok=True)
                 store.put_file(str(folder / name), f"{target}/{name}")
-        except Exception:  # a full store: the next try has another name, and nothing prunes what has no manifest
+        except Exception:  # a full store: the next try has another name, and needs the room
             with suppress(Exception):
                 store.rm(target, recursive=True)
             raise
@@ -184,6 +187,9 @@ def fetch(url: str, cache_dir: Path, manifest_sha256: str, *, verified: bool = T
         shutil.rmtree(copy, ignore_errors=True)  # not there any more where it is `folder` now
     with suppress(OSError):  # another role on this machine may be deleting the same one
         prune(str(cache_dir), CACHED, {folder.name})
+        for begun in cache_dir.glob(".fetching-*"):
+            if begun.stat().st_mtime < time.time() - DEAD_S:
+                shutil.rmtree(begun)
     return folder
 
 
@@ -204,21 +210,29 @@ def _download(store: Any, root: str, copy: Path, sha256: str) -> None:
 def prune(url: str, keep: int, spare: Set[str] = frozenset()) -> list[str]:
     """Delete all but the `keep` newest generations of a store (or cache) and those to spare; the names of the deleted.
 
-    What has no readable manifest is left alone: it may be on its way in, or kept for inspection.
+    What has no manifest is deleted, too, where its name says that the indexer built it before the newest: it died over
+    it. Else what has no readable one is left alone: it may be on its way in, or kept for inspection.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
     store, root = fsspec.core.url_to_fs(url)
-    found = []
+    found, dead = [], []
     for path in store.ls(root, detail=False):
         try:
             manifest = decode_manifest(store.cat_file(f"{path}/{MANIFEST}"))
+        except FileNotFoundError:
+            if BUILT.fullmatch(Path(path).name):
+                dead.append(path)
+            continue
         except (OSError, DamagedGeneration):
             continue
         if not Path(path).name.startswith("."):
             found.append((manifest.created_ms, manifest.version, path))
+    newest = max(found, default=(0, "", ""))[2]
     old = [path for _, _, path in sorted(found)[:-keep] if Path(path).name not in spare]
     for path in old:
         store.rm_file(f"{path}/{MANIFEST}")  # first: a half deleted generation must not look whole
+    old += [path for path in dead if path < newest and Path(path).name not in spare]
+    for path in old:
         store.rm(path, recursive=True)
     return [Path(path).name for path in old]

@@ -108,8 +108,8 @@ def whole_or_absent(folder: Path, digest: str) -> bool:
 
 
 def test_the_indexer_killed_while_it_prunes(model: Model, tmp_path: Path) -> None:
-    """What is half deleted never looks whole; what is to be kept is."""
-    store, names = tmp_path / "store", ["g0", "g1", "g2"]
+    """What is half deleted never looks whole, and goes next time; what is to be kept is whole."""
+    store, names = tmp_path / "store", [f"g20260101T00000{second}-000" for second in range(3)]
     digests = {name: built(tmp_path / name, model) for name in names}
 
     def fill() -> None:
@@ -118,13 +118,15 @@ def test_the_indexer_killed_while_it_prunes(model: Model, tmp_path: Path) -> Non
 
     fill()
     deaths = 0
-    for _ in killed_before_each(lambda: prune(str(store), keep=1, spare={"g1"})):
+    for _ in killed_before_each(lambda: prune(str(store), keep=1, spare={names[1]})):
         deaths += 1
-        for name in ("g1", "g2"):
+        assert whole_or_absent(store / names[0], digests[names[0]])
+        prune(str(store), keep=1, spare={names[1]})
+        assert sorted(path.name for path in store.iterdir()) == names[1:]
+        for name in names[1:]:
             fetch(str(store / name), tmp_path / "cache", digests[name])
-        assert whole_or_absent(store / "g0", digests["g0"])
         fill()
-    assert deaths > 10 and not (store / "g0").exists()
+    assert deaths > 10 and not (store / names[0]).exists()
 
 
 def test_the_server_killed_while_it_fetches(model: Model, tmp_path: Path) -> None:

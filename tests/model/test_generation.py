@@ -1,6 +1,8 @@
 import json
+import os
 import shutil
 import struct
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -496,6 +498,28 @@ def test_the_newest_are_kept(folder: Path, store: str) -> None:
     assert sorted(Path(path).name for path in memory.ls(store, detail=False)) == ["a", "b", "coming"]
     with pytest.raises(ValueError, match="at least 1"):
         prune(store, keep=0)
+
+
+def test_what_a_dead_indexer_left_is_deleted_once_a_newer_one_is_whole(folder: Path, store: str) -> None:
+    memory, times = fsspec.filesystem("memory"), [f"g20260101T00000{second}-000" for second in range(4)]
+    for number, version in enumerate(times[:3]):
+        rewrite(folder, version=version, created_ms=number)
+        publish(folder, store)
+    memory.rm_file(f"{store}/{times[0]}/manifest.json")  # died while it deleted it
+    for half in (times[3], "backup"):  # on its way in; not the indexer's
+        memory.pipe_file(f"{store}/{half}/items.npy", b"")
+    assert prune(store, keep=2, spare={times[0]}) == []
+    assert prune(store, keep=2) == [times[0]]
+    assert sorted(Path(path).name for path in memory.ls(store, detail=False)) == ["backup", *times[1:]]
+
+
+def test_a_copy_that_a_dead_role_began_is_deleted(built: Path, store: str, tmp_path: Path) -> None:
+    url = publish(built, store)
+    for name, age_s in (("old", 4000), ("new", 3000)):
+        (began := tmp_path / f".fetching-{name}").mkdir()
+        os.utime(began, (time.time() - age_s,) * 2)
+    fetch(url, tmp_path, manifest_sha256(built))
+    assert [path.name for path in tmp_path.glob(".fetching-*")] == [".fetching-new"]
 
 
 def test_what_is_no_whole_generation_is_neither_counted_nor_deleted(folder: Path, store: str) -> None:
