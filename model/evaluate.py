@@ -194,5 +194,10 @@ class LearnerArm:
             while len(self._waiting) >= size:
                 learner.learn_observed(self._waiting[:size])
                 self._waiting, stepped = self._waiting[size:], True
-        self._model = learner.model() if stepped else learner.recounted(self._model)
-        self._items = self._model.item_vectors()
+        if stepped:
+            self._model = learner.model()
+            self._items = self._model.item_vectors()
+        else:
+            self._model = learner.recounted(self._model)
+            popularity = self._model.arrays["popularity"]  # (N, F - 3), the last columns of an item's vector
+            self._items[:, -popularity.shape[1] :] = popularity  # a copy of all cost .2 ms an event, 12,000 items

@@ -489,3 +489,4 @@ def test_an_arm_is_up_to_date_within_a_micro_batch() -> None:
         part = events.slice(start, start + arm.batch)
         arm.learn(part, np.array([ITEMS.index(item) for item in part.items]))
         assert not np.array_equal(arm.score(np.zeros(1, np.int64), [NOBODY], [0]), before)
+        assert np.array_equal(arm._items, arm._model.item_vectors())
