@@ -37,6 +37,7 @@ from stream.topics import ensure
 from tests.chaos.worker import Trap, end, start, worker
 from tests.workers.service import ITEMS, Service, until
 from workers.observe import scrape
+from workers.processes import EX_SOFTWARE
 from workers.settings import Kafka, Serve, Settings, Trainer, Worker
 from workers.states import limits_of, raw_states
 from workers.up import HOPELESS
@@ -275,6 +276,16 @@ class Fleet:
             self._duplicates += self.metric_of(name, "upwell_clicks_total{duplicate}")
         return end(process)
 
+    def fenced(self, name: str) -> int:
+        """How often it was ended since another had its partition to write."""
+        return sum('"exc_type": "ProducerFenced"' in line for line in self.json_log(name))
+
+    def unexpected(self) -> list[tuple[str, int]]:
+        """Of `exits` those that no kill and no other writer of its partition explains."""
+        fenced = Counter({(name, EX_SOFTWARE): self.fenced(name) for name in self._processes})
+        ended = Counter(one for one in self.exits if one[1] != -signal.SIGKILL)
+        return list((ended - fenced).elements())
+
     def port(self, name: str) -> int:
         """Of its metrics."""
         return self._ports[name]
@@ -400,9 +411,8 @@ def judge(settings: Settings, clicks: Sequence[Click]) -> dict[str, Any]:
     ids = {user_id: Counter(split(state.event_ids)) for user_id, state in states.items()}
     missing = {c.event_id for c in clicks if not ids.get(c.user_id, Counter())[digest(c.event_id)]}
     found = len(clicks) - len(missing)
-    clean, answered = fold_topic(settings), dict[str, int]()  # user id -> offset of the newest click that has a list
-    for answer in read_lists(settings):
-        answered[answer.user_id] = max(answered.get(answer.user_id, -1), answer.offset)
+    clean = fold_topic(settings)
+    answered = {(answer.user_id, answer.offset) for answer in read_lists(settings) if answer.items}
     return {
         "clicks": len(clicks),
         "lost": len(missing),
@@ -410,7 +420,7 @@ def judge(settings: Settings, clicks: Sequence[Click]) -> dict[str, Any]:
         "applied_twice": sum(state.applied for state in states.values()) - found,
         "users": len(states),
         "users_not_identical": sum(raw.get(user) != clean.get(user) for user in raw.keys() | clean.keys()),
-        "users_behind": sum(answered.get(user, -1) < state.offset for user, state in states.items()),
+        "users_behind": sum((user, state.offset) not in answered for user, state in states.items()),
         "dead_letters": sum(end_offsets(settings.connection, settings.topics.dead_letters.name).values()),
     }
 
