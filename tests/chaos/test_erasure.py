@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import secrets
+import signal
 import time
 import urllib.request
 from collections import Counter
@@ -13,6 +14,7 @@ from typing import Any
 
 import kafka
 import numpy as np
+from aiokafka.record import MemoryRecords
 from kafka.admin import ConfigResource
 
 from stream.broker import LocalBroker
@@ -21,8 +23,8 @@ from stream.consumer import read_window
 from stream.events import Artifact, Click, DeadLetter, ItemVector, decode, encode
 from stream.producer import ClickProducer
 from stream.topics import Topics
-from tests.chaos.harness import SEED, Fleet, Load, make_clicks, report
-from tests.chaos.worker import start
+from tests.chaos.harness import SEED, SHORT_SESSION_S, Fleet, Load, fold_topic, make_clicks, report
+from tests.chaos.worker import OF_A_WISH, Trap, start
 from tests.workers.service import ITEMS, until
 from workers.dead_letters import MAX_LETTER_BYTES, read
 from workers.erasure import status
@@ -52,6 +54,7 @@ def test_erased_users_are_gone_from_everything(
                 time.sleep(2)
                 send_pending(settings, doomed)
                 until(lambda: len(read(settings)) >= 3, "dead letters")
+                until(lambda: in_all_topics(stores_with(mark, settings, broker, tmp_path), settings), "seen everywhere")
                 asked = time.monotonic()
                 receipts = erase(settings, doomed)
                 seconds_to_ask = time.monotonic() - asked
@@ -84,6 +87,29 @@ def test_erased_users_are_gone_from_everything(
     assert all(gone)
     assert others_before and others_before <= kept.keys() and intact
     assert not long or seconds_to_answer < 10
+
+
+def test_killed_in_an_erasure(connection: Connection, generation: Artifact, tmp_path: Path) -> None:
+    """By a worker that dies half-way, and by its successor, who dies later, nothing of the user is left over."""
+    with Fleet(connection, tmp_path, generation, partitions=1, session_s=SHORT_SESSION_S) as fleet:
+        settings = fleet.settings
+        fleet.start("a", [Trap(point, 1) for point in OF_A_WISH])
+        fleet.await_ready()
+        with ClickProducer(connection, settings.topics) as producer:
+            for click in make_clicks(random.Random(SEED), 200, users=10):
+                producer.send(click)
+            producer.send_raw(settings.topics.clicks.name, b"u1", b"not json")
+            producer.erase("u1", time.time_ns() // 1_000_000)
+        until(lambda: len(fleet.exits) == len(OF_A_WISH), "killed at each point")
+        fleet.drain()
+        verdict = {
+            "exits": fleet.exits,
+            "letters": len(read(settings)),
+            "lists": tombstoned_lists(settings),
+            "states_exact": raw_states(settings) == fold_topic(settings),
+        }
+    wanted = {"letters": 0, "lists": ["u1"], "states_exact": True, "exits": [("a", -signal.SIGKILL)] * len(OF_A_WISH)}
+    assert verdict == wanted
 
 
 def send_vectors(settings: Settings) -> None:
@@ -145,25 +171,43 @@ def tombstoned_lists(settings: Settings) -> list[str]:
     return [user for user, value in newest.items() if value is None and nulls[user] > 1]
 
 
+def in_all_topics(places: list[str], settings: Settings) -> bool:
+    """Whether what an erasure clears is among them: four topics, as they are read and as they are on disk."""
+    topics = settings.topics
+    cleared = (topics.clicks, topics.users, topics.recommendations, topics.dead_letters)
+    marks = [mark for topic in cleared for mark in (f"{topic.name}[", f"/{topic.name}-")]
+    return all(any(mark in place for place in places) for mark in marks)
+
+
 def stores_with(mark: str, settings: Settings, broker: LocalBroker, folder: Path) -> list[str]:
     """Every place that holds the mark: records of all topics, files, what the processes say of themselves."""
     needle, found = mark.encode(), list[str]()
     for name in (topic.name for topic in settings.topics.all()):
         for record in read_window(settings.connection, name):
-            raw = b"".join([record.key or b"", record.value or b"", *(value for _, value in record.headers)])
-            if needle in raw or (
-                record.value and record.topic.endswith("dead-letters") and needle in said(record.value)
-            ):
+            if needle in content(record, name):
                 found.append(f"{name}[{record.partition}]@{record.offset}")
     logs = broker.folder / "log"
     kept = itertools.chain(logs.glob(f"{settings.kafka.prefix}.*/*.log"), logs.glob("__*/*.log"))  # as they are on disk
     for path in itertools.chain(kept, broker.folder.glob("*.log"), folder.rglob("*")):
         try:
-            if path.is_file() and needle in path.read_bytes():
+            if path.is_file() and needle in (segment(path) if logs in path.parents else path.read_bytes()):
                 found.append(str(path))
         except FileNotFoundError:
             continue  # deleted meanwhile
     return found + ["/metrics"] * (mark in _get(settings.serve.port, "/metrics"))
+
+
+def segment(path: Path) -> bytes:
+    """What the records of a partition's file say, unpacked; of transactions that were aborted, too."""
+    batches, found = MemoryRecords(path.read_bytes()), list[bytes]()
+    while (batch := batches.next_batch()) is not None:
+        found += [content(record, path.parent.name.rpartition("-")[0]) for record in batch]
+    return b"\n".join(found)
+
+
+def content(record: Any, topic: str) -> bytes:
+    letter = said(record.value) if record.value and topic.endswith("dead-letters") else b""
+    return b"".join([record.key or b"", record.value or b"", *(value for _, value in record.headers), letter])
 
 
 def said(raw: bytes) -> bytes:
