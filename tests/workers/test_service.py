@@ -107,10 +107,14 @@ def test_the_api_answers_from_the_same_state(service: Service, clicked: None) ->
 
 
 def test_training_rounds_are_served_and_learn(service: Service, trained: None) -> None:
-    """Users walk through one shelf each; a trained generation knows the next item."""
+    """Users walk through one shelf each; a trained generation knows the next item. Where the machine is slow, not the
+    first one, which was made of the first clicks."""
     following = clicks(440, name="walk-")[400:]
-    known = sum(click.item_id in recommended(service, click.user_id, 3) for click in following)
-    assert known >= 30  # of 40; chance is 1
+
+    def known() -> int:
+        return sum(click.item_id in recommended(service, click.user_id, 3) for click in following)
+
+    until(lambda: known() >= 30, "30 of 40 next items are known; chance is 1")
 
 
 def test_a_click_over_http_moves_the_list(service: Service) -> None:
