@@ -69,9 +69,10 @@ def test_one_broker_after_the_other(generation: Artifact, tmp_path: Path, long: 
                     down.append(next(node for node in NODES if node not in (victim, left)))
                     cluster.kill(down[-1])
                     time.sleep(1)  # what was acknowledged before the kill is answered
-                    accepted, refused = len(client.accepted), client.posts[503]
+                    accepted, refused, answered = len(client.accepted), client.posts[503], client.lists[200]
                     time.sleep(alone_s)
                     accepted_alone, refused_alone = len(client.accepted) - accepted, client.posts[503] - refused
+                    lists_alone = client.lists[200] - answered
                 cluster.start(*down)
                 back, accepted = time.monotonic(), len(client.accepted)
                 until(lambda before=accepted: len(client.accepted) > before, "events are taken again", WAITED_S)  # type: ignore[misc]
@@ -94,6 +95,7 @@ def test_one_broker_after_the_other(generation: Artifact, tmp_path: Path, long: 
             "caught_up_after_return_s_max": max(back_s),
             "accepted_without_two": accepted_alone,
             "refused_without_two": refused_alone,
+            "lists_without_two": lists_alone,
             "posts": {str(status): count for status, count in client.posts.items()},
             "lists": {str(status): count for status, count in client.lists.items()},
             "slowest_list_s": round(client.slowest_list_s, 2),
@@ -106,6 +108,7 @@ def test_one_broker_after_the_other(generation: Artifact, tmp_path: Path, long: 
     report("cluster", long, began, verdict)
     assert holds(verdict)
     assert set(verdict["lists"]) == {"200"}
+    assert verdict["lists_without_two"] >= alone_s > verdict["slowest_list_s"]
     assert set(verdict["posts"]) == {"202", "503"}
     assert verdict["applied_while_one_was_away"] >= rounds * MEANWHILE and verdict["refused_without_two"] > 0
     assert holds(verdict, {"not_applied_while_one_was_away": 0, "accepted_without_two": 0})
