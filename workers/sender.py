@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
@@ -61,6 +62,9 @@ class BatchSender:
     def __init__(self, connection: Connection, transactional_id: str | None = None, timeout_ms: int = 60_000) -> None:
         self._connection, self._transactional_id, self._timeout_ms = connection, transactional_id, timeout_ms
         self._producer: AIOKafkaProducer | None = None
+        # One batch of a partition waits for room at a time: aiokafka 0.14 takes from the others' patience again and
+        # again what they have waited (`add_batch`), and each that lost it closed the connections (`queued`).
+        self._turns = defaultdict[tuple[str, int], asyncio.Lock](asyncio.Lock)
 
     async def start(self) -> None:
         self._producer = AIOKafkaProducer(
@@ -94,14 +98,19 @@ class BatchSender:
         """Raises ValueError for a record over MAX_RECORD_BYTES, KafkaError when Kafka refuses a batch."""
         assert self._producer is not None, "send before start"
         producer, sent = self._producer, list[Awaitable[Any]]()
+
+        async def queue() -> None:
+            async with self._turns[topic, partition]:
+                sent.append(await queued(producer, batch, topic, partition))
+
         batch = producer.create_batch()
         for key, value, *headers in records:
             if len(value or b"") > MAX_RECORD_BYTES:  # the first record of a batch is taken at any size
                 raise ValueError(f"{topic}: a record of {len(value or b'')} bytes, at most {MAX_RECORD_BYTES}")
             if batch.append(key=key, value=value, timestamp=None, headers=headers) is None:
-                sent.append(await queued(producer, batch, topic, partition))
+                await queue()
                 batch = producer.create_batch()
                 batch.append(key=key, value=value, timestamp=None, headers=headers)
         if batch.record_count():
-            sent.append(await queued(producer, batch, topic, partition))
+            await queue()
         await asyncio.gather(*sent)

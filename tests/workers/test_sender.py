@@ -87,6 +87,33 @@ async def test_a_batch_that_is_not_taken_is_sent_all_the_same(
     assert await arrived(connection, topics) == [(b"k", b"v")]
 
 
+async def test_those_who_send_to_one_partition_at_once_wait_in_turn(
+    connection: Connection, topics: Topics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As all partitions' dead letters do: aiokafka would count what each waits several times over, and give up."""
+    send, asking, most = AIOKafkaProducer.send_batch, 0, 0
+
+    async def counted(*arguments: Any, **rest: Any) -> Any:
+        nonlocal asking, most
+        asking += 1
+        most = max(most, asking)
+        try:
+            await asyncio.sleep(0.01)
+            return await send(*arguments, **rest)
+        finally:
+            asking -= 1
+
+    monkeypatch.setattr(AIOKafkaProducer, "send_batch", counted)
+    sender = BatchSender(connection)
+    await sender.start()
+    try:
+        await asyncio.gather(*(sender.send(topics.users.name, 1, [(b"k%d" % number, b"v")]) for number in range(9)))
+    finally:
+        await sender.stop()
+    assert most == 1
+    assert len(list(read_window(connection, topics.users.name))) == 9
+
+
 async def test_a_batch_waits_for_a_leader_however_long(
     connection: Connection, topics: Topics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
