@@ -77,8 +77,8 @@ class Padded:
     def columns(self) -> tuple[Rows, Floats, Rows, Floats]:
         return self.rows, self.weights, self.ts_ms, self.goals
 
-    def part(self, lines: slice) -> Padded:
-        """These histories alone; views."""
+    def part(self, lines: slice | NDArray[np.bool_]) -> Padded:
+        """These histories alone; views of a slice."""
         return Padded(self.rows[lines], self.weights[lines], self.ts_ms[lines], self.goals[lines])
 
     def take(self, source: Rows) -> Padded:
