@@ -58,9 +58,16 @@ class UserTower(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
 
     def forward(
-        self, items: Tensor, weights: Tensor, valid: Tensor, ts_ms: Tensor, prefix: Tensor, at_ms: Tensor
+        self,
+        items: Tensor,
+        weights: Tensor,
+        valid: Tensor,
+        ts_ms: Tensor,
+        prefix: Tensor,
+        at_ms: Tensor,
+        chosen: Tensor | None = None,
     ) -> Tensor:
-        """User vectors (W, P, d) of unit length.
+        """User vectors (W, P, d) of unit length, or (C, d) of the C predictions `chosen` (W, P) alone.
 
         items (W, T, d), weights (W, T), valid (W, T) bool, ts_ms (W, T); prediction p sees the columns below
         prefix (W, P) and is asked at at_ms (W, P). Events without a positive weight are passed over: turned around
@@ -75,15 +82,23 @@ class UserTower(nn.Module):
         last = keys.gather(1, newest.unsqueeze(2).expand(-1, -1, keys.shape[2]))  # (W, P, d)
         since = at_ms - F.pad(ts_ms, (1, 0)).gather(1, newest)  # (W, P)
         last = last + self.pause[gap_bucket(torch.where(newest > 0, since, 0))]
-        attention = self._attention(keys, last, present, ts_ms, prefix, at_ms)  # (W, P, H, S)
+        if chosen is None:
+            query = self.query(last)
+        else:  # of a large catalogue's users few have a long history: one place in twenty of beauty's windows
+            some = last[chosen]  # (C, d)
+            query = last.new_zeros(*chosen.shape, self.query.out_features)
+            query[chosen], last = self.query(some), some
+        query = query.unflatten(2, (self.heads, -1))  # (W, P, H, d)
+        attention = self._attention(keys, query, present, ts_ms, prefix, at_ms)  # (W, P, H, S)
         pooled = torch.einsum("wphs,wsd->wphd", attention, keys)
-        mixed = torch.einsum("wphd,h->wpd", pooled, self.skip)
-        return F.normalize(mixed + self.mlp(torch.cat([pooled.flatten(2), last], dim=2)), dim=2)
+        if chosen is not None:
+            pooled = pooled[chosen]  # (C, H, d)
+        mixed = torch.einsum("...hd,h->...d", pooled, self.skip)
+        return F.normalize(mixed + self.mlp(torch.cat([pooled.flatten(-2), last], dim=-1)), dim=-1)
 
     def _attention(
-        self, keys: Tensor, last: Tensor, present: Tensor, ts_ms: Tensor, prefix: Tensor, at_ms: Tensor
+        self, keys: Tensor, query: Tensor, present: Tensor, ts_ms: Tensor, prefix: Tensor, at_ms: Tensor
     ) -> Tensor:
-        query = self.query(last).unflatten(2, (self.heads, -1))  # (W, P, H, d)
         logits = torch.einsum("wphd,wsd->wphs", query, keys) / math.sqrt(keys.shape[2])
         columns = torch.arange(ts_ms.shape[1], device=keys.device)  # (T,)
         distance = prefix.unsqueeze(2) - 1 - columns  # (W, P, T)
@@ -183,7 +198,7 @@ class TowerTrainer:
         held = torch.from_numpy(columns[part]).to(rows.device)
         goals = torch.from_numpy(windows.goals[:, 1:]).to(rows.device)  # (W, L - 1)
         chosen = goals > 0
-        user = self._drawn_users(windows, vectors[held[:, :-1]], lines)[chosen]  # (P, d)
+        user = self._drawn_users(windows, vectors[held[:, :-1]], lines, chosen)  # (P, d)
         user = self.user.log_scale.exp() * user
         scores = torch.addmm(bias + expansion, user, vectors.T)  # (P, C), the step's largest tensor
         barred = torch.from_numpy(excluded[part]).to(rows.device)[chosen.nonzero()[:, 0]]
@@ -201,8 +216,9 @@ class TowerTrainer:
         vectors = item_vectors(projected, leaf[:, :-1], counts, config.text_scale, config.id_prior)
         return vectors, leaf[:, -1] * counts / (counts + config.id_prior)
 
-    def _drawn_users(self, windows: Padded, items: Tensor, lines: int) -> Tensor:
-        """(W, L - 1, d): what the tower says before each event but the first; items (W, L - 1, d), W of `lines`."""
+    def _drawn_users(self, windows: Padded, items: Tensor, lines: int, chosen: Tensor) -> Tensor:
+        """(P, d): what the tower says before the events chosen (W, L - 1), never the first; items (W, L - 1, d), W of
+        `lines`."""
         weights, ts = (torch.from_numpy(c).to(items.device) for c in (windows.weights, windows.ts_ms))
         valid = torch.from_numpy(windows.rows[:, :-1] >= 0).to(items.device)
         past, at = ts[:, :-1], ts[:, 1:]
@@ -211,7 +227,7 @@ class TowerTrainer:
         else:
             prefix = ((past.unsqueeze(1) < at.unsqueeze(2)) | ~valid.unsqueeze(1)).sum(dim=2)  # (W, L - 1)
         items = dropped(items, self._config.dropout, self._generator, self._team.share, lines)
-        users: Tensor = self.user(items, weights[:, :-1], valid, past, prefix, at)
+        users: Tensor = self.user(items, weights[:, :-1], valid, past, prefix, at, chosen)
         return users
 
     def _descend(self, loss: Tensor, rows: Tensor, leaf: Tensor, rate: float) -> None:

@@ -56,6 +56,22 @@ def test_padding_on_the_left_changes_nothing(tower: UserTower) -> None:
     torch.testing.assert_close(plain, padded, rtol=1e-4, atol=1e-5)
 
 
+def test_chosen_predictions_are_those_of_all_and_teach_the_same(tower: UserTower) -> None:
+    items, weights, valid, ts = history()
+    tower.requires_grad_(True)
+    asked = (weights, valid, ts, torch.arange(1, T + 1).expand(3, -1), ts + 1000)
+    chosen = torch.rand(3, T, generator=torch.Generator().manual_seed(2)) < 0.4
+    found, taught = [], []
+    for all_ in (True, False):
+        leaf = items.clone().requires_grad_()
+        found.append(tower(leaf, *asked)[chosen] if all_ else tower(leaf, *asked, chosen))
+        loss = (found[-1] * torch.arange(1.0, D + 1)).sum()
+        gradients = torch.autograd.grad(loss, [leaf, *tower.parameters()], allow_unused=True)
+        taught.append([g for g in gradients if g is not None])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(taught[0], taught[1], rtol=1e-4, atol=1e-5)
+
+
 def test_no_history_gives_every_stranger_the_same_unit_vector(tower: UserTower) -> None:
     items, weights, valid, ts = history()
     stranger = tower(items, weights, ~valid, ts, torch.full((3, 1), T), torch.tensor([[0], [5], [10**12]]))
@@ -115,7 +131,8 @@ def one_window(weight: float) -> Padded:
 def test_a_basket_is_hidden_from_itself_only_when_asked(same_stamp: bool, moves: bool) -> None:
     config = ModelConfig(text_dim=4, tower_dim=4, same_stamp_history=same_stamp, dropout=0.0)
     trainer = TowerTrainer(config, 0, "cpu")
-    first = [trainer._drawn_users(one_window(1.0), torch.full((1, 2, 4), value), 1)[0, 1] for value in (0.0, 0.5)]
+    second = torch.tensor([[False, True]])
+    first = [trainer._drawn_users(one_window(1.0), torch.full((1, 2, 4), value), 1, second) for value in (0.0, 0.5)]
     assert bool((first[0] != first[1]).any()) == moves
 
 
