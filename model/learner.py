@@ -170,7 +170,7 @@ class Learner:
             pause = min(max(self.log.count // 8, self.config.micro_batch), longest)
             self._next_refresh = self.log.count + pause
 
-    def _learn_mix(self, numbers: Rows, rows: Rows, ts_ms: Rows, history: Padded) -> list[float]:
+    def _learn_mix(self, numbers: Rows, rows: Rows, ts_ms: Rows, history: Padded) -> None:
         """Against all items seen, not a sample, whose best are not the best: of a large catalogue with fewer events.
 
         One item in twelve cost 9 % of NDCG@10 by the mix, nothing by the towers (docs/quality.md). The first events
