@@ -5,7 +5,9 @@ to do. Every role exposes all names; those that it does not set stay 0 or withou
 """
 
 import platform
+from collections.abc import Callable
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import structlog
@@ -212,7 +214,16 @@ build = Info("upwell_build", "Versions of this process. Differing between roles:
 build.info({"version": version("upwell"), "torch": version("torch"), "python": platform.python_version()})
 
 
-def serve(port: int, host: str) -> None:
-    """A Prometheus exporter; port 0 takes a free one."""
+def serve(port: int, host: str, ready: Callable[[], bool] = lambda: True) -> None:
+    """A Prometheus exporter, /readyz beside it; port 0 takes a free one. `ready` is called by another thread."""
     server, _ = start_http_server(port, addr=host)
+    export = server.get_app()
+
+    def answer(environ: dict[str, Any], start: Any) -> Any:
+        if environ["PATH_INFO"] != "/readyz":
+            return export(environ, start)  # type: ignore[misc]  # the stub has None for it
+        start("200 OK" if ready() else "503 Service Unavailable", [("Content-Type", "text/plain")])
+        return [b""]
+
+    server.set_app(answer)
     log.info("metrics served", url=f"http://{host}:{server.server_port}/metrics")

@@ -140,9 +140,16 @@ class OwnedStates:
         self._readers = asyncio.Semaphore(READERS)
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._owned: dict[int, Owned] = {}
+        self._assigned = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether partitions, or none, have been assigned, and all of them are restored. For any thread."""
+        return self._assigned and len(self._owned) == len(self._tasks)
 
     def restore(self, partitions: Iterable[int]) -> None:
         """Begins with all of them at once, as they are assigned; returns before they are restored."""
+        self._assigned = True
         for partition in partitions:
             if partition not in self._tasks:
                 self._tasks[partition] = asyncio.create_task(self._restore(partition))
@@ -159,6 +166,7 @@ class OwnedStates:
         return self._owned[partition]
 
     async def forget(self, partitions: Iterable[int]) -> None:
+        self._assigned = False
         gone = [partition for partition in partitions if partition in self._tasks]
         tasks = [self._tasks.pop(partition) for partition in gone]
         for task in tasks:

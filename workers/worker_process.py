@@ -116,7 +116,7 @@ def run_worker(settings: Settings) -> NoReturn:
     live.start()
     code = 0
     if first_look(live, stop):
-        metrics.serve(settings.worker.metrics_port, settings.metrics_host)  # told to be ready, another may be ended
+        metrics.serve(settings.worker.metrics_port, settings.metrics_host, lambda: owned.ready)
         settle()
         code = execute(app)
     tracing.stop(settings)

@@ -17,6 +17,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import Any, Self
 
+import httpx
+
 from model.user_state import EMPTY, Applied, Fold, decode_state, digest, encode_state, split
 from stream.connection import Connection
 from stream.consumer import committed_offsets, end_offsets, read_window
@@ -285,6 +287,10 @@ class Fleet:
         fenced = Counter({(name, EX_SOFTWARE): self.fenced(name) for name in self._processes})
         ended = Counter(one for one in self.exits if one[1] != -signal.SIGKILL)
         return list((ended - fenced).elements())
+
+    def ready(self, name: str) -> bool:
+        """What a rolling update asks before it ends the next one."""
+        return httpx.get(f"http://127.0.0.1:{self._ports[name]}/readyz", trust_env=False).status_code == 200
 
     def port(self, name: str) -> int:
         """Of its metrics."""

@@ -143,13 +143,14 @@ def raise_once(raised: Path) -> None:
     UserWorker._fold = raises  # type: ignore[method-assign, assignment]
 
 
-def restore_slowly(slow: Collection[int], slow_s: float, stuck_s: float) -> None:
-    """These partitions, as long as some millions of users would take, in a read that cannot be broken off."""
+def restore_slowly(slow: Collection[int], gate: Path, stuck_s: float) -> None:
+    """These partitions not before there is a file, in a read that cannot be broken off."""
     read, states, looks = states_module.read_states, cast(Any, states_module), cast(Any, handed)
     looks.STUCK_S = stuck_s
 
     def slowly(connection: Connection, topic: str, partition: int, given_up: threading.Event) -> Any:
-        time.sleep(slow_s if partition in slow else 0.0)
+        while partition in slow and not gate.exists():
+            time.sleep(0.1)
         return read(connection, topic, partition, given_up)
 
     states.read_states = slowly

@@ -110,6 +110,8 @@ def test_a_pod_counts_as_there_when_it_has_stayed() -> None:
         spec = named("Deployment", role)["spec"]
         if spec["strategy"].get("type") != "Recreate":
             assert spec["minReadySeconds"] >= 30, role
+            (container,) = spec["template"]["spec"]["containers"]
+            assert container["readinessProbe"]["httpGet"]["path"] == "/readyz", role  # a restore takes longer
 
 
 def test_variables_are_settings() -> None:
