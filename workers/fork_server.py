@@ -139,12 +139,15 @@ def serve(handle: int, parent: int, work: Callable[..., None]) -> None:
     gc.freeze()  # a child's garbage collector leaves these pages shared
     children = dict[int, int]()  # pid -> where to tell its end
     with socket.socket(fileno=handle) as control:
+        poll = select.poll()  # the handle is the parent's number, which may be beyond select's 1,024
+        poll.register(control, select.POLLIN)
+        poll.register(ended, select.POLLIN)
         while True:
-            ready, _, _ = select.select([control, ended], [], [])
-            if ended in ready:
+            ready = dict(poll.poll())
+            if ended.fileno() in ready:
                 ended.recv(4096)
                 _reap(children)
-            if control in ready:
+            if control.fileno() in ready:
                 line, handles, _, _ = socket.recv_fds(control, 1 << 16, 2)
                 while line and not line.endswith(b"\n"):
                     more = control.recv(1 << 16)

@@ -1,11 +1,14 @@
+import os
+import resource
 import socket
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 
 from workers.fork_server import Forked, ForkServer
+from workers.processes import open_many
 
 
 @pytest.fixture
@@ -68,3 +71,13 @@ def test_with_its_end_the_children_end() -> None:
         server.close()
         assert child.wait(20) == -15
         assert forked(server, "echo", "again")[1] == b"again"
+
+
+def test_it_starts_beside_more_descriptors_than_select_takes(server: ForkServer) -> None:
+    """A server of a thousand streams has them, and its own socket comes after."""
+    with ExitStack() as kept:
+        kept.callback(resource.setrlimit, resource.RLIMIT_NOFILE, resource.getrlimit(resource.RLIMIT_NOFILE))
+        open_many()
+        for _ in range(1100):
+            kept.enter_context(open(os.devnull))
+        assert forked(server, "echo", "ready")[1] == b"ready"
