@@ -174,6 +174,10 @@ def fetch(url: str, cache_dir: Path, manifest_sha256: str, *, verified: bool = T
         except DamagedGeneration:
             shutil.rmtree(folder)
     cache_dir.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):  # another role on this machine may be deleting the same one
+        for begun in cache_dir.glob(".fetching-*"):  # first: they may be what fills the disk
+            if begun.stat().st_mtime < time.time() - DEAD_S:
+                shutil.rmtree(begun)
     copy = Path(tempfile.mkdtemp(prefix=".fetching-", dir=cache_dir))
     try:
         _download(store, root, copy, manifest_sha256)
@@ -185,11 +189,8 @@ def fetch(url: str, cache_dir: Path, manifest_sha256: str, *, verified: bool = T
         verify(folder, manifest_sha256)  # another role on this machine was faster
     finally:
         shutil.rmtree(copy, ignore_errors=True)  # not there any more where it is `folder` now
-    with suppress(OSError):  # another role on this machine may be deleting the same one
+    with suppress(OSError):  # as above
         prune(str(cache_dir), CACHED, {folder.name})
-        for begun in cache_dir.glob(".fetching-*"):
-            if begun.stat().st_mtime < time.time() - DEAD_S:
-                shutil.rmtree(begun)
     return folder
 
 

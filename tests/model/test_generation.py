@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -6,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import fsspec
 import msgspec
@@ -513,12 +515,16 @@ def test_what_a_dead_indexer_left_is_deleted_once_a_newer_one_is_whole(folder: P
     assert sorted(Path(path).name for path in memory.ls(store, detail=False)) == ["backup", *times[1:]]
 
 
-def test_a_copy_that_a_dead_role_began_is_deleted(built: Path, store: str, tmp_path: Path) -> None:
-    url = publish(built, store)
+def test_a_copy_that_a_dead_role_began_is_deleted_before_room_is_needed(
+    built: Path, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be what has filled the disk, on which no fetch ends well."""
     for name, age_s in (("old", 4000), ("new", 3000)):
         (began := tmp_path / f".fetching-{name}").mkdir()
         os.utime(began, (time.time() - age_s,) * 2)
-    fetch(url, tmp_path, manifest_sha256(built))
+    monkeypatch.setattr(generation, "_download", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        fetch(publish(built, store), tmp_path, manifest_sha256(built))
     assert [path.name for path in tmp_path.glob(".fetching-*")] == [".fetching-new"]
 
 
