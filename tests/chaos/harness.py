@@ -52,6 +52,7 @@ COMMIT = subprocess.run(
 ).stdout.strip()
 POSTS = 20  # a second, of a Client
 SHORT_SESSION_S = 4.0  # of the short forms; the long ones have the worker's own 10 s
+NO_KAFKA = 'Error: KafkaConnectionError("Unable to bootstrap'  # of Faust, which does not begin without
 
 
 def make_clicks(draw: random.Random, count: int, users: int, name: str = "") -> list[Click]:
@@ -283,10 +284,11 @@ class Fleet:
         return sum('"exc_type": "ProducerFenced"' in line for line in self.json_log(name))
 
     def unexpected(self) -> list[tuple[str, int]]:
-        """Of `exits` those that no kill and no other writer of its partition explains."""
-        fenced = Counter({(name, EX_SOFTWARE): self.fenced(name) for name in self._processes})
+        """Of `exits` those that no kill, no other writer of its partition and no start without Kafka explains."""
+        known = Counter({(name, EX_SOFTWARE): self.fenced(name) for name in self._processes})
+        known |= {(name, 1): self.log(name).count(NO_KAFKA) for name in self._processes}
         ended = Counter(one for one in self.exits if one[1] != -signal.SIGKILL)
-        return list((ended - fenced).elements())
+        return list((ended - known).elements())
 
     def ready(self, name: str) -> bool:
         """What a rolling update asks before it ends the next one."""
