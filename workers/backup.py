@@ -6,11 +6,13 @@ base64; the last line counts items and users, so that a file cut short is refuse
 owner may read the file.
 """
 
+import fcntl
 import gzip
 import os
 import tempfile
 import zlib
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -26,6 +28,7 @@ from workers.announcements import PIN, newest_model, read_announcements
 from workers.settings import Settings
 from workers.states import raw_states
 
+BEGUN, PART = "upwell-export-", ".part"  # between them what makes it one export's: another may be writing beside it
 NOWHERE = -1  # offset of a state before any click of this topic
 BLOCK_S = 60.0  # an import waits for a broker that starts again
 
@@ -56,17 +59,28 @@ class Backup(NamedTuple):
 
 
 def write_backup(settings: Settings, path: Path) -> Counts:
-    """The catalogue and the states as Kafka holds them now; the file appears when it is whole. Raises OSError."""
+    """The catalogue and the states as Kafka holds them now; the file appears when it is whole. Raises OSError.
+
+    What killed exports have left in its folder is deleted.
+    """
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder")
-    # Of its own: another export of the same path may be writing. 0600.
-    descriptor, part = tempfile.mkstemp(".part", f"{path.name}.", path.parent)
+    for begun in path.parent.glob(f"{BEGUN}*{PART}"):
+        with suppress(OSError), begun.open("r+b") as left:
+            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by an export that runs
+            begun.unlink()
+    descriptor, part = tempfile.mkstemp(PART, BEGUN, path.parent)  # 0600
     try:
-        with os.fdopen(descriptor, "wb") as raw, gzip.open(raw, "wb") if path.suffix == ".gz" else raw as out:
-            counts = _write(settings, out)
-        os.rename(part, path)
+        with os.fdopen(descriptor, "wb") as raw:
+            fcntl.flock(raw, fcntl.LOCK_EX)
+            if not os.fstat(descriptor).st_nlink:  # another export has deleted it before it was locked
+                return write_backup(settings, path)
+            with gzip.open(raw, "wb") if path.suffix == ".gz" else nullcontext(raw) as out:
+                counts = _write(settings, out)
+            raw.flush()
+            os.rename(part, path)
     except BaseException:
-        os.unlink(part)  # half of what users did
+        Path(part).unlink(missing_ok=True)  # half of what users did
         raise
     return counts
 

@@ -242,10 +242,11 @@ def test_an_export_that_is_interrupted_leaves_nothing_of_the_users(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
+    (tmp_path / "out").mkdir()
     monkeypatch.setattr("workers.backup.raw_states", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_backup(settings, tmp_path / "all.jsonl.gz")
-    assert not list(tmp_path.glob("all*"))
+        write_backup(settings, tmp_path / "out" / "all.jsonl.gz")
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_replay_shows_no_user_id(upwell: Upwell, settings: Settings, tmp_path: Path) -> None:

@@ -1,14 +1,18 @@
 """What an operator's commands find and change, on a real Kafka."""
 
 import gzip
+import os
 import resource
 import secrets
 import shutil
+import subprocess
+import sys
+import tempfile
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO
+from typing import IO, Any
 
 import kafka
 import msgspec
@@ -265,6 +269,50 @@ def test_two_exports_to_one_file_do_not_write_into_each_other(tmp_path: Path, mo
     write_backup(Settings(), tmp_path / "all.gz")
     assert read_backup(tmp_path / "all.gz") == ([], {}, {})
     assert [file.name for file in tmp_path.iterdir()] == ["all.gz"]
+
+
+EXPORTS = """
+import signal, sys
+from pathlib import Path
+from workers import backup
+from workers.settings import Settings
+def stand(settings, out):
+    out.write(b"what a user did")
+    out.flush()
+    print(flush=True)
+    signal.pause()
+backup._write = stand
+backup.write_backup(Settings(), Path(sys.argv[1]))
+"""
+
+
+def test_what_a_killed_export_left_is_deleted_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under another day's name; it holds everybody's histories. That of one that runs is left to it."""
+    monkeypatch.setattr("workers.backup._write", lambda *_: Counts(0, 0))
+    command = [sys.executable, "-c", EXPORTS, str(tmp_path / "all-1")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as export:
+        assert export.stdout and export.stdout.readline()
+        write_backup(Settings(), tmp_path / "all-2")
+        assert len(list(tmp_path.iterdir())) == 2
+        export.kill()
+    write_backup(Settings(), tmp_path / "all-2")
+    assert [file.name for file in tmp_path.iterdir()] == ["all-2"]
+
+
+def test_an_export_taken_for_a_dead_one_before_it_is_locked_begins_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deleted(*arguments: Any) -> tuple[int, str]:
+        descriptor, part = make(*arguments)
+        os.unlink(part)
+        monkeypatch.setattr("tempfile.mkstemp", make)
+        return descriptor, part
+
+    make = tempfile.mkstemp
+    monkeypatch.setattr("tempfile.mkstemp", deleted)
+    monkeypatch.setattr("workers.backup._write", lambda *_: Counts(0, 0))
+    write_backup(Settings(), tmp_path / "all")
+    assert [file.name for file in tmp_path.iterdir()] == ["all"]
 
 
 def test_a_file_is_not_imported_where_a_worker_has_begun(connection: Connection, tmp_path: Path) -> None:
