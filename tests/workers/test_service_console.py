@@ -198,6 +198,18 @@ def test_no_list_stands_under_another_user_s_name(page: Page, fake: tuple[Fake, 
     expect(page.locator("#list li")).to_have_count(12)
 
 
+def test_no_list_stands_after_its_user_is_erased(page: Page, fake: tuple[Fake, str]) -> None:
+    opened(page, fake[1])
+    click_and_follow(page, "chess")
+    page.route("**/v1/users/**", lambda route: route.fallback() if route.request.method == "DELETE" else route.abort())
+    page.route("**/v1/stream**", lambda route: route.abort())
+    page.get_by_role("button", name="Forget me").click()
+    page.locator("#forget-dialog .danger").click()
+    expect(page.locator("#status")).to_contain_text("Reconnecting … list as of –")
+    expect(page.locator("#list li")).to_have_count(0)
+    expect(page.locator("#history")).to_have_text("None yet.")
+
+
 def test_a_key_is_asked_for_and_used(page: Page, fake: tuple[Fake, str]) -> None:
     api, url = fake
     api.set(key="open-sesame")

@@ -54,6 +54,11 @@ function show(next) {
   drawList(answer, previous, item => send(user, item, $("type").value));
 }
 
+function dropList() {
+  answer = previous = updated_ms = null;
+  clearList();
+}
+
 // least: the offset that the list must not be older than. Who may not read the state, or has none, sees the list alone.
 async function refresh(least = -1) {
   const asked = `/recommendations?k=${K}&explain=true${least < 0 ? "" : `&min_offset=${least}`}`;
@@ -71,10 +76,7 @@ function watch(id) {
   stream = new AbortController();
   user = id;
   connected = receipt = profile = null;
-  if (answer && answer.user_id !== id) { // should this one's not come, the other's would stand under this name
-    answer = previous = updated_ms = null;
-    clearList();
-  }
+  if (answer && answer.user_id !== id) dropList(); // should this one's not come, the other's would stand under this name
   if (click?.user_id !== id) drawPath((click = null));
   drawUser();
   drawProfile();
@@ -158,7 +160,8 @@ async function forget() {
     const given = await call(path(user), "DELETE");
     receipt = { receipt: given.receipt, date: given.gone_by_ms && day(given.gone_by_ms) };
     drawPath((click = null));
-    answer = null;
+    dropList();
+    profile = null;
     await refresh();
   } catch (error) {
     explain(error);
