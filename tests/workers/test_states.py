@@ -3,7 +3,8 @@
 import asyncio
 import gc
 import threading
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 from unittest.mock import Mock
 
@@ -14,6 +15,7 @@ from kafka.errors import KafkaConnectionError
 from model.user_state import UserState, encode_state
 from stream.connection import Connection
 from stream.topics import Topics
+from tests.records import Record
 from workers import outage
 from workers import states as states_module
 from workers.state_writer import StateWriter, Tombstone
@@ -139,6 +141,29 @@ async def test_a_partition_taken_away_while_it_is_restored_is_read_anew(owned: C
     await asyncio.wait_for(written.wait(), 20)  # nobody that gave the partition up has fenced this one
     await other.forget(PARTITIONS)
     assert (await worker.of(2)).states["u"].offset == 7
+
+
+async def test_a_restore_that_is_given_up_reads_no_further(
+    owned: Callable[[], OwnedStates], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rebalance would leave threads that read millions of states, until none is free."""
+    begun, ended = threading.Event(), threading.Event()
+
+    def read_window(*_: Any, **__: Any) -> Iterator[Record]:
+        try:
+            for offset in range(2000):
+                yield Record(b"u", state(offset), offset)
+                begun.set()
+                time.sleep(0.01)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(states_module, "read_window", read_window)
+    worker = owned()
+    worker.restore([1])
+    assert await asyncio.to_thread(begun.wait, 20)
+    await worker.forget([1])
+    assert await asyncio.to_thread(ended.wait, 5)
 
 
 async def test_an_erased_user_s_null_says_up_to_where(owned: Callable[[], OwnedStates]) -> None:
