@@ -291,10 +291,12 @@ def test_what_a_killed_export_left_is_deleted_by_the_next(tmp_path: Path, monkey
     monkeypatch.setattr("workers.backup._write", lambda *_: Counts(0, 0))
     command = [sys.executable, "-c", EXPORTS, str(tmp_path / "all-1")]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as export:
-        assert export.stdout and export.stdout.readline()
-        write_backup(Settings(), tmp_path / "all-2")
-        assert len(list(tmp_path.iterdir())) == 2
-        export.kill()
+        try:
+            assert export.stdout and export.stdout.readline()
+            write_backup(Settings(), tmp_path / "all-2")
+            assert len(list(tmp_path.iterdir())) == 2
+        finally:
+            export.kill()
     write_backup(Settings(), tmp_path / "all-2")
     assert [file.name for file in tmp_path.iterdir()] == ["all-2"]
 
