@@ -53,6 +53,7 @@ COMMIT = subprocess.run(
 POSTS = 20  # a second, of a Client
 SHORT_SESSION_S = 4.0  # of the short forms; the long ones have the worker's own 10 s
 NO_KAFKA = 'Error: KafkaConnectionError("Unable to bootstrap'  # of Faust, which does not begin without
+NO_KAFKA_FOR_A_THREAD = '"exc_value": "KafkaTimeoutError: Unable to bootstrap'  # nor do the readers
 
 
 def make_clicks(draw: random.Random, count: int, users: int, name: str = "") -> list[Click]:
@@ -285,8 +286,10 @@ class Fleet:
 
     def unexpected(self) -> list[tuple[str, int]]:
         """Of `exits` those that no kill, no other writer of its partition and no start without Kafka explains."""
-        known = Counter({(name, EX_SOFTWARE): self.fenced(name) for name in self._processes})
-        known |= {(name, 1): self.log(name).count(NO_KAFKA) for name in self._processes}
+        known = Counter[tuple[str, int]]()
+        for name in self._processes:
+            known[name, EX_SOFTWARE] = self.fenced(name) + self.log(name).count(NO_KAFKA_FOR_A_THREAD)
+            known[name, 1] = self.log(name).count(NO_KAFKA)
         ended = Counter(one for one in self.exits if one[1] != -signal.SIGKILL)
         return list((ended - known).elements())
 
