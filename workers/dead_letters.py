@@ -67,14 +67,20 @@ def read(settings: Settings) -> list[tuple[int, DeadLetter]]:
 
 
 def _kept(settings: Settings) -> Iterator[tuple[bytes, int, DeadLetter | None]]:
-    """Place, number and letter, or None where it has been taken back; what cannot be read is passed over."""
+    """Place, number and letter, or None where it has been taken back; what cannot be read is passed over.
+
+    By place and not by record key: before erasure they had their message's, many the same or none.
+    """
     for record in read_window(settings.connection, settings.topics.dead_letters.name):
+        if record.value is None:
+            yield record.key or b"", record.offset, None
+            continue
         try:
-            letter = None if record.value is None else decode(record.value, DeadLetter, MAX_LETTER_BYTES)
+            letter = decode(record.value, DeadLetter, MAX_LETTER_BYTES)
         except BadEvent as error:  # of a later release, or not ours
             log.warning("dead letter passed over", number=record.offset, cause=str(error))
         else:
-            yield record.key or b"", record.offset, letter
+            yield place(letter), record.offset, letter
 
 
 def describe(number: int, letter: DeadLetter) -> str:
