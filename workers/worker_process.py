@@ -61,7 +61,11 @@ def run_worker(settings: Settings) -> NoReturn:
     app = batch_app(settings.group, settings.connection, begin, finish, readable)
     clicks = app.topic(settings.topics.clicks.name, value_type=bytes, value_serializer="raw")
 
-    fenced = partial(die, "states can be written no more, or their clicks not acknowledged", EX_SOFTWARE)
+    def fenced(error: BaseException) -> None:
+        if app.should_stop and not app.crashed:  # asked to end amid a rebalance, in which Faust gives nothing up
+            end(0)
+        die("states can be written no more, or their clicks not acknowledged", EX_SOFTWARE, error)
+
     owned = OwnedStates(settings.connection, settings.topics.users.name, fenced)
     worker, handed = UserWorker(settings, live, owned, sender), Handed(settings)
 
