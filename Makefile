@@ -17,7 +17,7 @@ demo: venv  ## the whole system on this machine with a real event stream; ARGS="
 	$(BIN)/upwell demo $(ARGS)
 
 # What computes, or has a Kafka of its own, runs beside the rest, which mostly waits.
-BESIDE := tests/model tests/workers/test_bench.py
+BESIDE := tests/model $(addprefix tests/workers/,test_bench.py test_up.py test_training_team.py)
 test: venv lint  ## lint, types and all tests; ARGS goes to pytest
 ifdef ARGS
 	$(BIN)/pytest $(ARGS)
